@@ -1,0 +1,53 @@
+"""Meristem grows neural networks while they train."""
+
+from meristem import care, how, recipes, when, where
+from meristem.axis import Axes, Axis, Slot
+from meristem.checkpoint import load, save
+from meristem.errors import (
+    CheckpointError,
+    DataError,
+    DiscoveryError,
+    GrowthRefused,
+    MeristemError,
+    OptimizerError,
+    PendingBackward,
+    UnknownAxis,
+    VerificationError,
+)
+from meristem.grower import Grower
+from meristem.growing import find_axes, grow_, narrow_, plan
+from meristem.values import Budget, Growth, Plan
+from meristem.surgery.optimizers import STATE_RULES
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "STATE_RULES",
+    "Axes",
+    "Axis",
+    "Budget",
+    "CheckpointError",
+    "DataError",
+    "DiscoveryError",
+    "Grower",
+    "Growth",
+    "GrowthRefused",
+    "MeristemError",
+    "OptimizerError",
+    "PendingBackward",
+    "Plan",
+    "Slot",
+    "UnknownAxis",
+    "VerificationError",
+    "care",
+    "find_axes",
+    "grow_",
+    "how",
+    "load",
+    "narrow_",
+    "plan",
+    "recipes",
+    "save",
+    "when",
+    "where",
+]

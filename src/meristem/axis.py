@@ -1,0 +1,125 @@
+"""What can grow: axes, and the tensor dimensions that follow them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from meristem.errors import UnknownAxis, nearest
+
+Role = Literal["fan_in", "fan_out", "carried"]
+Kind = Literal["width", "heads", "depth"]
+Fill = Literal["draw", "bias", "zero", "one", "mean"]
+
+
+class Place(NamedTuple):
+    """A parameter or buffer and one of its dimensions."""
+
+    name: str
+    dim: int
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor dimension that follows an axis.
+
+    `role` is "fan_in" where the tensor produces the units, "fan_out" where it reads them, "carried" where it goes along
+    (biases, norm weights and statistics, depthwise kernels). `fill` says how a new entry starts when nobody says more:
+    drawn as the layer draws its weights, as a bias, zero, one, or the mean of its neighbours.
+    """
+
+    name: str
+    dim: int
+    role: Role
+    fill: Fill
+    buffer: bool = False
+
+    @property
+    def place(self) -> Place:
+        return Place(self.name, self.dim)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One size of the network that can change on its own.
+
+    Attributes:
+        name: The module whose output units it counts ("fc1"), or the bare parameter.
+        kind: "width", "heads" or "depth".
+        size: Its present size, in its own units (neurons, channels, heads).
+        multiple: Sizes and counts come in multiples of this (channels per group of a group norm).
+        slots: Every tensor dimension that follows it.
+        norm: What normalises the units on their way: "batch_norm", "layer_norm", "rms_norm" or None.
+        end: "output" or "vocabulary" where the axis is an end of the model, else None.
+    """
+
+    name: str
+    kind: Kind
+    size: int
+    multiple: int
+    slots: tuple[Slot, ...]
+    norm: str | None = None
+    end: str | None = None
+
+    def places(self, role: Role) -> tuple[Slot, ...]:
+        """The slots of one role, in forward order."""
+        return tuple(slot for slot in self.slots if slot.role == role)
+
+
+class Axes(Mapping[str, Axis]):
+    """The axes of one model by name; prints as a table.
+
+    `frozen` maps what cannot grow to the reason. `ends` holds the model's classes and vocabulary, which grow only when
+    they are named.
+    """
+
+    def __init__(self, axes: Mapping[str, Axis], ends: Mapping[str, Axis], frozen: Mapping[str, str]) -> None:
+        self._axes = dict(axes)
+        self.ends = dict(ends)
+        self.frozen = dict(frozen)
+
+    def __getitem__(self, name: str) -> Axis:
+        if name not in self._axes:
+            raise self.unknown(name)
+        return self._axes[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._axes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._axes)
+
+    def __len__(self) -> int:
+        return len(self._axes)
+
+    def named(self, name: str) -> Axis:
+        """The axis or end called `name`."""
+        return self.ends[name] if name in self.ends else self[name]
+
+    def unknown(self, name: str) -> UnknownAxis:
+        """The error for a name that is no axis, with its reason where it is frozen, else the nearest names."""
+        if name in self.frozen:
+            return UnknownAxis(f"axis {name!r} cannot grow: {self.frozen[name]}")
+        known = [*self._axes, *self.ends]
+        listed = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
+        return UnknownAxis(f"no axis is called {name!r}.{nearest(name, known)} This model has: {listed or 'none'}")
+
+    def __repr__(self) -> str:
+        rows = [("axis", "kind", "size", "multiple", "tensors")]
+        for axis in self.values():
+            rows.append((axis.name, axis.kind, str(axis.size), str(axis.multiple), _slots(axis)))
+        for axis in self.ends.values():
+            rows.append((axis.name, f"end ({axis.end})", str(axis.size), str(axis.multiple), _slots(axis)))
+        for name, reason in self.frozen.items():
+            rows.append((name, "frozen", "", "", reason))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        return "\n".join(
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]).rstrip()
+            for row in rows
+        )
+
+
+def _slots(axis: Axis) -> str:
+    shown = [f"{slot.name}[{slot.dim}]" for slot in axis.slots if not slot.buffer]
+    return ", ".join(shown[:4]) + (f", ... ({len(shown)})" if len(shown) > 4 else "")

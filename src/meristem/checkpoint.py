@@ -1,0 +1,164 @@
+"""Checkpoints that know their shape: lineage, weights and training state in one folder, replaced atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import uuid4
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from meristem.errors import CheckpointError
+from meristem.grower import Grower
+from meristem.growing import Optimizers, optimizers
+from meristem.surgery.exchange import LINEAGE
+
+MANIFEST = "meristem.json"
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def save(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    *,
+    optimizer: Optimizers = None,
+    grower: Grower | None = None,
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Write model, optimizer and grower to a folder; a kill at any moment leaves the previous checkpoint loadable.
+
+    The weights are a safetensors file, the training state is read with `weights_only=True`, and a manifest, replaced last,
+    names both and lists the growths.
+
+    Args:
+        path: A folder; made where it does not exist.
+        model, optimizer, grower: What to save.
+        extra: More state of your own (a scheduler's), of tensors and plain types; `load_extra` gives it back.
+
+    Example:
+        >>> import tempfile, torch, meristem as ms
+        >>> make = lambda: torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> net = make(); folder = tempfile.mkdtemp()
+        >>> _ = ms.grow_(net, {"0": 2}, torch.randn(3, 4))
+        >>> ms.save(folder, net)
+        >>> ms.load(folder, make())[0].out_features
+        10
+    """
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    token = uuid4().hex[:12]
+    weights, training = f"weights-{token}.safetensors", f"training-{token}.pt"
+    save_file(_unshared(model), folder / weights)
+    state = {
+        "optimizers": [one.state_dict() for one in optimizers(optimizer)],
+        "grower": grower.state_dict() if grower is not None else None,
+        "extra": extra,
+    }
+    torch.save(state, folder / training)
+    manifest = {
+        "format": 1,
+        "class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "weights": weights,
+        "training": training,
+        "lineage": getattr(model, LINEAGE, []),
+    }
+    draft = folder / f"{MANIFEST}.{token}"
+    draft.write_text(json.dumps(manifest, indent=1))
+    os.replace(draft, folder / MANIFEST)
+    for stale in [*folder.glob("weights-*.safetensors"), *folder.glob("training-*.pt"), *folder.glob(f"{MANIFEST}.*")]:
+        if stale.name not in (weights, training):
+            stale.unlink(missing_ok=True)
+
+
+def load(
+    path: str | os.PathLike[str], model: Model, *, optimizer: Optimizers = None, grower: Grower | None = None
+) -> Model:
+    """Rebuild a grown model from a freshly built one, and load weights and training state into it, in place.
+
+    Args:
+        path: The folder that `save` wrote.
+        model: A new instance of the saved model's class, at its original or at its grown size.
+        optimizer: An optimizer over `model`'s parameters, or the same list of them as was saved.
+        grower: A grower over `model`.
+
+    Returns:
+        `model`, grown.
+
+    Raises:
+        CheckpointError: The folder holds no checkpoint, or the checkpoint does not fit the model or optimizer. The
+            model is then unchanged.
+    """
+    folder = Path(path)
+    manifest = _manifest(folder)
+    weights = load_file(folder / manifest["weights"])
+    state = torch.load(folder / manifest["training"], weights_only=True, map_location="cpu")
+    targets = model.state_dict(keep_vars=True)
+    _check_names(set(targets), set(weights), type(model).__name__)
+    given = optimizers(optimizer)
+    if given and len(given) != len(state["optimizers"]):
+        raise CheckpointError(f"{len(state['optimizers'])} optimizers were saved; got {len(given)}")
+    _resize(model, targets, weights, manifest["lineage"])
+    with torch.no_grad():
+        for name, value in weights.items():
+            targets[name].copy_(value)
+    for one, saved in zip(given, state["optimizers"], strict=False):
+        one.load_state_dict(saved)
+    if grower is not None:
+        if state["grower"] is None:
+            raise CheckpointError("no grower was saved in this checkpoint")
+        grower.load_state_dict(state["grower"])
+    return model
+
+
+def load_extra(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The `extra` state of a checkpoint."""
+    folder = Path(path)
+    state = torch.load(folder / _manifest(folder)["training"], weights_only=True, map_location="cpu")
+    extra: dict[str, Any] | None = state["extra"]
+    return extra
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} holds no checkpoint ({MANIFEST} is missing)") from None
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{folder / MANIFEST} is not readable: {error}") from None
+    return manifest
+
+
+def _check_names(have: set[str], saved: set[str], kind: str) -> None:
+    if have != saved:
+        odd = sorted(have ^ saved)
+        raise CheckpointError(
+            f"the checkpoint does not belong to this {kind}: {', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''} "
+            f"{'is' if len(odd) == 1 else 'are'} on one side only"
+        )
+
+
+def _unshared(model: nn.Module) -> dict[str, Tensor]:
+    """Every entry of the state dict in memory of its own; tied tensors are written under each of their names."""
+    return {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
+
+
+def _resize(model: nn.Module, targets: dict[str, Tensor], weights: dict[str, Tensor], lineage: list[Any]) -> None:
+    """Give every tensor its saved shape, and every attribute that growth has changed its saved value."""
+    seen: set[int] = set()
+    for name, target in targets.items():
+        if tuple(target.shape) == tuple(weights[name].shape) or id(target) in seen:
+            continue
+        seen.add(id(target))
+        value = target.new_zeros(weights[name].shape)
+        fresh = nn.Parameter(value, requires_grad=target.requires_grad) if isinstance(target, nn.Parameter) else value
+        torch.utils.swap_tensors(target, fresh)
+    for growth in lineage:
+        for module, attribute, value in growth["attributes"]:
+            owner = model.get_submodule(module)
+            old = getattr(owner, attribute)
+            setattr(owner, attribute, type(old)(value) if isinstance(old, (tuple, list)) else value)
+    model.__dict__[LINEAGE] = list(lineage)

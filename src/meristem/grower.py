@@ -1,0 +1,308 @@
+"""The grower: decides, inside a user's own training loop, when and where to grow, and does it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meristem.axis import Axis
+from meristem.care import Care
+from meristem.errors import DataError, GrowthRefused
+from meristem.growing import (
+    Optimizers,
+    as_call,
+    cares,
+    growable,
+    matches,
+    optimizers,
+    perform,
+    private_generator,
+)
+from meristem.how import How, View
+from meristem.how.view import Loss
+from meristem.statistics.batches import check_reiterable, first_call, growth_batches
+from meristem.statistics.undisturbed import undisturbed
+from meristem.structure import Structure
+from meristem.surgery.optimizers import check_ownership
+from meristem.values import Budget, Growth, Plan, Proposal
+from meristem.when import Clock, When
+from meristem.where import Choice, Uniform, Where
+
+Amount = int | float | Sequence[int | float] | Mapping[str, int]
+
+
+class Grower:
+    """Grows `model` while you train it: call `step` after every optimizer step.
+
+    Args:
+        model: Any module that runs.
+        optimizer: The optimizer, or all of them, whose state follows.
+        loss: `loss(model, batch)`, a scalar, the mean over the batch.
+        data: A DataLoader or any re-iterable of batches; read on the side, by a loader of the grower's own.
+        when: The trigger.
+        how: The method.
+        where: Which axis gets how many units.
+        care: What the optimizer and the old weights get; a warm second moment by default.
+        amount: Units per growth: an int over all axes, a fraction of the present widths, a list of either (one per
+            growth), or {axis: count}.
+        budget: Upper limits; a growth that would pass one grows what fits.
+        axes: Glob patterns of the axes that may grow; a leading "!" excludes.
+        round_to: Grown sizes are rounded down to a multiple of this.
+        example: The example input; by default the model's first call inside `loss` on the first batch.
+        generator: The source of randomness; by default a private one of the model.
+
+    Attributes:
+        history: Every `Growth` so far.
+        done: True once nothing more can grow; `reason` says why.
+        flops: Floating-point operations that all growths cost together.
+
+    Raises:
+        GrowthRefused: The model is wrapped, or nothing in it can grow.
+        DataError: `data` is empty, or can be read only once.
+        OptimizerError: An optimizer does not hold the model's parameters.
+
+    Example:
+        >>> import torch, meristem as ms
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> data = [(torch.randn(16, 4), torch.randn(16, 2)) for _ in range(5)]
+        >>> grower = ms.Grower(
+        ...     net, optimizer, loss=lambda model, batch: ((model(batch[0]) - batch[1]) ** 2).mean(),
+        ...     data=data, when=ms.when.Every(epochs=1), how=ms.how.Random(), amount=4,
+        ... )
+        >>> for batch in data:
+        ...     loss = grower.loss(net, batch); optimizer.zero_grad(); loss.backward(); optimizer.step()
+        ...     growth = grower.step(loss)
+        >>> growth.after
+        {'0': 12}
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizers,
+        *,
+        loss: Loss,
+        data: Iterable[Any],
+        when: When,
+        how: How,
+        where: Where | None = None,
+        care: Care | Sequence[Care] | None = None,
+        amount: Amount = 32,
+        budget: Budget | None = None,
+        axes: str | Sequence[str] = "*",
+        round_to: int = 1,
+        example: Any = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        check_reiterable(data)
+        self.model, self.loss, self.data = model, loss, data
+        self.optimizers = optimizers(optimizer)
+        self.when, self.how, self.where = when, how, where if where is not None else Uniform()
+        self.care = cares(care)
+        self.amount = amount
+        self.budget = budget if budget is not None else Budget()
+        self.axes = axes
+        self.round_to = round_to
+        self.generator = generator if generator is not None else private_generator(model)
+        self.clock = Clock()
+        self.history: list[Growth] = []
+        self.metrics: list[tuple[int, float]] = []
+        self.done = False
+        self.reason = ""
+        try:
+            self._epoch_length: int | None = len(data)  # type: ignore[arg-type]
+        except TypeError:
+            self._epoch_length = None
+        self._example = example
+        self._check()
+
+    @property
+    def flops(self) -> int:
+        return sum(growth.flops for growth in self.history)
+
+    def _check(self) -> None:
+        """Find out now, not at the first growth, whether the model and the optimizer will do."""
+        with undisturbed():
+            structure = self._structure()
+            found = growable(structure, self.axes)
+        named = set(self.amount) if isinstance(self.amount, Mapping) else set(found)
+        for name in named:
+            found.named(name)
+        if not named:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in list(found.frozen.items())[:3])
+            raise GrowthRefused(f"nothing in the model can grow under axes={self.axes!r}. {reasons}")
+        slots = {slot.name for name in named for slot in found.named(name).slots}
+        live = dict(self.model.named_parameters())
+        check_ownership(self.optimizers, {n: live[n] for n in slots & live.keys() if live[n].requires_grad})
+
+    def _structure(self) -> Structure:
+        if self._example is None:
+            state = self.generator.get_state()
+            (batch,) = growth_batches(self.data, 1, self.generator)
+            self.generator.set_state(state)
+            self._example = as_call(first_call(self.model, self.loss, batch))
+        return Structure(self.model, self._example)
+
+    def step(self, loss: Tensor | float | None = None) -> Growth | None:
+        """Count one optimizer step, after it; grow if it is time. Returns the growth, or None.
+
+        Args:
+            loss: The training loss of the step, for triggers that watch it.
+
+        Raises:
+            PendingBackward: A graph still holds the weights. Nothing has changed.
+            DataError: The loss of a growth batch is not finite. Nothing has changed.
+        """
+        ended = self._epoch_length is not None and (self.clock.step + 1) % self._epoch_length == 0
+        self.clock = replace(
+            self.clock, step=self.clock.step + 1, epoch=self.clock.epoch + int(ended), epoch_ended=ended
+        )
+        return self._grow_if_due()
+
+    def epoch(self, metric: float | None = None) -> Growth | None:
+        """Record the end of an epoch and its metric. Counts the epoch only where the length of `data` is unknown."""
+        if metric is not None:
+            self.metrics.append((self.clock.step, float(metric)))
+        if self._epoch_length is not None:
+            return None
+        self.clock = replace(self.clock, epoch=self.clock.epoch + 1, epoch_ended=True)
+        growth = self._grow_if_due()
+        self.clock = replace(self.clock, epoch_ended=False)
+        return growth
+
+    def _grow_if_due(self) -> Growth | None:
+        if self.done or not self.when.due(self.clock):
+            return None
+        state = self.generator.get_state()
+        try:
+            with undisturbed():
+                growth = self._grow()
+        except BaseException:
+            self.generator.set_state(state)
+            raise
+        if growth is not None:
+            growth.step = self.clock.step
+            self.history.append(growth)
+            self.clock = replace(self.clock, growths=self.clock.growths + 1)
+        return growth
+
+    def _grow(self) -> Growth | None:
+        if self.budget.growths is not None and len(self.history) >= self.budget.growths:
+            return self._finish(f"the budget of {self.budget.growths} growths is used up")
+        structure = self._structure()
+        if isinstance(self.amount, Mapping):
+            axes = [structure.axes.named(name) for name in self.amount]
+        else:
+            axes = [axis for name, axis in growable(structure, self.axes).items() if matches(name, self.axes)]
+        batches = growth_batches(self.data, max(self.how.batches, 1), self.generator)
+        view = View(structure, self.generator, self.loss, batches)
+        total = self._total(axes)
+        if total is None:
+            return self._finish("the list of amounts is used up")
+        offered: dict[str, Proposal] = {}
+        if isinstance(self.amount, Mapping):
+            counts = dict(self.amount)
+        else:
+            offered = self._offers(view, axes, total) if self.where.reads_gains else {}
+            per_unit = {axis.name: self._flops_per_unit(structure, axis) for axis in axes} if offered else {}
+            counts = self.where.share(Choice(axes, total, len(self.history), offered, per_unit))
+        planned = self._fitting(structure, {axis.name: axis for axis in axes}, counts)
+        if planned is None:
+            return self._finish("the budget leaves no room for another unit")
+        if planned.refusal is not None:
+            raise GrowthRefused(f"{', '.join(planned.after)} cannot grow together: {planned.refusal}")
+        proposals = []
+        for name in planned.after:
+            count = planned.after[name] - planned.before[name]
+            axis = structure.axes.named(name)
+            proposals.append(offered[name].best(count) if name in offered else self.how.propose(view, axis, count))
+        growth = perform(view, planned, proposals, self.how, self.care, self.optimizers)
+        growth.flops += sum(p.flops for name, p in offered.items() if name not in planned.after)
+        return growth
+
+    def _total(self, axes: Sequence[Axis]) -> int | None:
+        """Units to give away at this growth, or None where the list of amounts has ended."""
+        amount: Any = self.amount
+        if isinstance(amount, Mapping):
+            return 0
+        if isinstance(amount, Sequence):
+            if len(self.history) >= len(amount):
+                return None
+            amount = amount[len(self.history)]
+        return round(amount * sum(axis.size for axis in axes)) if isinstance(amount, float) else int(amount)
+
+    def _offers(self, view: View, axes: Sequence[Axis], total: int) -> dict[str, Proposal]:
+        return {
+            axis.name: self.how.propose(view, axis, max(total // axis.multiple, 1) * axis.multiple) for axis in axes
+        }
+
+    def _flops_per_unit(self, structure: Structure, axis: Axis) -> float:
+        before, after = structure.resolve({axis.name: axis.multiple}).flops
+        return max(after - before, 1) / axis.multiple
+
+    def _fitting(self, structure: Structure, axes: Mapping[str, Axis], counts: Mapping[str, int]) -> Plan | None:
+        """The plan for the largest share of `counts` that the budget allows, or None where not one unit fits."""
+
+        def shrunk(fraction: float) -> dict[str, int]:
+            result = {}
+            for name, count in counts.items():
+                axis = axes[name]
+                cap = self.budget.sizes.get(name)
+                wanted = int(count * fraction) if cap is None else min(int(count * fraction), cap - axis.size)
+                target = axis.size + wanted
+                target -= target % self.round_to if self.round_to > 1 else 0
+                wanted = (target - axis.size) // axis.multiple * axis.multiple
+                if wanted > 0:
+                    result[name] = wanted
+            return result
+
+        everything = shrunk(1.0)
+        if everything and self._allowed(structure, everything):
+            return structure.resolve(everything)
+        low, high = 0.0, 1.0
+        for _ in range(24):
+            middle = (low + high) / 2
+            trial = shrunk(middle)
+            low, high = (middle, high) if not trial or self._allowed(structure, trial) else (low, middle)
+        fitting = shrunk(low)
+        return structure.resolve(fitting) if fitting else None
+
+    def _allowed(self, structure: Structure, counts: Mapping[str, int]) -> bool:
+        sizes = structure.resized(counts)
+        limits = (
+            (self.budget.parameters, sizes.parameters[1]),
+            (self.budget.flops, sizes.flops[1] / structure.batch),
+            (self.budget.units, sum(a.size for a in structure.axes.values()) + sum(counts.values())),
+        )
+        return all(limit is None or value <= limit for limit, value in limits)
+
+    def _finish(self, reason: str) -> None:
+        self.done, self.reason = True, reason
+
+    def state_dict(self) -> dict[str, Any]:
+        """Clock, history, metrics and generator: what a resumed run needs to grow as if it had never stopped."""
+        return {
+            "clock": vars(self.clock).copy(),
+            "history": [growth.json() for growth in self.history],
+            "metrics": [list(entry) for entry in self.metrics],
+            "done": self.done,
+            "reason": self.reason,
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken; the model and optimizer are loaded separately (see `meristem.load`)."""
+        missing = {"clock", "history", "metrics", "done", "reason", "generator"} - set(state)
+        if missing:
+            raise DataError(f"this is not the state of a Grower: {', '.join(sorted(missing))} missing")
+        self.clock = Clock(**state["clock"])
+        self.history = [Growth(**json.loads(json.dumps(entry))) for entry in state["history"]]
+        self.metrics = [(int(step), float(value)) for step, value in state["metrics"]]
+        self.done, self.reason = bool(state["done"]), str(state["reason"])
+        self.generator.set_state(state["generator"])

@@ -1,0 +1,370 @@
+"""One growth, from a wish to the exchange: find_axes, plan, grow_, narrow_."""
+
+from __future__ import annotations
+
+import fnmatch
+import time
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from meristem.axis import Axes, Axis
+from meristem.care import Care, WarmMoments
+from meristem.errors import DataError, GrowthRefused, MeristemError, UnknownAxis, VerificationError
+from meristem.how import How, Random, View
+from meristem.how.view import Loss
+from meristem.values import Growth, Plan, Proposal, Treatment
+from meristem.statistics.batches import first_call, growth_batches
+from meristem.statistics.flops import counting
+from meristem.statistics.undisturbed import undisturbed
+from meristem.structure import Structure
+from meristem.structure.discover import apply_edits
+from meristem.structure.labels import positions
+from meristem.structure.twin import named_tensors, twin
+from meristem.surgery.exchange import check_free, exchange
+from meristem.surgery.optimizers import check_ownership, grown_state
+from meristem.surgery.tensors import grown_tensors, new_units
+from meristem.surgery.verify import check_edit, relative_change, rounding_gap, run
+
+_GENERATORS: weakref.WeakKeyDictionary[nn.Module, torch.Generator] = weakref.WeakKeyDictionary()
+
+Optimizers = Optimizer | Sequence[Optimizer] | None
+TOLERANCE = 1e-5
+"""Largest relative change of an output, in float32, that still counts as the same function."""
+
+
+def private_generator(model: nn.Module) -> torch.Generator:
+    """The generator of one model's growths, seeded from torch's initial seed when it is first used."""
+    if model not in _GENERATORS:
+        _GENERATORS[model] = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
+    return _GENERATORS[model]
+
+
+def find_axes(model: nn.Module, example: Any, axes: str | Sequence[str] = "*") -> Axes:
+    """The axes that `grow_` accepts, by name; prints as a table.
+
+    The model is run once on `example`, on data-free copies of its tensors, and is left untouched. An axis is named
+    after the module whose output units it counts. `.frozen` maps what cannot grow to the reason, `.ends` holds the
+    model's classes and vocabulary.
+
+    Args:
+        model: Any module that runs.
+        example: A tensor, a tuple of arguments or a dict of keyword arguments.
+        axes: Glob patterns of the axes to keep; a leading "!" excludes.
+
+    Raises:
+        DiscoveryError: The forward fails on the example.
+        GrowthRefused: The model is wrapped (DDP, torch.compile).
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> list(find_axes(net, torch.randn(3, 4)))
+        ['0']
+    """
+    with undisturbed():
+        return growable(Structure(model, example), axes)
+
+
+def growable(structure: Structure, patterns: str | Sequence[str] = "*") -> Axes:
+    """The axes of a structure whose growth was tried: each is re-traced, all at once first, then one by one."""
+    found = structure.axes
+    refused = dict(found.frozen)
+    candidates = {**found, **found.ends}
+    # Distinct counts keep sizes that must change together from passing by accident.
+    together = {name: axis.multiple * (i % 7 + 1) for i, (name, axis) in enumerate(found.items())}
+    plain = bool(together) and structure.resolve(together)
+    own = all(_is_layer(structure.model.get_submodule(e.module)) for e in plain.attributes) if plain else False
+    for name, axis in candidates.items():
+        reason = None
+        if not (own and name in found):
+            reason = structure.resolve({name: axis.multiple}).refusal
+        if reason is None and axis.norm in ("layer_norm", "rms_norm"):
+            try:
+                check_edit(structure, structure.resolve({name: axis.multiple}), [axis])
+            except VerificationError:
+                reason = f"a {axis.norm.replace('_', ' ')} normalises over it, and its producers do not feed it directly"
+        if reason is not None:
+            refused[name] = reason
+    kept = {name: axis for name, axis in found.items() if name not in refused and matches(name, patterns)}
+    ends = {name: axis for name, axis in found.ends.items() if name not in refused}
+    return Axes(kept, ends, refused)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.")
+
+
+def matches(name: str, patterns: str | Sequence[str]) -> bool:
+    """Whether a name fits glob patterns, of which those with a leading "!" exclude."""
+    listed = [patterns] if isinstance(patterns, str) else list(patterns)
+    wanted = [p for p in listed if not p.startswith("!")] or ["*"]
+    barred = [p[1:] for p in listed if p.startswith("!")]
+    return any(fnmatch.fnmatchcase(name, p) for p in wanted) and not any(fnmatch.fnmatchcase(name, p) for p in barred)
+
+
+def plan(model: nn.Module, counts: Mapping[str, int], example: Any) -> Plan:
+    """The dry run of `grow_`: every shape and attribute that would change, or the refusal and its reason.
+
+    Args:
+        model: Any module that runs.
+        counts: Units to add by axis name.
+        example: A tensor, a tuple of arguments or a dict of keyword arguments.
+
+    Returns:
+        A `Plan`, falsy where the growth would be refused.
+
+    Raises:
+        UnknownAxis: A name is no axis of the model.
+        GrowthRefused: A count is not positive or not a multiple of the axis' granularity.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> print(plan(net, {"0": 2}, torch.randn(3, 4)))
+        0: 8 -> 10
+          0.weight: (8, 4) -> (10, 4)
+          0.bias: (8,) -> (10,)
+          2.weight: (2, 8) -> (2, 10)
+          0.out_features: 8 -> 10
+          2.in_features: 8 -> 10
+        parameters: 58 -> 72; forward FLOPs: 288 -> 360
+    """
+    with undisturbed():
+        return _planned(Structure(model, example), _positive(counts))
+
+
+def grow_(
+    model: nn.Module,
+    counts: Mapping[str, int],
+    example: Any = None,
+    how: How | None = None,
+    *,
+    care: Care | Sequence[Care] | None = None,
+    optimizer: Optimizers = None,
+    loss: Loss | None = None,
+    data: Iterable[Any] | None = None,
+    generator: torch.Generator | None = None,
+) -> Growth:
+    """Grow a model now, in place, all or nothing.
+
+    Module and Parameter objects stay the same objects; buffers, attributes, gradients, optimizer state, devices, dtypes,
+    hooks and tied weights follow. The function is preserved unless the method says otherwise, and that is checked
+    before anything changes.
+
+    Args:
+        model: Any module that runs.
+        counts: Units to add by axis name.
+        example: A tensor, a tuple of arguments or a dict of keyword arguments; None takes the model's first call inside
+            `loss` on the first batch.
+        how: The method; random fan-in and zero fan-out by default.
+        care: What the optimizer and the old weights get; by default the new slices get a warm second moment.
+        optimizer: The optimizer, or all of them, whose state follows.
+        loss, data: For methods that measure: `loss(model, batch)`, a mean over the batch, and a re-iterable of batches.
+        generator: The source of randomness; by default a private one of this model.
+
+    Returns:
+        What was done.
+
+    Raises:
+        GrowthRefused: Unknown axis, wrong count, or the model cannot follow.
+        VerificationError: The grown model would compute something else.
+        OptimizerError, DataError, PendingBackward: As their names say. Nothing has changed in any case.
+
+    Example:
+        >>> import torch, meristem as ms
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> growth = ms.grow_(net, {"0": 2}, torch.randn(3, 4))
+        >>> growth.after, net[0].out_features
+        ({'0': 10}, 10)
+    """
+    generator = generator if generator is not None else private_generator(model)
+    how = how if how is not None else Random()
+    state = generator.get_state()
+    try:
+        with undisturbed():
+            batches = growth_batches(data, max(how.batches, 1), generator) if data is not None else []
+            if example is None:
+                if loss is None or not batches:
+                    raise DataError("grow_ needs an example input, or loss= and data= to find one")
+                example = as_call(first_call(model, loss, batches[0]))
+            structure = Structure(model, example)
+            planned = _accepted(_planned(structure, _positive(counts)))
+            view = View(structure, generator, loss, batches)
+            proposals = [how.propose(view, structure.axes.named(name), count) for name, count in counts.items()]
+            return perform(view, planned, proposals, how, cares(care), optimizers(optimizer))
+    except BaseException:
+        generator.set_state(state)
+        raise
+
+
+def narrow_(
+    model: nn.Module,
+    units: Mapping[str, int | Sequence[int]],
+    example: Any,
+    *,
+    optimizer: Optimizers = None,
+) -> Growth:
+    """The inverse of `grow_`: drop units, by index or the last ones by count, with their optimizer state.
+
+    Args:
+        model: Any module that runs.
+        units: Unit indices, or a count, by axis name.
+        example: A tensor, a tuple of arguments or a dict of keyword arguments.
+        optimizer: The optimizer, or all of them, whose state follows.
+
+    Returns:
+        What was done; `added` is negative.
+
+    Raises:
+        GrowthRefused: Unknown axis, an index out of range, or the model cannot follow. Nothing has changed then.
+
+    Example:
+        >>> import torch, meristem as ms
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> ms.narrow_(net, {"0": [3, 5]}, torch.randn(3, 4)).after
+        {'0': 6}
+    """
+    with undisturbed():
+        structure = Structure(model, example)
+        wishes = {
+            name: -amount if isinstance(amount, int) else amount for name, amount in _positive(units).items()
+        }
+        planned = _accepted(_planned(structure, wishes))
+        view = View(structure, torch.Generator())
+        return perform(view, planned, [], None, (), optimizers(optimizer))
+
+
+def perform(
+    view: View, plan: Plan, proposals: Sequence[Proposal], how: How | None, care: Sequence[Care], owners: Sequence[Optimizer]
+) -> Growth:
+    """Build every new tensor, verify, swap; the last steps of every growth. Raises before anything has changed."""
+    started = time.perf_counter()
+    structure = view.structure
+    model = structure.model
+    axes = [structure.axes.named(name) for name in plan.after]
+    treatment = sum((c.treat(model, plan, axes) for c in care), Treatment())
+    live = named_tensors(model)
+    new = grown_tensors(view.values, plan, axes, proposals, treatment.scaling)
+    check_ownership(owners, {n: live[n] for n in new if live[n].requires_grad})
+    check_edit(structure, plan, axes)
+    with counting() as counter:
+        before = run(model, view.values, (), structure.example)
+        after = run(model, {**view.values, **new}, plan.attributes, structure.example)
+        change = relative_change(plan, before, after)
+        if how is not None and how.preserves and not treatment.scaling.tensors and not treatment.scaling.places:
+            _check_preserved(view, before, change, how)
+        health = _health(view, plan, axes, new)
+    states = []
+    for optimizer in owners:
+        for tensor_change in plan.tensors:
+            parameter = live[tensor_change.name]
+            if parameter in optimizer.state:
+                state = grown_state(optimizer, parameter, tensor_change, plan, axes, proposals, treatment.warm)
+                states.append((optimizer, parameter, state))
+    check_free({name: live[name] for name in new})
+    exchange(model, live, new, states, plan, owners if treatment.reset else ())
+    return Growth(
+        added={name: plan.after[name] - plan.before[name] for name in plan.after},
+        before=dict(plan.before),
+        after=dict(plan.after),
+        parameters_before=plan.parameters[0],
+        parameters_after=plan.parameters[1],
+        max_change=change,
+        seconds=time.perf_counter() - started,
+        flops=counter.get_total_flops() + sum(proposal.flops for proposal in proposals),
+        health=health,
+        notes={proposal.axis: proposal.note for proposal in proposals if proposal.note},
+    )
+
+
+def _check_preserved(view: View, before: Sequence[Tensor], change: float, how: How) -> None:
+    """Raise unless the change is within rounding: the larger of the fixed bound and ten times the model's own gap."""
+    double = all(t.dtype == torch.float64 for t in before if t.is_floating_point())
+    if change <= (TOLERANCE if not double else TOLERANCE * 1e-7):
+        return
+    gap = rounding_gap(view.structure, view.values, before)
+    if not double and change <= 10 * gap:
+        return
+    raise VerificationError(
+        f"{type(how).__name__} should preserve the function, but an output would change by {change:.1e} of the largest "
+        "one; nothing was changed. hint: an activation that is not 0 at 0 breaks a zero fan-in; use zero='fan_out'"
+    )
+
+
+def _health(view: View, plan: Plan, axes: Sequence[Axis], new: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The share of new units, by axis, that receive gradient on the first growth batch; empty without loss and data."""
+    if view.loss is None or not view.batches:
+        return {}
+    copied = twin(view.structure.model, lambda name, _: new.get(name, view.values[name]).detach().clone()).eval()
+    apply_edits(copied, plan.attributes)
+    loss = view.loss(copied, view.batches[0])
+    if not bool(torch.isfinite(loss)):
+        raise DataError(f"the loss of a growth batch is {loss.item()}; nothing was grown")
+    loss.backward()  # type: ignore[no-untyped-call]
+    gradients = {name: p.grad for name, p in copied.named_parameters() if p.grad is not None}
+    receiving = {}
+    for axis in axes:
+        reached = torch.zeros(0)
+        for slot in axis.slots:
+            where = new_units(plan, axis.name, slot.place)
+            if slot.name in gradients and len(where):
+                rows = gradients[slot.name].movedim(slot.dim, 0)[torch.from_numpy(where)]
+                live = rows.flatten(1).abs().amax(1) > 0
+                reached = live if not len(reached) else reached | live
+        if len(reached):
+            receiving[axis.name] = reached.float().mean().item()
+    return {"receives_gradient": receiving}
+
+
+def _planned(structure: Structure, wishes: Mapping[str, Any]) -> Plan:
+    if not wishes:
+        raise GrowthRefused("no axis was named: pass {axis: count}")
+    for name in wishes:
+        structure.axes.named(name)
+    return structure.resolve(wishes)
+
+
+def _accepted(plan: Plan) -> Plan:
+    if plan.refusal is not None:
+        raise GrowthRefused(f"{', '.join(plan.after)} cannot grow: {plan.refusal}")
+    return plan
+
+
+def _positive(counts: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not isinstance(counts, Mapping):
+        raise TypeError(f"counts must be a dict {{axis: count}}; got {type(counts).__name__}")
+    for name, count in counts.items():
+        if isinstance(count, bool) or (not isinstance(count, (int, Sequence)) and not hasattr(count, "__index__")):
+            raise TypeError(f"the count for axis {name!r} must be an int; got {count!r}")
+        if isinstance(count, int) and count <= 0:
+            raise GrowthRefused(f"the count for axis {name!r} must be an int in [1, inf); got {count}")
+    return counts
+
+
+def as_call(example: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+    """An example from recorded arguments."""
+    args, kwargs = example
+    if kwargs and args:
+        raise DataError("the loss calls the model with positional and keyword arguments; pass example= as one of both")
+    return kwargs if kwargs else args
+
+
+def cares(care: Care | Sequence[Care] | None) -> tuple[Care, ...]:
+    """The chosen cares; a warm second moment where none is named."""
+    if care is None:
+        return (WarmMoments(),)
+    return tuple(care) if isinstance(care, Sequence) else (care,)
+
+
+def optimizers(optimizer: Optimizers) -> tuple[Optimizer, ...]:
+    """One optimizer, several or none as a tuple."""
+    listed = () if optimizer is None else (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+    for one in listed:
+        if not isinstance(one, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer or a list of them; got {type(one).__name__}")
+    return listed

@@ -1,0 +1,271 @@
+"""GradMax (Evci, van Merrienboer, Unterthiner, Vladymyrov, Pedregosa, "GradMax: Growing Neural Networks using Gradient
+Information", ICLR 2022, arXiv 2201.05125).
+
+New units start with one side zero, and the other side is chosen so that the gradient that reaches the zero side is
+largest. Everything rests on one operator, the mixed second derivative
+
+    M = d^2 L / (d W_in d W_out)      at W_in = 0, W_out = 0, for one new unit,
+
+which for a dense pair is B = E[g h^T] of the paper, for a pair of convolutions its exact form for every stride, padding
+and dilation, and which exists for several consumers, pooling, concatenation and residual joins alike. It is never
+formed: two differentiations of the user's own loss, on a copy of the model widened by trial units, multiply it with
+all trial vectors at once, and block subspace iteration finds its leading singular triplets M = sum s_i u_i v_i^T.
+
+Differences from the paper: the convolution is exact (the released auxiliary convolution is not, with strides); a unit
+whose activation has no slope at zero (ReLU) would stay dead for ever with zero fan-in, so its fan-in takes the first
+gradient step, at a length of a few rounding errors, which opens the activation and preserves the function to rounding;
+a norm on the axis turns the default to zero fan-out, whose preservation outlives the first step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from meristem.axis import Axis, Place, Slot
+from meristem.errors import DataError, GrowthRefused
+from meristem.how.draws import drawn, flat_size, mean_norm, unflatten
+from meristem.how.view import Sandbox, View
+from meristem.values import Proposal
+from meristem.statistics.flops import counting
+
+Operator = Callable[[Tensor], Tensor]
+
+_OFFSET = 0.5
+"""Pre-activation at which slopes are taken where the activation is flat at zero."""
+_FLAT = 0.1
+"""Below this ratio of the slopes at 0 and at the offset an activation counts as flat at zero."""
+_KICK = 4.0
+"""Length of the opening step of a flat activation, in rounding errors of the present fan-in norm."""
+
+
+@dataclass(frozen=True)
+class GradMax:
+    """New units whose zero side receives the largest gradient that weights of their norm can give.
+
+    Zero fan-in: W_out = a (u_1, ..., u_k), the leading singular vectors of M; then ||dL/dW_in||_F^2 = a^2 sum s_i^2, the
+    largest possible for orthogonal columns of norm a = scale x the mean fan-out norm of the present units. The predicted
+    first-order gain of unit i is a s_i. Zero fan-out: W_in starts at the v_i and climbs ||dL/dW_out||^2 by Adam, its norm
+    kept at scale x the mean fan-in norm.
+
+    Args:
+        zero: The side that is zero; "auto" takes "fan_in", and "fan_out" where a norm sits on the axis or where the
+            fan-in cannot reach the loss to first order (gated units).
+        scale: Norm of the new weights over the mean norm of the present units'.
+        steps: Steps of the climb, with zero fan-out.
+        batches: Growth batches that M is averaged over.
+        tolerance: Relative change of the singular values at which the iteration stops.
+
+    Example:
+        >>> import torch, meristem as ms
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        >>> data = [(torch.randn(32, 4), torch.randn(32, 2))]
+        >>> loss = lambda model, batch: torch.nn.functional.mse_loss(model(batch[0]), batch[1])
+        >>> growth = ms.grow_(net, {"0": 2}, data[0][0], how=ms.how.GradMax(), loss=loss, data=data)
+        >>> growth.after
+        {'0': 10}
+    """
+
+    zero: Literal["auto", "fan_in", "fan_out"] = "auto"
+    scale: float = 0.5
+    steps: int = 10
+    batches: int = 1
+    tolerance: float = 1e-5
+
+    @property
+    def preserves(self) -> bool:
+        return True
+
+    def propose(self, view: View, axis: Axis, count: int) -> Proposal:
+        """The `count` best units, the one with the largest predicted gain first."""
+        if not view.batches:
+            raise DataError("GradMax measures gradients: pass loss= and data=")
+        if axis.norm in ("layer_norm", "rms_norm") or axis.end or not axis.places("fan_in"):
+            raise GrowthRefused(f"GradMax has no zero side on axis {axis.name!r}. hint: how.Random grows it")
+        with counting() as counter:
+            space = _Space(view, axis, count, self)
+            proposal = space.zero_fan_out() if self.zero == "fan_out" else self._fan_in_first(space)
+        return Proposal(
+            proposal.axis, count, proposal.strips, gains=proposal.gains, flops=counter.get_total_flops(), note=proposal.note
+        )
+
+    def _fan_in_first(self, space: _Space) -> Proposal:
+        if self.zero == "auto" and space.axis.norm is not None:
+            return space.zero_fan_out()
+        proposal = space.zero_fan_in()
+        if self.zero == "auto" and max(proposal.gains, default=0.0) == 0.0:
+            return space.zero_fan_out()
+        return proposal
+
+
+class _Space:
+    """The weights of one axis' new units as vectors, and M acting on them."""
+
+    def __init__(self, view: View, axis: Axis, count: int, method: GradMax) -> None:
+        self.view, self.axis, self.count, self.method = view, axis, count, method
+        self.units = count // axis.multiple
+        self.inward, self.outward = axis.places("fan_in"), axis.places("fan_out")
+        shapes = view.shapes(axis, count)
+        self.width_in, self.width_out = flat_size(shapes, self.inward), flat_size(shapes, self.outward)
+        self.rank = min(self.width_in, self.width_out)
+        self.trials = min(self.rank, max(2 * self.units, self.units + 32))
+        self.like = view.values[self.inward[0].name]
+        self.batches = list(view.batches)[: method.batches]
+
+    def strips(self, sandbox: Sandbox, inward: Tensor, outward: Tensor) -> dict[Place, Tensor]:
+        """Trial strips of a sandbox from one fan-in and one fan-out vector per unit; depthwise kernels are drawn."""
+        shapes = {slot: sandbox.shape(slot) for slot in self.axis.slots}
+        carried = {
+            slot.place: self.kernel(slot, shapes[slot]) for slot in self.axis.places("carried") if slot.fill == "draw"
+        }
+        return carried | unflatten(inward, shapes, self.inward) | unflatten(outward, shapes, self.outward)
+
+    def kernel(self, slot: Slot, shape: tuple[int, ...]) -> Tensor:
+        """The mean present kernel of a depthwise convolution on the axis: what new units are carried by."""
+        return self.view.units(slot, self.axis).mean(0, keepdim=True).expand(shape).clone()
+
+    def operators(self, offset: float) -> tuple[Operator, Operator]:
+        """V -> M V and U -> M^T U for trial vectors in rows, at a pre-activation of `offset`."""
+        sandbox = self.view.sandbox(self.axis, self.trials * self.axis.multiple)
+        if offset and not sandbox.lift(offset):
+            offset = 0.0
+        parts = []
+        for batch in self.batches:
+            inward = self.like.new_zeros(self.trials, self.width_in).requires_grad_()
+            outward = self.like.new_zeros(self.trials, self.width_out).requires_grad_()
+            loss = sandbox.loss(self.strips(sandbox, inward, outward), batch)
+            to_in, to_out = torch.autograd.grad(loss, (inward, outward), create_graph=True)
+            parts.append((inward, outward, to_in, to_out))
+        if offset:
+            sandbox.lower()
+
+        def apply(vectors: Tensor, inwards: bool) -> Tensor:
+            total = torch.zeros(1, dtype=torch.float64)
+            for inward, outward, to_in, to_out in parts:
+                source, target = (to_out, inward) if inwards else (to_in, outward)
+                if not source.requires_grad:
+                    return vectors.new_zeros(self.trials, self.width_in if inwards else self.width_out)
+                product = (source * vectors.to(source)).sum()
+                (part,) = torch.autograd.grad(product, target, retain_graph=True, allow_unused=True)
+                total = total + (torch.zeros_like(target) if part is None else part).detach().double().cpu() / len(parts)
+            return total
+
+        return (lambda v: apply(v, True)), (lambda u: apply(u, False))
+
+    def triplets(self, forward: Operator, adjoint: Operator) -> tuple[Tensor, Tensor, Tensor]:
+        """Leading singular triplets of M, in rows: fan-in vectors, singular values, fan-out vectors; float64."""
+        outward = _orthonormal_rows(self.probes())
+        values = torch.zeros(self.trials, dtype=torch.float64)
+        for _ in range(50):
+            inward = _orthonormal_rows(forward(outward))
+            rotation, new_values, outward = torch.linalg.svd(adjoint(inward), full_matrices=False)
+            inward = rotation.T @ inward
+            moved = (new_values - values)[: self.units].abs().max()
+            values = new_values
+            if bool(moved <= self.method.tolerance * values.max()):
+                break
+        return inward, values, outward
+
+    def probes(self) -> Tensor:
+        return self.view.normal((self.trials, self.width_out), torch.zeros(1, dtype=torch.float64))
+
+    def frame(self) -> tuple[Tensor, Tensor, Tensor, bool]:
+        """The k best triplets, random orthonormal directions beyond the rank, and whether the activation is flat at 0."""
+        operators, lifted = self.operators(0.0), self.operators(_OFFSET)
+        probes = self.probes()
+        flat = bool(operators[0](probes).norm() < _FLAT * lifted[0](probes).norm())
+        inward, values, outward = self.triplets(*(lifted if flat else operators))
+        values = torch.where(values > 1e-10 * values.max(), values, 0.0)
+        outward, inward = _fill(self.view, outward, values, self.units), _fill(self.view, inward, values, self.units)
+        values = torch.nn.functional.pad(values, (0, max(0, self.units - len(values))))[: self.units]
+        largest = outward.gather(1, outward.abs().argmax(1, keepdim=True)).sign()
+        return inward * largest, values, outward * largest, flat
+
+    def zero_fan_in(self) -> Proposal:
+        """Fan-out along the singular vectors; fan-in zero, or opened by a step of rounding size under a flat activation."""
+        inward, values, outward, flat = self.frame()
+        length = self.method.scale * (mean_norm(self.view, self.axis, "fan_out") or 1.0)
+        fan_out, fan_in = length * outward, torch.zeros_like(inward)
+        if flat:
+            step = _KICK * torch.finfo(self.like.dtype).eps * (mean_norm(self.view, self.axis, "fan_in") or 1.0)
+            sign = self.livelier(-step * inward, fan_out)
+            fan_out, fan_in = sign * fan_out, -step * sign * inward
+        gains = tuple((length * values).tolist())
+        note = f"zero fan-in{', opened by a step of rounding size' if flat else ''}" + self.shortfall(values)
+        return self.proposal(fan_in, fan_out, gains, note)
+
+    def livelier(self, inward: Tensor, outward: Tensor) -> Tensor:
+        """Per unit +1 or -1: the sign of both sides with which its fan-in receives the larger gradient."""
+        norms = []
+        for sign in (1.0, -1.0):
+            sandbox = self.view.sandbox(self.axis, self.count)
+            trial = (sign * inward).to(self.like).requires_grad_()
+            loss = sandbox.loss(self.strips(sandbox, trial, (sign * outward).to(self.like)), self.batches[0])
+            norms.append(torch.autograd.grad(loss, trial)[0].norm(dim=1))
+        return torch.where(norms[0] >= norms[1], 1.0, -1.0).double().cpu()[:, None]
+
+    def zero_fan_out(self) -> Proposal:
+        """Fan-in from the singular vectors, improved by projected ascent on the gradient of the zero fan-out."""
+        start, values, _, _ = self.frame()
+        length = self.method.scale * (mean_norm(self.view, self.axis, "fan_in") or 1.0)
+        sandbox = self.view.sandbox(self.axis, self.count)
+        outward = self.like.new_zeros(self.units, self.width_out).requires_grad_()
+        biased = drawn(self.view, self.axis, self.count, "fan_out")
+
+        def gradient(inward: Tensor, create_graph: bool) -> Tensor:
+            strips = biased | self.strips(sandbox, inward, outward)
+            loss = sum(sandbox.loss(strips, batch) for batch in self.batches)
+            assert isinstance(loss, Tensor)
+            return torch.autograd.grad(loss / len(self.batches), outward, create_graph=create_graph)[0]
+
+        flipped = gradient(length * -start.to(self.like), False).norm(dim=1)
+        kept = gradient(length * start.to(self.like), False).norm(dim=1)
+        sign = torch.where(kept >= flipped, 1.0, -1.0)[:, None]
+        inward = (length * sign * start.to(self.like)).requires_grad_()
+        optimizer = torch.optim.Adam([inward], lr=0.1 * length / math.sqrt(self.width_in))
+        best, best_norms = inward.detach().clone(), torch.maximum(kept, flipped)
+        for _ in range(self.method.steps):
+            objective = gradient(inward, True).square().sum()
+            (inward.grad,) = torch.autograd.grad(-objective, inward)
+            optimizer.step()
+            with torch.no_grad():
+                inward.mul_(length / inward.norm(dim=1, keepdim=True).clamp_min(1e-30))
+        reached = gradient(inward, False).norm(dim=1)
+        better = (reached >= best_norms)[:, None]
+        best = torch.where(better, inward.detach(), best)
+        gains = torch.maximum(reached, best_norms)
+        order = gains.argsort(descending=True)
+        strips = {place: strip[order] for place, strip in (biased | self.strips(sandbox, best, outward.detach())).items()}
+        note = "zero fan-out" + self.shortfall(values)
+        return Proposal(self.axis.name, self.count, strips, gains=tuple(gains[order].tolist()), note=note)
+
+    def shortfall(self, values: Tensor) -> str:
+        missing = int((values == 0).sum())
+        return f"; the gradient has rank {len(values) - missing}, {missing} units are random" if missing else ""
+
+    def proposal(self, inward: Tensor, outward: Tensor, gains: tuple[float, ...], note: str) -> Proposal:
+        sandbox = self.view.sandbox(self.axis, self.count)
+        strips = self.strips(sandbox, inward.to(self.like), outward.to(self.like))
+        return Proposal(self.axis.name, self.count, strips, gains=gains, note=note)
+
+
+def _orthonormal_rows(rows: Tensor) -> Tensor:
+    return torch.linalg.qr(rows.T)[0].T
+
+
+def _fill(view: View, rows: Tensor, values: Tensor, count: int) -> Tensor:
+    """The first `count` rows; where their singular value is zero, or there are too few, random unit rows orthogonal to them."""
+    good = rows[: int((values[:count] > 0).sum())]
+    missing = count - len(good)
+    if not missing:
+        return rows[:count]
+    extra = view.normal((missing, rows.shape[1]), rows)
+    extra = extra - extra @ good.T @ good
+    if len(good) + missing <= rows.shape[1]:
+        extra = _orthonormal_rows(extra)
+    return torch.cat([good, extra / extra.norm(dim=1, keepdim=True).clamp_min(1e-30)])

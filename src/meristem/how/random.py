@@ -1,0 +1,46 @@
+"""Random new units, the baseline that every method has to beat.
+
+Preserves the function where one side is zero (the default); costs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from meristem.axis import Axis
+from meristem.how.draws import drawn
+from meristem.how.view import View
+from meristem.values import Proposal
+
+
+@dataclass(frozen=True)
+class Random:
+    """New weights from U(-b, b) with b = scale / sqrt(fan-in), as nn.Linear and the convolutions draw their own.
+
+    Args:
+        zero: The side that starts at zero: "fan_out" (the new units compute but are not read yet), "fan_in" (read but
+            silent; dead for ever under an activation whose derivative at 0 is 0, such as ReLU), or None for neither.
+        scale: Factor on b.
+
+    Example:
+        >>> import torch, meristem as ms
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> ms.grow_(net, {"0": 3}, torch.randn(5, 4), how=ms.how.Random()).after
+        {'0': 11}
+    """
+
+    zero: Literal["fan_out", "fan_in"] | None = "fan_out"
+    scale: float = 1.0
+
+    @property
+    def preserves(self) -> bool:
+        return self.zero is not None
+
+    @property
+    def batches(self) -> int:
+        return 0
+
+    def propose(self, view: View, axis: Axis, count: int) -> Proposal:
+        """Drawn weights for `count` units."""
+        return Proposal(axis.name, count, drawn(view, axis, count, self.zero, self.scale))

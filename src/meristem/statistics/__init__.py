@@ -1,0 +1,1 @@
+"""Measuring on the side: what is looked at comes back untouched."""

@@ -1,0 +1,369 @@
+"""From one labelled trace to the axes of a model, and from a wish to a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from meristem.axis import Axes, Axis, Kind, Place, Role, Slot
+from meristem.errors import DiscoveryError, GrowthRefused
+from meristem.values import AttributeChange, Plan, Sources, TensorChange
+from meristem.structure import repair
+from meristem.structure.labels import (
+    Changes,
+    Label,
+    atoms,
+    fresh,
+    mark_end,
+    positions,
+    size,
+    sources,
+)
+from meristem.structure.tracer import Dim, ModuleStack, Norm, Traced, Tracer, tensors
+from meristem.structure.twin import Example, as_example, fake_mode, looking, map_tensors, named_tensors, twin
+
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule", "ScriptModule")
+
+Amount = int | Sequence[int]
+"""What `resolve` is asked for: units to add (negative: the last ones to drop), or the indices of units to drop."""
+
+
+class Structure:
+    """What can grow in `model`, found by running it once on `example` with data-free copies of its tensors.
+
+    Attributes:
+        axes: The axes by name, with `ends` and `frozen`.
+        norms: The layer and RMS norms over an axis, by axis name.
+        outputs: Labels of the model's output tensors.
+    """
+
+    def __init__(self, model: nn.Module, example: Any) -> None:
+        refuse_wrapped(model)
+        self.model = model
+        self.example: Example = as_example(example)
+        try:
+            self._trace(fake=True)
+        except DiscoveryError:
+            raise
+        except Exception as first:
+            try:
+                self._trace(fake=False)
+            except Exception as error:
+                raise DiscoveryError(
+                    f"the forward of {type(model).__name__} fails on the example "
+                    f"({type(error).__name__}: {error}). Received {_describe(self.example)}. hint: pass the example as "
+                    "the model is called: a tensor, a tuple of arguments or a dict of keyword arguments"
+                ) from first
+        self._plans: dict[Any, Plan] = {}
+        self._collect()
+
+    def _trace(self, fake: bool) -> None:
+        self.fake = fake
+        self.names = set(named_tensors(self.model))
+        mode = fake_mode(fake)
+        copied = self.twin_of_shape({}, (), mode).eval()
+        stack = ModuleStack(copied)
+        tracer = Tracer(stack)
+        self.labels: dict[str, list[Label]] = {}
+        averaged = {id(b) for m in copied.modules() if isinstance(m, nn.modules.batchnorm._NormBase) for b in m.buffers(False)}
+        for name, tensor in named_tensors(copied).items():
+            reason = None
+            if not isinstance(tensor, nn.Parameter) and id(tensor) not in averaged:
+                reason = f"{name} is a buffer"
+            labels = [Label(n, reason) for n in tensor.shape]
+            weight = isinstance(tensor, nn.Parameter) or id(tensor) in averaged
+            origins = [frozenset({(name, d)}) if weight else frozenset() for d in range(tensor.dim())]
+            self.labels[name] = labels
+            tensor._meristem = Traced([Dim(x, o) for x, o in zip(labels, origins, strict=True)], weight)  # type: ignore[attr-defined]
+        args, kwargs = self.example_for(mode)
+        for tensor in tensors((args, kwargs)):
+            tensor._meristem = Traced([Dim(fresh(n, "an input of the model")) for n in tensor.shape])  # type: ignore[attr-defined]
+        with looking(mode), tracer:
+            output = copied(*args, **kwargs)
+        self.trace = tracer.trace
+        self.outputs = [[dim.label for dim in tracer.dims(tensor)] for tensor in tensors(output)]
+        for labels in self.outputs:
+            for label in labels:
+                mark_end(label, "output")
+
+    def twin_of_shape(
+        self, shapes: Mapping[str, Sequence[int]], edits: Sequence[AttributeChange], mode: FakeTensorMode | None
+    ) -> nn.Module:
+        """A twin whose tensors have the planned shapes and whose attributes are edited."""
+
+        def convert(name: str, tensor: Tensor) -> Tensor:
+            source = tensor.detach()
+            if name in shapes:
+                source = source.new_zeros(tuple(shapes[name]))
+            return mode.from_tensor(source) if mode is not None else source.clone()
+
+        copied = twin(self.model, convert)
+        apply_edits(copied, edits)
+        return copied
+
+    def example_for(self, mode: FakeTensorMode | None) -> Example:
+        args, kwargs = map_tensors(
+            self.example, lambda t: mode.from_tensor(t.detach()) if mode is not None else t.detach().clone()
+        )
+        return args, kwargs
+
+    # -- from labels to axes ------------------------------------------------------------------------------------------
+
+    def _collect(self) -> None:
+        found: dict[Label, list[Place]] = {}
+        for name, labels in self.labels.items():
+            for d, label in enumerate(labels):
+                for atom in dict.fromkeys(atoms(label)):
+                    found.setdefault(atom, []).append(Place(name, d))
+        self.atoms: dict[str, Label] = {}
+        self.norms: dict[str, list[Norm]] = {}
+        axes: dict[str, Axis] = {}
+        ends: dict[str, Axis] = {}
+        frozen: dict[str, str] = {}
+        owners = {atom: self._owner(places) for atom, places in found.items()}
+        order = sorted(found, key=lambda atom: self.trace.order.get(owners[atom].name, len(self.trace.order)))
+        for atom in order:
+            owner = owners[atom]
+            label = self.labels[owner.name][owner.dim]
+            reason = self._reason(atom, found[atom])
+            name = self._name(atom, owner, label, {*axes, *ends, *frozen})
+            if reason is not None:
+                if atom.frozen != "a spatial dimension" and atom.size > 1:
+                    frozen[name] = reason
+                continue
+            axis = self._axis(name, atom, label, found[atom])
+            self.atoms[name] = atom
+            self.norms[name] = [norm for norm in self.trace.norms if atom in atoms(norm.label)]
+            (ends if axis.end else axes)[name] = axis
+        self.axes = Axes(axes, ends, frozen)
+
+    def _owner(self, places: Sequence[Place]) -> Place:
+        """The place that names an axis: its first producer in forward order, else its first place."""
+
+        def rank(place: Place) -> tuple[bool, int]:
+            return self._role(place) != "fan_in", self.trace.order.get(place.name, len(self.trace.order))
+
+        return min(places, key=rank)
+
+    def _role(self, place: Place) -> Role:
+        if (place.name, place.dim) in self.trace.consumed:
+            return "fan_out"
+        return "fan_in" if place.name in self.trace.contracted and not self._depthwise(place) else "carried"
+
+    def _depthwise(self, place: Place) -> bool:
+        return place.name in self.trace.groups and not any(name == place.name for name, _ in self.trace.consumed)
+
+    def _name(self, atom: Label, owner: Place, label: Label, taken: set[str]) -> str:
+        module_name, _, leaf = owner.name.rpartition(".")
+        module = self.model.get_submodule(module_name)
+        leaf_module = bool(module_name) and leaf == "weight" and next(module.children(), None) is None
+        name = module_name if leaf_module else owner.name
+        if self._role(owner) == "fan_out" and atom.frozen is not None:
+            name = f"{name}:in"
+        heads = self._heads()
+        several = len({a for a in atoms(label) if self._reason(a, []) is None}) > 1
+        if atom in heads:
+            name = f"{name}:heads"
+        elif any(a in heads for a in atoms(label)):
+            name = f"{name}:head_dim"
+        elif several and any(atom in atoms(group) for group in self.trace.groups.values()):
+            name = f"{name}:groups"
+        base, number = name, 2
+        while name in taken:
+            name, number = f"{base}:{number}", number + 1
+        return name
+
+    def _heads(self) -> set[Label]:
+        """Atoms that number the heads of an attention: batch dimensions of its products, inside a parameter dimension."""
+        composed = [label for labels in self.labels.values() for label in labels if label.root.kind == "product"]
+        inside = {atom for label in composed for atom in atoms(label)}
+        return inside & {atom for label in self.trace.heads for atom in atoms(label)}
+
+    def _reason(self, atom: Label, places: Sequence[Place]) -> str | None:
+        """Why an atom cannot grow, or None. Without places only the atom itself is judged."""
+        if atom.frozen is not None:
+            return atom.frozen
+        normed = {f"{norm.kind.replace('_', ' ')} {norm.module}" for norm in self.trace.norms}
+        others = sorted(atom.mixes - normed)
+        if others:
+            return others[0]
+        if atom.mixes and len({norm.kind for norm in self.trace.norms if atom in atoms(norm.label)}) != 1:
+            return "layer norms and RMS norms both normalise over it"
+        if not places:
+            return None
+        roles = {self._role(place) for place in places}
+        if atom.end == "output" and roles == {"fan_out"}:
+            return "an output that no parameter produces"
+        if atom.end is None and "fan_out" not in roles:
+            seen = any(place.name in self.trace.order for place in places)
+            return "nothing that grows reads it" if seen else "the forward on the example does not use it"
+        if atom.end is None and "fan_in" not in roles and not self._has_bias(places):
+            return "its weights are tied on both sides and no bias would keep a new unit alive"
+        return None
+
+    def _has_bias(self, places: Sequence[Place]) -> bool:
+        return any(self.trace.fills.get(place.name) == "bias" for place in places)
+
+    def _axis(self, name: str, atom: Label, label: Label, places: Sequence[Place]) -> Axis:
+        kind: Kind = "heads" if name.endswith(":heads") else "width"
+        multiple = 1
+        if ":" not in name and label.root.kind == "product":
+            multiple = label.root.size // atom.size
+        ordered = sorted(places, key=lambda place: self.trace.order.get(place.name, len(self.trace.order)))
+        slots = tuple(self._slot(place) for place in ordered)
+        norm = next((n.kind for n in self.trace.norms if atom in atoms(n.label)), None)
+        if norm is None and any(atom in atoms(x) for x in self.trace.batch_norms):
+            return Axis(name, kind, atom.size * multiple, multiple, slots, "batch_norm", atom.end)
+        return Axis(name, kind, atom.size * multiple, multiple, slots, norm, atom.end)
+
+    def _slot(self, place: Place) -> Slot:
+        tensor = named_tensors(self.model)[place.name]
+        role = self._role(place)
+        fill = self.trace.fills.get(place.name, "draw" if tensor.dim() > 1 or role == "fan_in" else "mean")
+        return Slot(place.name, place.dim, role, fill, not isinstance(tensor, nn.Parameter))
+
+    # -- from a wish to a plan ----------------------------------------------------------------------------------------
+
+    def resolve(self, wishes: Mapping[str, Amount]) -> Plan:
+        """The plan that adds or drops units as wished, or the refusal. Wrong arguments raise. Solved once per wish."""
+        key = tuple((name, amount if isinstance(amount, int) else tuple(amount)) for name, amount in wishes.items())
+        if key not in self._plans:
+            self._plans[key] = self._resolve(wishes)
+        return self._plans[key]
+
+    def resized(self, wishes: Mapping[str, Amount]) -> Plan:
+        """Shapes and costs of a wish alone: no attribute is looked at, nothing is re-traced."""
+        changes = self._changes(wishes)
+        before = {name: self.axes.named(name).size for name in wishes}
+        after = {name: len(changes[self.atoms[name]]) * self.axes.named(name).multiple for name in wishes}
+        return self._lay_out(changes, before, after)
+
+    def _changes(self, wishes: Mapping[str, Amount]) -> dict[Label, Sources]:
+        return {self.atoms[n]: _sources_of(self.axes.named(n), self.atoms[n], a) for n, a in wishes.items()}
+
+    def _resolve(self, wishes: Mapping[str, Amount]) -> Plan:
+        plan, changes = self.resized(wishes), self._changes(wishes)
+        edits, refusal = repair.attributes_for(self, plan, changes)
+        rescaled, constants = self._renormalise(wishes, changes)
+        return replace(plan, attributes=(*edits, *constants), rescaled=rescaled, refusal=refusal)
+
+    def _renormalise(
+        self, wishes: Mapping[str, Amount], changes: Changes
+    ) -> tuple[dict[str, float], list[AttributeChange]]:
+        """What keeps a layer norm or RMS norm exact when its width goes from C to C': weight x sqrt(C/C'), eps x C/C'."""
+        rescaled: dict[str, float] = {}
+        constants = []
+        for norm in dict.fromkeys(norm for name in wishes for norm in self.norms[name]):
+            ratio = norm.label.root.size / size(norm.label, changes)
+            module = self.model.get_submodule(norm.module)
+            prefix = norm.module + "." if norm.module else ""
+            if prefix + "weight" in self.labels:
+                rescaled[prefix + "weight"] = ratio**0.5
+            eps = getattr(module, "eps", None)
+            if eps is None:
+                eps = torch.finfo(next(module.parameters()).dtype).eps
+            constants.append(AttributeChange(norm.module, "eps", module.eps, eps * ratio))
+        return rescaled, constants
+
+    def _lay_out(self, changes: Changes, before: Mapping[str, int], after: Mapping[str, int]) -> Plan:
+        """The shape changes that follow from `changes`, before any attribute is looked at."""
+        tensors_of = named_tensors(self.model)
+        changed = []
+        for name, labels in self.labels.items():
+            new = tuple(size(label, changes) for label in labels)
+            if not any(atom in changes for label in labels for atom in atoms(label)):
+                continue
+            tensor = tensors_of[name]
+            maps = tuple(sources(label, changes) for label in labels)
+            changed.append(TensorChange(name, tuple(tensor.shape), new, maps, not isinstance(tensor, nn.Parameter)))
+        layout: dict[str, dict[Place, Sources]] = {}
+        for axis_name in after:
+            atom = self.atoms[axis_name]
+            slots = self.axes.named(axis_name).slots
+            layout[axis_name] = {s.place: positions(self.labels[s.name][s.dim], atom, changes) for s in slots}
+        count = sum(p.numel() for p in self.model.parameters())
+        grown = sum(int(np.prod(c.after)) - int(np.prod(c.before)) for c in changed if not c.buffer)
+        flops = (self.flops({}), self.flops(changes))
+        outputs = tuple(tuple(sources(label, changes) for label in labels) for labels in self.outputs)
+        return Plan(
+            before, after, tuple(changed), layout, outputs=outputs, parameters=(count, count + grown), flops=flops
+        )
+
+    def layout(self, axis: str) -> dict[Place, Sources]:
+        """Where the present units of an axis lie: for each place, an array (units, entries per unit)."""
+        slots = self.axes.named(axis).slots
+        return {s.place: positions(self.labels[s.name][s.dim], self.atoms[axis], {}) for s in slots}
+
+    def flops(self, changes: Changes) -> int:
+        """Floating-point operations of one forward pass on the example: two per multiply-add of every contraction."""
+        total = 0
+        for factors in self.trace.macs:
+            macs = 1
+            for label in factors:
+                macs *= size(label, changes)
+            total += 2 * macs
+        return total
+
+    @property
+    def batch(self) -> int:
+        """The example's batch size: the leading dimension of its first tensor."""
+        first = next(iter(tensors(self.example)), None)
+        return int(first.shape[0]) if first is not None and first.dim() else 1
+
+
+def _sources_of(axis: Axis, atom: Label, amount: Amount) -> Sources:
+    present = np.arange(atom.size)
+    if isinstance(amount, bool) or (not isinstance(amount, int) and isinstance(amount, (str, float))):
+        raise TypeError(f"the count for axis {axis.name!r} must be an int; got {amount!r}")
+    if isinstance(amount, int):
+        if amount % axis.multiple:
+            raise GrowthRefused(f"axis {axis.name!r} changes in multiples of {axis.multiple}; got {amount}")
+        entries = amount // axis.multiple
+        if entries > 0:
+            return np.concatenate([present, np.full(entries, -1)])
+        kept = present[: atom.size + entries] if atom.size + entries > 0 else present[:0]
+    else:
+        drop = sorted({int(i) for i in amount})
+        wrong = [i for i in drop if not 0 <= i < axis.size]
+        if wrong or not drop:
+            raise GrowthRefused(f"axis {axis.name!r} has units 0..{axis.size - 1}; got indices {list(amount)}")
+        dropped = sorted({i // axis.multiple for i in drop})
+        whole = [g * axis.multiple + i for g in dropped for i in range(axis.multiple)]
+        if drop != whole:
+            raise GrowthRefused(f"axis {axis.name!r} drops whole groups of {axis.multiple} units; got {drop}")
+        kept = np.setdiff1d(present, np.array(dropped))
+    if not len(kept):
+        raise GrowthRefused(f"axis {axis.name!r} has {axis.size} units; at least {axis.multiple} must stay")
+    return kept
+
+
+def apply_edits(model: nn.Module, edits: Sequence[AttributeChange]) -> None:
+    """Set module attributes; on a twin, or by surgery."""
+    for edit in edits:
+        setattr(model.get_submodule(edit.module), edit.attribute, edit.after)
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise where a wrapper holds the model: it would keep stale references to the tensors that change."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a torch.nn.Module is needed; got {type(model).__name__}")
+    for kind in type(model).__mro__:
+        if kind.__name__ in _WRAPPERS:
+            inner = "_orig_mod" if kind.__name__ == "OptimizedModule" else "module"
+            raise GrowthRefused(
+                f"the model is wrapped in {kind.__name__}, which keeps references to the old tensors. "
+                f"hint: grow the inner model (model.{inner}) and wrap it again"
+            )
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
+        raise GrowthRefused("the model has lazy parameters without a shape. hint: run it once before it grows")
+
+
+def _describe(example: Example) -> str:
+    args, kwargs = map_tensors(example, lambda t: f"{tuple(t.shape)} {t.dtype}")  # type: ignore[arg-type,return-value]
+    return f"arguments {args}" + (f" and keywords {kwargs}" if kwargs else "")

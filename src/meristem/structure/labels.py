@@ -1,0 +1,359 @@
+"""The algebra of dimension labels.
+
+Every dimension of every tensor in a traced forward pass carries a `Label`. A label is an *atom*, an ordered *product* of
+labels (heads x head_dim, channels x 7 x 7 after a flatten) or an ordered *sum* of labels (after a concatenation or
+before a split). Operations that force two dimensions to agree `unify` their labels; what remains are the independent
+sizes of the network. Because products and sums are ordered, the algebra answers the two questions that surgery asks:
+how large a dimension becomes when atoms change (`size`), and where every new entry comes from (`sources`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Sources = NDArray[np.int64]
+"""For every entry of a resized dimension, the old index that it continues, or -1 where it is new."""
+
+
+class Conflict(Exception):
+    """Two labels cannot be brought into agreement, or a label cannot be cut where an operation cuts it."""
+
+
+class Label:
+    """One dimension's identity: a union-find node that may be refined into a product or a sum of finer labels."""
+
+    __slots__ = ("end", "frozen", "kind", "mixes", "parent", "parts", "size")
+
+    def __init__(self, size: int, frozen: str | None = None) -> None:
+        self.size = size
+        self.parent: Label | None = None
+        self.kind: Literal["atom", "product", "sum"] = "atom"
+        self.parts: list[Label] = []
+        self.frozen = frozen
+        self.end: str | None = None
+        self.mixes: set[str] = set()
+
+    @property
+    def root(self) -> Label:
+        node = self
+        while node.parent is not None:
+            node = node.parent
+        return node
+
+    def __repr__(self) -> str:
+        root = self.root
+        if root.kind == "atom":
+            return str(root.size)
+        return "(" + {"product": "*", "sum": "+"}[root.kind].join(map(repr, root.parts)) + ")"
+
+
+UNIT = Label(1, "a broadcast dimension of size 1")
+
+
+def fresh(size: int, frozen: str | None = None) -> Label:
+    """A label for a dimension that nothing is known about; size-1 dimensions broadcast and share one label."""
+    return UNIT if size == 1 else Label(size, frozen)
+
+
+def atoms(label: Label) -> Iterator[Label]:
+    """The finest labels below `label`, in order, with repetitions where an atom stands in several places."""
+    root = label.root
+    if root.kind == "atom":
+        yield root
+    for part in root.parts:
+        yield from atoms(part)
+
+
+def freeze(label: Label, reason: str) -> None:
+    """Forbid every atom below `label` to change; the first reason is kept."""
+    for atom in atoms(label):
+        if atom is not UNIT and atom.frozen is None:
+            atom.frozen = reason
+
+
+def mix(label: Label, reason: str) -> None:
+    """Record that an operation combines the entries of `label`, so that new entries disturb old ones."""
+    for atom in atoms(label):
+        atom.mixes.add(reason)
+
+
+def mark_end(label: Label, end: str) -> None:
+    """Mark the atoms below `label` as an end of the model (its classes, its vocabulary)."""
+    for atom in atoms(label):
+        if atom is not UNIT and atom.end is None:
+            atom.end = end
+
+
+def _refine(label: Label, kind: Literal["product", "sum"], parts: Sequence[Label]) -> None:
+    root = label.root
+    root.kind, root.parts = kind, list(parts)
+    for part in parts:
+        _inherit(part, root)
+
+
+def _inherit(heir: Label, origin: Label) -> None:
+    if origin.frozen is not None:
+        freeze(heir, origin.frozen)
+    if origin.end is not None:
+        mark_end(heir, origin.end)
+    for reason in origin.mixes:
+        mix(heir, reason)
+
+
+def _flat(labels: Sequence[Label], kind: Literal["product", "sum"]) -> list[Label]:
+    flat: list[Label] = []
+    for label in labels:
+        root = label.root
+        if root.kind == kind:
+            flat += _flat(root.parts, kind)
+        elif not (kind == "product" and root is UNIT):
+            flat.append(root)
+    return flat
+
+
+def product(labels: Sequence[Label]) -> Label:
+    """The label of a dimension that runs over all combinations of `labels`, the last one fastest."""
+    parts = _flat(labels, "product")
+    if len(parts) < 2:
+        return parts[0] if parts else UNIT
+    result = Label(math.prod(part.size for part in parts))
+    result.kind, result.parts = "product", parts
+    return result
+
+
+def concatenation(labels: Sequence[Label]) -> Label:
+    """The label of a dimension that runs through `labels` one after the other."""
+    parts = [part for part in _flat(labels, "sum") if part.size]
+    if len(parts) == 1:
+        return parts[0]
+    result = Label(sum(part.size for part in parts))
+    result.kind, result.parts = "sum", parts
+    return result
+
+
+def split_product(label: Label, outer: int) -> tuple[Label, Label]:
+    """Cut `label` into an outer factor of size `outer` and the inner rest, refining it where it is still an atom."""
+    root = label.root
+    if outer == 1:
+        return UNIT, root
+    if outer == root.size:
+        return root, UNIT
+    if root.size % outer:
+        raise Conflict(f"a dimension of size {root.size} cannot be cut into {outer} equal parts")
+    if root.kind == "atom":
+        first, second = Label(outer), Label(root.size // outer)
+        _refine(root, "product", [first, second])
+        return first, second
+    if root.kind == "sum":
+        return _split_sum_of_equal_rows(root, root.size // outer)
+    taken: list[Label] = []
+    rest = _flat([root], "product")
+    while outer > 1:
+        factor = rest.pop(0)
+        if outer % factor.size == 0:
+            taken.append(factor)
+            outer //= factor.size
+        elif factor.size % outer == 0:
+            first, second = split_product(factor, outer)
+            taken.append(first)
+            rest.insert(0, second)
+            outer = 1
+        else:
+            raise Conflict(f"a dimension {root!r} cannot be cut at {outer}")
+    return product(taken), product(rest)
+
+
+def _split_sum_of_equal_rows(root: Label, inner: int) -> tuple[Label, Label]:
+    terms = _flat([root], "sum")
+    if any(term.size % inner for term in terms):
+        raise Conflict(f"a concatenation {root!r} cannot be cut into rows of {inner}")
+    pairs = [split_product(term, term.size // inner) for term in terms]
+    for _, second in pairs[1:]:
+        unify(pairs[0][1], second)
+    if all(term.size == inner for term in terms):
+        return Label(len(terms), "an index of stacked parts"), pairs[0][1]
+    return concatenation([first for first, _ in pairs]), pairs[0][1]
+
+
+def split_sum(label: Label, position: int) -> tuple[Label, Label]:
+    """Cut `label` at `position` into what comes before and what comes after."""
+    root = label.root
+    if not 0 < position < root.size:
+        raise Conflict(f"a dimension of size {root.size} cannot be cut at {position}")
+    if root.kind == "atom":
+        left, right = Label(position), Label(root.size - position)
+        _refine(root, "sum", [left, right])
+        return left, right
+    if root.kind == "sum":
+        taken: list[Label] = []
+        rest = _flat([root], "sum")
+        while position:
+            term = rest.pop(0)
+            if term.size <= position:
+                taken.append(term)
+                position -= term.size
+            else:
+                left, right = split_sum(term, position)
+                taken.append(left)
+                rest.insert(0, right)
+                position = 0
+        return concatenation(taken), concatenation(rest)
+    factors = _flat([root], "product")
+    inner = root.size // factors[0].size
+    if position % inner:
+        raise Conflict(f"a dimension {root!r} cannot be cut at {position}")
+    left, right = split_sum(factors[0], position // inner)
+    return product([left, *factors[1:]]), product([right, *factors[1:]])
+
+
+def unify(first: Label, second: Label) -> None:
+    """Make two labels of one size the same label; what cannot agree is frozen with the reason."""
+    a, b = first.root, second.root
+    if a is b:
+        return
+    if a is UNIT or b is UNIT:
+        freeze(b if a is UNIT else a, "meets a broadcast dimension of size 1")
+        return
+    if a.size != b.size:
+        raise Conflict(f"sizes {a.size} and {b.size} meet")
+    try:
+        if a.kind != "atom" and b.kind != "atom":
+            _unify_structure(a, b)
+    except Conflict as conflict:
+        freeze(a, str(conflict))
+        freeze(b, str(conflict))
+        return
+    a, b = a.root, b.root
+    if a is b:
+        return
+    if a.kind == "atom":
+        a, b = b, a
+    b.parent = a
+    _inherit(a, b)
+
+
+def _unify_structure(a: Label, b: Label) -> None:
+    if a.kind == b.kind == "product":
+        _zip_parts(a, b, "product", split_product, lambda label, size: label.size % size == 0)
+    elif a.kind == b.kind == "sum":
+        _zip_parts(a, b, "sum", split_sum, lambda label, size: True)
+    else:
+        whole, parts = (a, b) if a.kind == "product" else (b, a)
+        factors = _flat([whole], "product")
+        outer, inner = split_product(parts, factors[0].size)
+        unify(factors[0], outer)
+        unify(product(factors[1:]), inner)
+
+
+def _zip_parts(
+    a: Label,
+    b: Label,
+    kind: Literal["product", "sum"],
+    split: Callable[[Label, int], tuple[Label, Label]],
+    fits: Callable[[Label, int], bool],
+) -> None:
+    left, right = _flat([a], kind), _flat([b], kind)
+    while left and right:
+        p, q = left[0].root, right[0].root
+        if p.size == q.size:
+            unify(p, q)
+            left.pop(0)
+            right.pop(0)
+        elif p.size > q.size and fits(p, q.size):
+            head, left[0] = split(p, q.size)
+            unify(head, q)
+            right.pop(0)
+        elif q.size > p.size and fits(q, p.size):
+            head, right[0] = split(q, p.size)
+            unify(p, head)
+            left.pop(0)
+        else:
+            raise Conflict(f"{p!r} and {q!r} meet")
+
+
+def regroup(labels: Sequence[Label], sizes: Sequence[int]) -> list[Label]:
+    """The labels of a view: the factors of `labels`, in order, dealt out to dimensions of the given `sizes`."""
+    factors = _flat(labels, "product")
+    result: list[Label] = []
+    try:
+        for size in sizes:
+            taken: list[Label] = []
+            while size > 1 or (not taken and factors and factors[0].root.size == 1):
+                factor = factors.pop(0).root
+                if factor.kind == "product":
+                    factors[:0] = _flat([factor], "product")
+                elif size % factor.size == 0:
+                    taken.append(factor)
+                    size //= factor.size
+                elif factor.size % size == 0:
+                    first, second = split_product(factor, size)
+                    taken.append(first)
+                    factors.insert(0, second)
+                    size = 1
+                else:
+                    raise Conflict(f"a view cuts {list(labels)!r} into {list(sizes)}")
+            result.append(product(taken))
+        for left in factors:
+            freeze(left, "a view drops a dimension of size 1")
+    except (Conflict, IndexError) as conflict:
+        for label in labels:
+            freeze(label, str(conflict) or "a view regroups it")
+        return [fresh(size, "a view regroups it") for size in sizes]
+    return result
+
+
+Changes = Mapping[Label, Sources]
+"""For every atom that changes, its `Sources`."""
+
+
+def size(label: Label, changes: Changes) -> int:
+    """The size of a dimension after `changes`."""
+    root = label.root
+    if root.kind == "atom":
+        return len(changes[root]) if root in changes else root.size
+    sizes = [size(part, changes) for part in root.parts]
+    return math.prod(sizes) if root.kind == "product" else sum(sizes)
+
+
+def sources(label: Label, changes: Changes) -> Sources:
+    """Where every entry of a dimension comes from after `changes`: its old index, or -1 where it is new."""
+    root = label.root
+    if root.kind == "atom":
+        return changes[root] if root in changes else np.arange(root.size)
+    parts = [(part.root.size, sources(part, changes)) for part in root.parts]
+    if root.kind == "sum":
+        offsets = np.cumsum([0] + [old for old, _ in parts])
+        shifted = [np.where(new < 0, -1, new + start) for start, (_, new) in zip(offsets, parts, strict=False)]
+        return np.concatenate(shifted)
+    result = np.zeros(1, dtype=np.int64)
+    for old, new in parts:
+        combined = result[:, None] * old + new[None, :]
+        result = np.where((result[:, None] < 0) | (new[None, :] < 0), -1, combined).ravel()
+    return result
+
+
+def owners(label: Label, atom: Label, changes: Changes) -> Sources:
+    """For every entry of a dimension after `changes`, the entry of `atom` that it belongs to, or -1."""
+    root = label.root
+    if root.kind == "atom":
+        count = size(root, changes)
+        return np.arange(count) if root is atom.root else np.full(count, -1)
+    parts = [owners(part, atom, changes) for part in root.parts]
+    if root.kind == "sum":
+        return np.concatenate(parts)
+    result = parts[0]
+    for new in parts[1:]:
+        result = np.where(result[:, None] >= 0, result[:, None], new[None, :]).ravel()
+    return result
+
+
+def positions(label: Label, atom: Label, changes: Changes) -> Sources:
+    """The places of every entry of `atom` along a dimension: an array (entries, places per entry)."""
+    owner = owners(label, atom, changes)
+    where = np.argsort(owner, kind="stable")[int((owner < 0).sum()) :]
+    return where.reshape(size(atom, changes), -1)

@@ -1,0 +1,203 @@
+"""One labelled forward pass: a dispatch mode that gives every tensor dimension a label and every operation a shape law."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from meristem.structure.labels import UNIT, Conflict, Label, freeze, fresh, mix, unify
+
+Fill = Literal["draw", "bias", "zero", "one", "mean"]
+
+
+class Dim(NamedTuple):
+    """One dimension of a traced tensor: its label, and the (parameter, dimension) pairs that it views."""
+
+    label: Label
+    origin: frozenset[tuple[str, int]] = frozenset()
+
+
+@dataclass
+class Traced:
+    """What the trace knows of one tensor; `weight` says that it was computed from parameters alone."""
+
+    dims: list[Dim]
+    weight: bool = False
+
+    def parameters(self) -> set[str]:
+        return {name for dim in self.dims for name, _ in dim.origin}
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A layer norm or RMS norm over one dimension, by the module that holds its weights and eps."""
+
+    module: str
+    kind: Literal["layer_norm", "rms_norm"]
+    label: Label
+
+
+@dataclass
+class Trace:
+    """Everything that one forward pass told: shape laws of the operations, roles of the parameters, costs."""
+
+    laws: list[tuple[str, list[list[Label]], str]] = field(default_factory=list)
+    consumed: set[tuple[str, int]] = field(default_factory=set)
+    contracted: set[str] = field(default_factory=set)
+    order: dict[str, int] = field(default_factory=dict)
+    fills: dict[str, Fill] = field(default_factory=dict)
+    macs: list[list[Label]] = field(default_factory=list)
+    norms: list[Norm] = field(default_factory=list)
+    groups: dict[str, Label] = field(default_factory=dict)
+    heads: set[Label] = field(default_factory=set)
+    batch_norms: list[Label] = field(default_factory=list)
+
+
+@dataclass
+class Call:
+    """One operation as a rule sees it: its name, its arguments by schema name, its tensors."""
+
+    func: Any
+    name: str
+    arguments: dict[str, Any]
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+    def dim(self, key: str = "dim", default: int = 0) -> int:
+        rank = self.inputs[0].dim()
+        value = self.arguments.get(key, default)
+        return int(value) % rank if rank else 0
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """Every tensor in a nest of containers, model outputs and plain objects that hold tensors included."""
+    leaves: list[Tensor] = []
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            leaves.append(leaf)
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (nn.Module, type)):
+            leaves += [value for value in vars(leaf).values() if isinstance(value, Tensor)]
+    return leaves
+
+
+class ModuleStack:
+    """The names of the modules that are running, outermost first; what a failing forward was doing stays readable."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.running: list[str] = []
+        self.modules = dict(model.named_modules())
+        for name, module in self.modules.items():
+            module.register_forward_pre_hook(lambda _m, _a, name=name: self.running.append(name))
+            module.register_forward_hook(self._leave)
+
+    def _leave(self, *_: Any) -> None:
+        self.running.pop()
+
+    @property
+    def innermost(self) -> str:
+        return self.running[-1] if self.running else ""
+
+
+class Tracer(TorchDispatchMode):
+    """Labels dimensions while a model runs. Operations without a rule freeze what they touch and say so."""
+
+    def __init__(self, stack: ModuleStack) -> None:
+        super().__init__()
+        self.stack = stack
+        self.trace = Trace()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.namespace != "aten":
+            return result
+        outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        if outputs:
+            self._label(func, args, kwargs or {}, outputs)
+        return result
+
+    def _label(self, func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> None:
+        from meristem.structure.rules import apply_rule
+
+        schema = func._schema.arguments
+        arguments = {a.name: a.default_value for a in schema if a.has_default_value()}
+        arguments.update(zip([a.name for a in schema], args, strict=False))
+        arguments.update(kwargs)
+        inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        for tensor in inputs:
+            for name in self.of(tensor).parameters():
+                self.trace.order.setdefault(name, len(self.trace.order))
+        call = Call(func, func._schema.name.split("::")[1], arguments, inputs, outputs)
+        try:
+            traced = apply_rule(self, call)
+        except Conflict as conflict:
+            traced = self._freeze_all(call, f"{self.place()}: {conflict}")
+        if traced is None:
+            traced = self._freeze_all(call, f"{self.place()}: no rule for the operation {call.name!r}")
+        for tensor, known in zip(outputs, traced, strict=True):
+            tensor._meristem = known  # type: ignore[attr-defined]
+        self.trace.laws.append((call.name, [[d.label for d in known.dims] for known in traced], self.stack.innermost))
+
+    def _freeze_all(self, call: Call, reason: str) -> list[Traced]:
+        for tensor in call.inputs:
+            for dim in self.dims(tensor):
+                freeze(dim.label, reason)
+        return [Traced([Dim(fresh(n, reason)) for n in tensor.shape]) for tensor in call.outputs]
+
+    def place(self) -> str:
+        return self.stack.innermost or "the model"
+
+    def of(self, tensor: Tensor) -> Traced:
+        """What is known of `tensor`; a tensor that no traced operation made is a constant of the code."""
+        known: Traced | None = getattr(tensor, "_meristem", None)
+        if known is None:
+            known = Traced([Dim(fresh(n, "a constant tensor of the model's code")) for n in tensor.shape])
+            tensor._meristem = known  # type: ignore[attr-defined]
+        return known
+
+    def dims(self, tensor: Tensor) -> list[Dim]:
+        return self.of(tensor).dims
+
+    def contract(self, first: Dim, second: Dim, operands: Iterable[Tensor]) -> None:
+        """Record a sum over products of two dimensions: a weight's side becomes fan-out, two data sides mix."""
+        unify(first.label, second.label)
+        self.trace.consumed |= first.origin | second.origin
+        self.mark_weights(operands)
+        if not first.origin and not second.origin:
+            mix(first.label, f"{self.place()} multiplies two computed tensors along it")
+
+    def mark_weights(self, operands: Iterable[Tensor]) -> None:
+        for tensor in operands:
+            if self.of(tensor).weight:
+                self.trace.contracted |= self.of(tensor).parameters()
+
+    def fill(self, tensor: Tensor | None, fill: Fill) -> None:
+        """Say how new entries of the parameters behind `tensor` start; the first word counts."""
+        for name in self.of(tensor).parameters() if tensor is not None else ():
+            self.trace.fills.setdefault(name, fill)
+
+    def broadcast(self, inputs: list[Tensor], output: Tensor) -> Traced:
+        """Labels of an element-wise result: dimensions that are not broadcast agree."""
+        rank = output.dim()
+        result: list[Dim | None] = [None] * rank
+        for tensor in inputs:
+            for j, dim in enumerate(self.dims(tensor)):
+                position = rank - tensor.dim() + j
+                if position < 0 or tensor.shape[j] != output.shape[position]:
+                    if dim.label is not UNIT:
+                        freeze(dim.label, f"{self.place()} broadcasts it")
+                    continue
+                present = result[position]
+                if present is None or present.label is UNIT:
+                    result[position] = dim
+                elif dim.label is not UNIT:
+                    unify(present.label, dim.label)
+                    result[position] = Dim(present.label, present.origin | dim.origin)
+        weight = bool(inputs) and all(self.of(tensor).weight for tensor in inputs)
+        dims = [d if d is not None else Dim(fresh(n)) for d, n in zip(result, output.shape, strict=True)]
+        return Traced(dims if weight else [Dim(d.label) for d in dims], weight)

@@ -1,0 +1,110 @@
+"""Optimizer state grows with its parameter, by exact rules; a state tensor that no rule covers raises."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from meristem.axis import Axis
+from meristem.errors import OptimizerError
+from meristem.values import Plan, Proposal, TensorChange, index
+from meristem.surgery.tensors import along, carry, new_units
+
+Moment = Literal["first", "second"]
+
+STATE_RULES: dict[type[Optimizer], dict[str, Moment]] = {
+    torch.optim.SGD: {"momentum_buffer": "first"},
+    torch.optim.Adam: {"exp_avg": "first", "exp_avg_sq": "second", "max_exp_avg_sq": "second"},
+    torch.optim.AdamW: {"exp_avg": "first", "exp_avg_sq": "second", "max_exp_avg_sq": "second"},
+}
+"""Which state tensors follow their parameter, by optimizer class: "first" moments scale like a gradient, "second" moments
+like its square. Add a row for an optimizer of your own; scalars (`step`) need none."""
+
+
+def check_ownership(optimizers: Sequence[Optimizer], trainable: Mapping[str, Tensor]) -> None:
+    """Raise unless every trainable parameter that changes belongs to one of the optimizers."""
+    owned = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    missing = [name for name, parameter in trainable.items() if id(parameter) not in owned]
+    if missing and optimizers:
+        raise OptimizerError(
+            f"the optimizer does not hold {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}, which would grow. "
+            "hint: build the optimizer from the model's own parameters, or pass every optimizer in a list"
+        )
+
+
+def grown_state(
+    optimizer: Optimizer, parameter: Tensor, change: TensorChange, plan: Plan, axes: Sequence[Axis],
+    proposals: Sequence[Proposal], warm: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """The state of one parameter at its new size; `warm` starts new second moments at the mean of the old ones."""
+    result: dict[str, Any] = {}
+    for key, value in optimizer.state[parameter].items():
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            result[key] = value
+            continue
+        moment = rule_for(optimizer, key)
+        if tuple(value.shape) != change.before:
+            raise OptimizerError(
+                f"{type(optimizer).__name__} state {key!r} of {change.name} has shape {tuple(value.shape)}, not the "
+                f"parameter's {change.before}; no rule covers it"
+            )
+        result[key] = _grown_moment(value, moment, change, plan, axes, proposals, warm)
+    return result
+
+
+def rule_for(optimizer: Optimizer, key: str) -> Moment:
+    """The rule for a state tensor, from the optimizer's class or the nearest base class that has a row."""
+    for kind in type(optimizer).__mro__:
+        if kind in STATE_RULES and key in STATE_RULES[kind]:
+            return STATE_RULES[kind][key]
+    raise OptimizerError(
+        f"no rule says how the state {key!r} of {type(optimizer).__name__} grows. hint: register one, for example "
+        f"meristem.STATE_RULES[{type(optimizer).__name__}] = {{{key!r}: 'first'}}"
+    )
+
+
+def _grown_moment(
+    value: Tensor, moment: Moment, change: TensorChange, plan: Plan, axes: Sequence[Axis],
+    proposals: Sequence[Proposal], warm: bool,
+) -> Tensor:  # fmt: skip
+    from meristem.surgery.tensors import _with_copies
+
+    by_axis = {proposal.axis: proposal for proposal in proposals}
+    copied = [
+        (axis, slot)
+        for axis in axes
+        for slot in axis.slots
+        if slot.name == change.name and axis.name in by_axis and by_axis[axis.name].copies is not None
+    ]
+    grown = carry(value, _with_copies(plan, by_axis, change, [(axis, slot.dim) for axis, slot in copied]))
+    if warm and moment == "second":
+        grown = _warmed(grown, value.mean(), change, plan, axes, {axis.name for axis, _ in copied})
+    for axis, slot in copied:
+        if slot.role == "fan_out":
+            continue
+        copies = by_axis[axis.name].copies
+        assert copies is not None
+        layout = plan.layout[axis.name][slot.place]
+        share = copies.share if moment == "first" else copies.share.square()
+        factors = torch.ones(grown.shape[slot.dim], dtype=share.dtype)
+        factors[index(layout)] = share[:, None].expand(layout.shape)
+        grown = grown * along(factors, grown, slot.dim)
+    return grown
+
+
+def _warmed(
+    grown: Tensor, level: Tensor, change: TensorChange, plan: Plan, axes: Sequence[Axis], copied: set[str]
+) -> Tensor:
+    """`grown` with every new entry that is not a copy set to `level`."""
+    for axis in axes:
+        if axis.name in copied:
+            continue
+        for slot in axis.slots:
+            if slot.name == change.name:
+                where = index(new_units(plan, axis.name, slot.place).ravel()).to(grown.device)
+                grown = grown.index_fill(slot.dim, where, level.item())
+    return grown

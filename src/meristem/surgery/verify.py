@@ -1,0 +1,152 @@
+"""Two checks before a growth: is the edit right (random float64 weights), and is the function kept (the real ones)?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from meristem.axis import Axis, Place
+from meristem.errors import VerificationError
+from meristem.values import Plan, Proposal, Scaling, index
+from meristem.statistics.undisturbed import undisturbed
+from meristem.structure import Structure
+from meristem.structure.discover import apply_edits
+from meristem.structure.tracer import tensors
+from meristem.structure.twin import Example, looking, map_tensors, named_tensors, twin
+from meristem.surgery.tensors import grown_tensors, new_units
+
+STRUCTURAL_TOLERANCE = 1e-9
+"""Largest relative output change of a function-preserving edit on random float64 weights."""
+
+
+def check_edit(structure: Structure, plan: Plan, axes: Sequence[Axis]) -> None:
+    """Raise unless the planned edit preserves the function on random float64 weights.
+
+    Grown units get random fan-in and zero fan-out; units that are dropped get a zero fan-out before they go. Real
+    weights would hide wrong edits (layer scale of 1e-6, zero initialisations), so they are not used here.
+    """
+    generator = torch.Generator().manual_seed(0)
+    old = {name: _random_tensor(tensor, generator) for name, tensor in named_tensors(structure.model).items()}
+    averaged = {f"{n}.running_var" if n else "running_var" for n, _ in structure.model.named_modules()}
+    for name in averaged & old.keys():
+        old[name] = old[name].abs() + 0.5
+    proposals = []
+    for axis in axes:
+        if plan.after[axis.name] > plan.before[axis.name]:
+            proposals.append(probe(structure, plan, axis, old, generator))
+        elif axis.norm in ("layer_norm", "rms_norm"):
+            return
+        else:
+            _silence_dropped(plan, axis, old)
+    grown = {**old, **grown_tensors(old, plan, axes, proposals, Scaling())}
+    example = map_tensors(structure.example, lambda t: t.double() if t.is_floating_point() else t)
+    try:
+        before = run(structure.model, old, (), example)
+        after = run(structure.model, grown, plan.attributes, example)
+    except Exception:
+        return  # code that insists on float32 is left to the check on the real weights
+    change = relative_change(plan, before, after)
+    if not change <= STRUCTURAL_TOLERANCE:
+        raise VerificationError(
+            f"growing {', '.join(plan.after)} would change what the model computes, by {change:.1e} of its largest output "
+            "on random weights; nothing was changed"
+        )
+
+
+def probe(
+    structure: Structure, plan: Plan, axis: Axis, values: Mapping[str, Tensor], generator: torch.Generator
+) -> Proposal:
+    """New units that preserve the function by the rule of their axis, random wherever they may be."""
+    strips: dict[Place, Tensor] = {}
+    for slot in axis.slots:
+        where = new_units(plan, axis.name, slot.place)
+        old = values[slot.name]
+        shape = [*where.shape, *[n for d, n in enumerate(old.shape) if d != slot.dim]]
+        strip = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if axis.norm in ("layer_norm", "rms_norm"):
+            strips |= {slot.place: strip} if slot.role == "fan_out" else stream_strip(axis, slot.name, slot.dim, old, where)
+        elif slot.role == "fan_out":
+            strips[slot.place] = torch.zeros_like(strip)
+        else:
+            strips[slot.place] = strip.abs() + 0.5 if slot.name.endswith("running_var") else strip
+    return Proposal(axis.name, plan.after[axis.name] - plan.before[axis.name], strips)
+
+
+def stream_strip(axis: Axis, name: str, dim: int, old: Tensor, where: np.ndarray[Any, Any]) -> dict[Place, Tensor]:
+    """What a producer into a normalised stream gives its new units: the mean of the old ones, zero under an RMS norm.
+
+    The norm's own weights are left to their fill.
+    """
+    slot = next(slot for slot in axis.slots if slot.place == Place(name, dim))
+    if slot.role == "carried" and slot.fill in ("one", "zero"):
+        return {}
+    shape = [*where.shape, *[n for d, n in enumerate(old.shape) if d != dim]]
+    if axis.norm == "rms_norm":
+        return {slot.place: old.new_zeros(shape)}
+    return {slot.place: old.mean(dim, keepdim=True).movedim(dim, 0)[None].expand(shape).clone()}
+
+
+def _random_tensor(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor.detach().clone()
+    noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+    if not isinstance(tensor, nn.Parameter):
+        return tensor.detach().double().cpu() + 0.1 * noise
+    fan = max(1, tensor.numel() // max(tensor.shape[0], 1)) if tensor.dim() > 1 else 1
+    return (noise / fan**0.5 if tensor.dim() > 1 else 1 + 0.5 * noise).to(tensor.device)
+
+
+def _silence_dropped(plan: Plan, axis: Axis, values: dict[str, Tensor]) -> None:
+    for slot in axis.places("fan_out"):
+        change = next(change for change in plan.tensors if change.name == slot.name)
+        kept = change.sources[slot.dim]
+        dropped = np.setdiff1d(np.arange(change.before[slot.dim]), kept)
+        values[slot.name] = values[slot.name].index_fill(slot.dim, index(dropped), 0.0)
+
+
+def run(model: nn.Module, values: Mapping[str, Tensor], edits: Sequence[Any], example: Example) -> list[Tensor]:
+    """The output tensors of a twin that holds `values`, in eval mode, on the example; random layers are seeded alike."""
+    copied = twin(model, lambda name, tensor: values[name].detach()).eval()
+    apply_edits(copied, edits)
+    if any(value.dtype == torch.float64 for value in values.values()):
+        copied.double()
+    with undisturbed(), looking(None):
+        torch.manual_seed(0)
+        args, kwargs = map_tensors(example, lambda t: t.detach().clone())
+        return tensors(copied(*args, **kwargs))
+
+
+def relative_change(plan: Plan, before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """The largest difference of an old output entry, relative to the largest old output."""
+    worst, scale = 0.0, 0.0
+    for old, new, kept_by_dim in zip(before, after, plan.outputs, strict=True):
+        if tuple(new.shape) != tuple(len(source) for source in kept_by_dim):
+            return float("inf")
+        for d, source in enumerate(kept_by_dim):
+            kept = np.flatnonzero(source >= 0)
+            if len(kept) != new.shape[d]:
+                new = new.index_select(d, index(kept).to(new.device))
+        if old.is_floating_point() and old.numel():
+            worst = max(worst, (new.double() - old.double()).abs().max().item())
+            scale = max(scale, old.double().abs().max().item())
+        if not bool(torch.isfinite(new.double()).all()) and bool(torch.isfinite(old.double()).all()):
+            return float("inf")
+    return worst / scale if scale else worst
+
+
+def rounding_gap(structure: Structure, values: Mapping[str, Tensor], before: Sequence[Tensor]) -> float:
+    """How far the ungrown model's own outputs lie from a float64 evaluation, relative to the largest output."""
+    doubled = {name: value.double() if value.is_floating_point() else value for name, value in values.items()}
+    example = map_tensors(structure.example, lambda t: t.double() if t.is_floating_point() else t)
+    try:
+        exact = run(structure.model, doubled, (), example)
+    except Exception:
+        return 0.0
+    floats = [(a, b) for a, b in zip(before, exact, strict=True) if a.is_floating_point() and a.numel()]
+    scale = max((a.double().abs().max().item() for a, _ in floats), default=0.0)
+    gap = max(((a.double() - b.double()).abs().max().item() for a, b in floats), default=0.0)
+    return gap / scale if scale else gap

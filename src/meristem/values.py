@@ -1,0 +1,209 @@
+"""The values that pass between the steps of a growth: a plan, a proposal of new weights, the record of what happened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from meristem.axis import Place
+
+Sources = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TensorChange:
+    """A parameter or buffer that changes shape; `sources[d][i]` is the old index of entry i of dimension d, or -1."""
+
+    name: str
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    sources: tuple[Sources, ...]
+    buffer: bool = False
+
+
+@dataclass(frozen=True)
+class AttributeChange:
+    """A module attribute that mirrors a size."""
+
+    module: str
+    attribute: str
+    before: Any
+    after: Any
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The dry run of a growth: every shape and attribute that would change, or why it is refused. Truthy if possible.
+
+    `before` and `after` are sizes by axis; `layout[axis][place]` tells where the units of an axis lie along a dimension
+    after the change, an array (units, entries per unit), old units first; `rescaled` holds the factor of norm weights whose
+    width changes, `outputs` the sources of every output dimension; `parameters` and `flops` (of one forward pass on the example) are pairs,
+    before and after.
+    """
+
+    before: Mapping[str, int]
+    after: Mapping[str, int]
+    tensors: tuple[TensorChange, ...] = ()
+    layout: Mapping[str, Mapping[Place, Sources]] = field(default_factory=dict, repr=False)
+    attributes: tuple[AttributeChange, ...] = ()
+    rescaled: Mapping[str, float] = field(default_factory=dict)
+    outputs: tuple[tuple[Sources, ...], ...] = field(default=(), repr=False)
+    parameters: tuple[int, int] = (0, 0)
+    flops: tuple[int, int] = (0, 0)
+    refusal: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.refusal is None
+
+    def __repr__(self) -> str:
+        lines = [f"{name}: {self.before[name]} -> {self.after[name]}" for name in self.after]
+        if self.refusal is not None:
+            return "\n".join([*lines, f"refused: {self.refusal}"])
+        lines += [f"  {t.name}: {t.before} -> {t.after}" for t in self.tensors]
+        lines += [f"  {a.module or 'model'}.{a.attribute}: {a.before} -> {a.after}" for a in self.attributes]
+        lines.append("parameters: {} -> {}; forward FLOPs: {} -> {}".format(*self.parameters, *self.flops))
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Copies:
+    """New units as copies of old ones.
+
+    `parent[j]` is the old unit that new unit j copies; `share` multiplies the fan-out of all units, old ones first;
+    the shares of a unit and its copies sum to 1, so the function is preserved.
+    """
+
+    parent: Tensor
+    share: Tensor
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """The weights that a method offers for `count` new units of one axis.
+
+    A strip holds the new entries of one place, unit by unit: shape (units, entries per unit, *the other dimensions of
+    the tensor at their present size). A place without a strip starts by its fill, or as a copy where `copies` is given.
+    `gains` are predicted first-order gains per unit, best first, where the method finds them; `flops` is what finding
+    them cost; `note` is for the reader of the log.
+    """
+
+    axis: str
+    count: int
+    strips: Mapping[Place, Tensor] = field(default_factory=dict)
+    copies: Copies | None = None
+    gains: tuple[float, ...] = ()
+    flops: int = 0
+    note: str = ""
+
+    def best(self, count: int) -> Proposal:
+        """The first `count` units, which are the best where the method ranks them."""
+        if count == self.count:
+            return self
+        if self.copies is not None:
+            raise ValueError("a proposal of copies cannot be cut: its shares belong together")
+        units = count * len(next(iter(self.strips.values()))) // self.count
+        strips = {place: strip[:units] for place, strip in self.strips.items()}
+        return replace(self, count=count, strips=strips, gains=self.gains[:units])
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What care does to the old weights: one factor per tensor, or one per place along the axis."""
+
+    tensors: Mapping[str, float] = field(default_factory=dict)
+    places: Mapping[Place, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What the rest of the net and the optimizer get at a growth: the sum of the chosen cares."""
+
+    scaling: Scaling = field(default_factory=Scaling)
+    warm: bool = False
+    reset: bool = False
+
+    def __add__(self, other: Treatment) -> Treatment:
+        tensors = dict(self.scaling.tensors)
+        for name, factor in other.scaling.tensors.items():
+            tensors[name] = tensors.get(name, 1.0) * factor
+        places = dict(self.scaling.places)
+        for place, factor in other.scaling.places.items():
+            places[place] = places.get(place, 1.0) * factor
+        return Treatment(Scaling(tensors, places), self.warm or other.warm, self.reset or other.reset)
+
+
+@dataclass
+class Growth:
+    """What one growth did. Falsy when nothing grew.
+
+    Attributes:
+        added: Units added (or, for `narrow_`, removed: negative) by axis.
+        before, after: Sizes by axis.
+        parameters_before, parameters_after: Counts over the whole model.
+        max_change: Largest change of an output on the example, in eval mode, relative to the largest output.
+        seconds: What the growth took.
+        flops: What measuring and verifying cost, in floating-point operations.
+        health: Measured figures of the new units; completed later by the grower.
+        notes: What the methods said, by axis.
+        replaced: Old parameter -> new one, where torch did not allow to keep the object. Empty as a rule.
+    """
+
+    added: dict[str, int]
+    before: dict[str, int]
+    after: dict[str, int]
+    parameters_before: int
+    parameters_after: int
+    max_change: float
+    seconds: float
+    flops: int = 0
+    step: int | None = None
+    health: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    replaced: dict[nn.Parameter, nn.Parameter] = field(default_factory=dict, repr=False)
+
+    def __bool__(self) -> bool:
+        return any(self.added.values())
+
+    def json(self) -> dict[str, Any]:
+        """Everything but `replaced`, in plain types."""
+        return {key: value for key, value in vars(self).items() if key != "replaced"}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Upper limits of a grown net; a binding limit grows what still fits.
+
+    Args:
+        parameters: Trainable and frozen parameters of the whole model.
+        flops: Floating-point operations of one forward pass, per example.
+        units: Sum of all axis sizes.
+        growths: Number of growths.
+        sizes: Largest size by axis name.
+
+    Example:
+        >>> Budget(parameters=500_000, sizes={"fc1": 256})
+        Budget(parameters=500000, flops=None, units=None, growths=None, sizes={'fc1': 256})
+    """
+
+    parameters: int | None = None
+    flops: int | None = None
+    units: int | None = None
+    growths: int | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("parameters", "flops", "units", "growths"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"Budget({name}=...) must be an int in [1, inf); got {value}")
+
+
+def index(array: Sources) -> Tensor:
+    """A source array as an index tensor."""
+    return torch.from_numpy(np.ascontiguousarray(array))

@@ -1,0 +1,91 @@
+"""When to grow: triggers read the training clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where training stands after an optimizer step: counts so far, and whether an epoch has just ended."""
+
+    step: int = 0
+    epoch: int = 0
+    epoch_ended: bool = False
+    growths: int = 0
+
+
+class When(Protocol):
+    """A trigger."""
+
+    def due(self, clock: Clock) -> bool: ...
+
+
+def _one_unit(name: str, steps: object, epochs: object) -> None:
+    if (not steps) == (not epochs):
+        raise ValueError(f"{name} needs either steps= or epochs=; got steps={steps!r}, epochs={epochs!r}")
+
+
+@dataclass(frozen=True)
+class Every:
+    """Due every so many steps or epochs, from `start` on, at most `growths` times.
+
+    Args:
+        steps, epochs: The period; exactly one is given.
+        start: First step (or epoch) that counts.
+        growths: Largest number of growths; None for no limit.
+
+    Example:
+        >>> Every(steps=100, start=50, growths=1).due(Clock(step=200))
+        True
+    """
+
+    steps: int | None = None
+    epochs: int | None = None
+    start: int | None = None
+    growths: int | None = None
+
+    def __post_init__(self) -> None:
+        _one_unit("Every", self.steps, self.epochs)
+        period = self.steps or self.epochs or 0
+        if period < 1:
+            raise ValueError(f"the period of Every must be an int in [1, inf); got {period}")
+
+    def due(self, clock: Clock) -> bool:
+        """Whether to grow now."""
+        if self.growths is not None and clock.growths >= self.growths:
+            return False
+        now = clock.step if self.steps else clock.epoch
+        if self.epochs and not clock.epoch_ended:
+            return False
+        return now % (self.steps or self.epochs or 1) == 0 and now >= (self.start or 1)
+
+
+@dataclass(frozen=True)
+class At:
+    """Due at the given steps, or at the ends of the given epochs.
+
+    Example:
+        >>> At(epochs=(2, 4)).due(Clock(step=50, epoch=2, epoch_ended=True))
+        True
+    """
+
+    steps: tuple[int, ...] = ()
+    epochs: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _one_unit("At", self.steps, self.epochs)
+        object.__setattr__(self, "steps", tuple(self.steps))
+        object.__setattr__(self, "epochs", tuple(self.epochs))
+        wrong = [n for n in (*self.steps, *self.epochs) if n < 1]
+        if wrong:
+            raise ValueError(f"the moments of At must be ints in [1, inf); got {wrong[0]}")
+
+    def due(self, clock: Clock) -> bool:
+        """Whether to grow now."""
+        return clock.step in self.steps if self.steps else clock.epoch_ended and clock.epoch in self.epochs
+
+
+TRIGGERS = {"every": Every, "at": At}
+"""Every trigger by its name in a configuration file."""
