@@ -1,0 +1,147 @@
+"""The command line: data on stdout, everything else on stderr; exit code 2 for a user's mistake, 130 for an interrupt."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Table
+except ImportError as error:
+    sys.exit(f"error: the command needs the extra [cli] ({error.name} is missing)\nhint: pip install 'meristem[cli]'")
+
+from meristem.errors import MeristemError
+
+if TYPE_CHECKING:
+    from meristem.experiments.run import Progress as RunProgress
+
+app = typer.Typer(help="Grow neural networks while they train.", no_args_is_help=True, add_completion=False)
+_err = Console(stderr=True)
+
+
+def main() -> None:
+    """Run the command; a user's mistake is told in two lines, without a traceback."""
+    from meristem.experiments.run import Interrupted
+
+    try:
+        app()
+    except Interrupted as stopped:
+        _err.print(f"interrupted: {stopped}\nhint: run the same command again to resume", markup=False)
+        sys.exit(130)
+    except (MeristemError, ValueError, TypeError) as error:
+        message, _, hint = str(error).partition(" hint: ")
+        _err.print(f"error: {message}" + (f"\nhint: {hint}" if hint else ""), markup=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def _bars() -> Progress:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"), TimeRemainingColumn()
+    )  # fmt: skip
+    return Progress(*columns, console=_err)
+
+
+def _state(progress: RunProgress) -> str:
+    last = progress.curve[-1] if progress.curve else None
+    score = "" if last is None else f"acc {last['accuracy']:.3f}" if last["accuracy"] is not None else f"loss {last['loss']:.3f}"
+    return f"{score} widths {'-'.join(map(str, progress.sizes.values()))}"
+
+
+@app.command()
+def demo(
+    seed: Annotated[int, typer.Option(help="Seed of all three runs.")] = 0,
+    plot: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("meristem-demo.png"),
+) -> None:
+    """Watch a conv net grow on real digits, beside the same net fixed small and fixed large. Under a minute."""
+    from meristem.experiments import demo as demonstration
+
+    with _bars() as bars, tempfile.TemporaryDirectory() as folder:
+        tasks: dict[str, Any] = {}
+
+        def report(name: str, progress: RunProgress) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=progress.steps, state="")
+            bars.update(tasks[name], completed=progress.step, state=_state(progress))
+
+        outcomes = demonstration.demo(report, Path(folder), seed)
+    demonstration.draw(outcomes, plot)
+    table = Table("net", "accuracy", "parameters", "training GFLOPs", "seconds", title="digits, test set")
+    for outcome in outcomes:
+        r = outcome.result
+        table.add_row(
+            outcome.name, f"{r['accuracy']:.4f}", f"{r['parameters']:,}", f"{r['training_flops'] / 1e9:.1f}", f"{r['seconds']:.1f}"
+        )
+    Console().print(table)
+    _err.print(f"picture: {plot}", markup=False)
+
+
+@app.command()
+def run(
+    file: Annotated[Path, typer.Argument(help="A TOML file; see the guide for its keys.")],
+    seed: Annotated[int | None, typer.Option(help="Overrides the file's seed.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the result; `results` beside the file by default.")] = None,
+) -> None:
+    """Run one experiment, or what is left of it; the last line on stdout is the path of its JSON file."""
+    from meristem.experiments.config import read
+    from meristem.experiments.run import run as run_experiment
+
+    experiment = read(file, **({} if seed is None else {"seed": seed}))
+    with _bars() as bars:
+        task = bars.add_task(f"{file.stem}, seed {experiment.seed}", total=None, state="")
+
+        def report(progress: RunProgress) -> None:
+            bars.update(task, completed=progress.step, total=progress.steps, state=_state(progress))
+
+        path = run_experiment(experiment, out if out is not None else file.parent / "results", file.stem, report)
+    print(path)
+
+
+@app.command()
+def axes(
+    model: Annotated[str, typer.Argument(help='A module or factory, as "package.module:name".')],
+    input: Annotated[str, typer.Option(help="Shape of the example input, as 1,3,32,32.")],
+    integers: Annotated[bool, typer.Option(help="The input holds token indices.")] = False,
+) -> None:
+    """List what can grow in a model, and why the rest cannot."""
+    import torch
+
+    from meristem.experiments.config import ConfigError
+    from meristem.experiments.models import factory
+    from meristem.growing import find_axes
+
+    try:
+        shape = [int(n) for n in input.split(",")]
+    except ValueError:
+        raise ConfigError(f"--input takes sizes with commas, as 1,3,32,32; got {input!r}") from None
+    if min(shape) < 1:
+        raise ConfigError(f"--input takes sizes in [1, inf); got {input!r}")
+    made = factory(model) if ":" in model else factory(f"{model}:")
+    net = made() if callable(made) and not isinstance(made, torch.nn.Module) else made
+    example = torch.zeros(shape, dtype=torch.long) if integers else torch.randn(shape)
+    print(find_axes(net, example))
+
+
+@app.command()
+def methods() -> None:
+    """List the methods, choices, triggers and cares with their parameters, as a configuration file names them."""
+    from dataclasses import MISSING, fields
+
+    from meristem.care import CARES
+    from meristem.how import METHODS
+    from meristem.when import TRIGGERS
+    from meristem.where import PLACES
+
+    for role, known in (("how", METHODS), ("where", PLACES), ("when", TRIGGERS), ("care", CARES)):
+        for name, kind in known.items():
+            parameters = ", ".join(f"{f.name}={f.default!r}" if f.default is not MISSING else f.name for f in fields(kind))
+            first = (kind.__doc__ or "").splitlines()[0]
+            print(f"{role:6} {name:18} {parameters or '-':70} {first}")
+
+
+if __name__ == "__main__":
+    main()

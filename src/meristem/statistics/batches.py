@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
 
 from meristem.errors import DataError
 from meristem.statistics.undisturbed import undisturbed
@@ -45,11 +45,13 @@ def _own_loader(data: Iterable[Any], generator: torch.Generator) -> Iterable[Any
     dataset = data.dataset
     if isinstance(dataset, IterableDataset):
         return DataLoader(dataset, batch_size=data.batch_size, collate_fn=data.collate_fn)
-    size = data.batch_size or getattr(data.batch_sampler, "batch_size", None)
-    if size is None:
-        return DataLoader(dataset, batch_sampler=data.batch_sampler, collate_fn=data.collate_fn)
-    sampler = RandomSampler(dataset, generator=generator)  # type: ignore[arg-type]
-    return DataLoader(dataset, batch_size=size, sampler=sampler, collate_fn=data.collate_fn)
+    shuffled = RandomSampler(dataset, generator=generator)  # type: ignore[arg-type]
+    if data.batch_size is None and data.batch_sampler is None:
+        size = getattr(data.sampler, "batch_size", None)
+        sampler = BatchSampler(shuffled, size, drop_last=False) if size else shuffled
+        return DataLoader(dataset, batch_size=None, sampler=sampler, collate_fn=data.collate_fn)
+    size = data.batch_size or getattr(data.batch_sampler, "batch_size", 1)
+    return DataLoader(dataset, batch_size=size, sampler=shuffled, collate_fn=data.collate_fn)
 
 
 class _Called(Exception):

@@ -1,0 +1,1 @@
+"""Experiments from a file: configuration, data, built-in models, the runner, the demo. Needs `meristem[cli]`."""

@@ -1,0 +1,225 @@
+"""Data sets by name: bundled digits, plain NAME.npz files under MERISTEM_DATA, or a checked download."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import pickle
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from meristem.errors import DataError, nearest
+
+Arrays = dict[str, NDArray[Any]]
+
+_MNIST_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+SOURCES: dict[str, tuple[str, dict[str, str]]] = {
+    "mnist": (
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        dict(zip([f"{f}.gz" for f in _MNIST_FILES], (
+            "md5:f68b3c2dcbeaaa9fbdd348bbdeb94873", "md5:d53e105ee54ea40749a09fcbcd1e9432",
+            "md5:9fb629c4189551a2d022fa330f9573f3", "md5:ec29112dd5afa0611ce80d1b7f02629c"), strict=True)),
+    ),
+    "fashion_mnist": (
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        dict(zip([f"{f}.gz" for f in _MNIST_FILES], (
+            "md5:8d4fb7e6c68d591d4c3dfef9ec88bf0d", "md5:25c81989df183df01b3e8a0aad5dffbe",
+            "md5:bef4ecab320f06d8554ea6380940ec79", "md5:bb300cfdad3c16e7a12a480ee83cd310"), strict=True)),
+    ),
+    "cifar10": (
+        "https://www.cs.toronto.edu/~kriz/",
+        {"cifar-10-python.tar.gz": "md5:c58f30108f718f92721af3b95e74349a"},
+    ),
+    "cifar100": (
+        "https://www.cs.toronto.edu/~kriz/",
+        {"cifar-100-python.tar.gz": "md5:eb9058c3a382ffc7106e4002c42a8d85"},
+    ),
+}  # fmt: skip
+"""Where a data set is downloaded from, and the checksum of every file."""
+
+CONTEXT = 64
+"""Characters per example of a text."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set in memory: float inputs (characters: int64), targets, and how they are scored.
+
+    `outputs` is the number of classes, of regression targets, or of different characters.
+    """
+
+    name: str
+    task: Literal["classification", "regression", "language"]
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    outputs: int
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """The mean training loss of a batch."""
+        if self.task == "regression":
+            return F.mse_loss(output.squeeze(-1), target)
+        return F.cross_entropy(output.flatten(0, -2), target.flatten())
+
+    def hits(self, output: Tensor, target: Tensor) -> int:
+        """How many predictions are right; 0 for regression."""
+        return int((output.argmax(-1) == target).sum()) if self.task != "regression" else 0
+
+
+def load(name: str, sources: Mapping[str, tuple[str, dict[str, str]]] = SOURCES) -> Data:
+    """A data set by name: "digits", an image set, "tabular/NAME" or "text/NAME".
+
+    Raises:
+        DataError: The name is unknown, or its file is neither under MERISTEM_DATA nor to be had.
+    """
+    if name == "digits":
+        return _digits()
+    root = os.environ.get("MERISTEM_DATA")
+    kind, _, stem = name.rpartition("/")
+    if kind == "text":
+        return _text(name, _file(root, f"{name}.txt", name))
+    if kind == "tabular":
+        return _tabular(name, _npz(_file(root, f"{name}.npz", name)))
+    if root is not None and (Path(root) / f"{stem}.npz").exists():
+        return _images(name, _npz(Path(root) / f"{stem}.npz"))
+    if name not in sources:
+        known = ["digits", *sources, *_files_under(root)]
+        raise DataError(f"no data set is called {name!r}.{nearest(name, known)} Known: {', '.join(known)}")
+    return _images(name, _download(name, *sources[name]))
+
+
+def _files_under(root: str | None) -> list[str]:
+    if root is None:
+        return []
+    folder = Path(root)
+    return [f"{p.parent.name}/{p.stem}" for kind in ("text/*.txt", "tabular/*.npz") for p in sorted(folder.glob(kind))]
+
+
+def _file(root: str | None, relative: str, name: str) -> Path:
+    if root is None:
+        raise DataError(f"data = {name!r} is read from a file. hint: set MERISTEM_DATA to the folder that holds {relative}")
+    path = Path(root) / relative
+    if not path.exists():
+        raise DataError(f"there is no {path}.{nearest(name, _files_under(root))}")
+    return path
+
+
+def _npz(path: Path) -> Arrays:
+    with np.load(path, allow_pickle=False) as archive:
+        return dict(archive)
+
+
+def _digits() -> Data:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch = load_digits()
+    images = (bunch.images[..., None] * 16).clip(0, 255).astype(np.uint8)
+    parts = train_test_split(images, bunch.target, test_size=0.25, random_state=0, stratify=bunch.target)
+    return _images("digits", dict(zip(("x_train", "x_test", "y_train", "y_test"), parts, strict=True)))
+
+
+def _images(name: str, arrays: Arrays) -> Data:
+    train = torch.from_numpy(arrays["x_train"]).permute(0, 3, 1, 2).float() / 255
+    test = torch.from_numpy(arrays["x_test"]).permute(0, 3, 1, 2).float() / 255
+    mean, std = train.mean((0, 2, 3), keepdim=True), train.std((0, 2, 3), keepdim=True)
+    y_train, y_test = (torch.from_numpy(arrays[key].astype(np.int64)) for key in ("y_train", "y_test"))
+    classes = int(y_train.max()) + 1
+    # Contiguous: a permuted uint8 array becomes a channels-last float tensor, and batches would inherit that.
+    x_train, x_test = ((t - mean).div(std).contiguous() for t in (train, test))
+    return Data(name, "classification", x_train, y_train, x_test, y_test, classes)
+
+
+def _tabular(name: str, arrays: Arrays) -> Data:
+    x, y, mask = _table(arrays)
+    mean, std = x[~mask].mean(0), x[~mask].std(0)
+    inputs = torch.from_numpy((x - mean) / np.where(std > 0, std, 1)).float()
+    test = torch.from_numpy(mask)
+    if np.issubdtype(y.dtype, np.floating):
+        targets = torch.from_numpy((y - y[~mask].mean()) / y[~mask].std()).float()
+        return Data(name, "regression", inputs[~test], targets[~test], inputs[test], targets[test], 1)
+    labels = torch.from_numpy(y.astype(np.int64))
+    outputs = int(labels.max()) + 1
+    return Data(name, "classification", inputs[~test], labels[~test], inputs[test], labels[test], outputs)
+
+
+def _table(arrays: Arrays) -> tuple[NDArray[np.float64], NDArray[Any], NDArray[np.bool_]]:
+    """Inputs, targets and the mask of test rows, from the layouts that tabular files have."""
+    if "x_num_train" in arrays:
+        parts = []
+        for part in ("train", "test"):
+            codes = arrays[f"x_cat_{part}"]
+            one_hot = [np.eye(int(arrays["x_cat_train"][:, j].max()) + 1)[codes[:, j]] for j in range(codes.shape[1])]
+            parts.append(np.concatenate([arrays[f"x_num_{part}"], *one_hot], axis=1))
+        y = np.concatenate([arrays["y_train"], arrays["y_test"]])
+        mask = np.arange(len(y)) >= len(arrays["y_train"])
+        return np.concatenate(parts).astype(np.float64), y, mask
+    x, y = arrays["x"].astype(np.float64), arrays["y"]
+    if "test_mask" in arrays:
+        return x, y, arrays["test_mask"][0]
+    mask = np.zeros(len(y), dtype=bool)
+    mask[np.random.default_rng(0).permutation(len(y))[: len(y) // 5]] = True
+    return x, y, mask
+
+
+def _text(name: str, path: Path) -> Data:
+    text = path.read_text(encoding="utf-8")
+    characters = sorted(set(text))
+    code = {character: i for i, character in enumerate(characters)}
+    tokens = torch.tensor([code[c] for c in text])
+    rows = (len(tokens) - 1) // CONTEXT
+    x, y = tokens[: rows * CONTEXT].view(rows, CONTEXT), tokens[1 : rows * CONTEXT + 1].view(rows, CONTEXT)
+    cut = int(0.9 * rows)
+    return Data(name, "language", x[:cut], y[:cut], x[cut:], y[cut:], len(characters))
+
+
+def _download(name: str, base: str, files: dict[str, str]) -> Arrays:
+    import pooch
+
+    fetcher = pooch.create(pooch.os_cache("meristem") / name, base_url=base, registry=files)
+    try:
+        paths = [Path(fetcher.fetch(file)) for file in files]
+    except Exception as error:
+        raise DataError(
+            f"data = {name!r} could not be downloaded ({type(error).__name__}: {error}). "
+            f"hint: put {name}.npz (x_train, y_train, x_test, y_test) into a folder and set MERISTEM_DATA to it"
+        ) from error
+    if name.startswith("cifar"):
+        return _cifar(paths[0], b"fine_labels" if name == "cifar100" else b"labels")
+    x_train, y_train, x_test, y_test = (_idx(path) for path in paths)
+    return {"x_train": x_train[..., None], "y_train": y_train, "x_test": x_test[..., None], "y_test": y_test}
+
+
+def _idx(path: Path) -> NDArray[np.uint8]:
+    content = gzip.decompress(path.read_bytes())
+    rank = content[3]
+    shape = np.frombuffer(content, dtype=">u4", count=rank, offset=4)
+    return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * rank).reshape(shape.astype(int))
+
+
+def _cifar(path: Path, key: bytes) -> Arrays:
+    """The arrays of a CIFAR archive; its pickles are read only after the checksum has matched."""
+    parts: dict[str, list[Any]] = {"train": [], "test": []}
+    with tarfile.open(path) as archive:
+        for member in sorted(archive.getmembers(), key=lambda m: m.name):
+            stem = Path(member.name).name
+            part = "train" if stem.startswith(("data_batch", "train")) else "test" if stem.startswith("test") else None
+            file = archive.extractfile(member) if part else None
+            if part and file is not None:
+                parts[part].append(pickle.load(file, encoding="bytes"))
+    arrays: Arrays = {}
+    for part, batches in parts.items():
+        pixels = np.concatenate([batch[b"data"] for batch in batches])
+        arrays[f"x_{part}"] = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        arrays[f"y_{part}"] = np.concatenate([np.array(batch[key], dtype=np.uint8) for batch in batches])
+    return arrays

@@ -1,0 +1,132 @@
+"""Built-in models in plain PyTorch: nothing in them knows of growth."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from meristem.errors import nearest
+from meristem.experiments.config import Choice, ConfigError
+from meristem.experiments.data import Data
+
+
+def mlp(inputs: int, outputs: int, hidden: list[int], norm: bool = False) -> nn.Sequential:
+    """Linear layers with ReLU between, on flattened inputs."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for width in hidden:
+        layers += [nn.Linear(inputs, width), *([nn.BatchNorm1d(width)] if norm else []), nn.ReLU()]
+        inputs = width
+    return nn.Sequential(*layers, nn.Linear(inputs, outputs))
+
+
+class ConvNet(nn.Module):
+    """Three 3x3 convolutions of widths w, 2w, 4w with batch norm and ReLU, max-pooling between, average pooling at the end."""
+
+    def __init__(self, channels: int, outputs: int, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, 2 * width, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(2 * width)
+        self.conv3 = nn.Conv2d(2 * width, 4 * width, 3, padding=1, bias=False)
+        self.norm3 = nn.BatchNorm2d(4 * width)
+        self.head = nn.Linear(4 * width, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.norm1(self.conv1(x))), 2)
+        x = F.max_pool2d(F.relu(self.norm2(self.conv2(x))), 2)
+        x = F.relu(self.norm3(self.conv3(x))).mean((2, 3))
+        out: Tensor = self.head(x)
+        return out
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block with causal attention."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q, self.k, self.v = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        q, k, v = (layer(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        out: Tensor = x + self.down(F.gelu(self.up(self.norm2(x))))
+        return out
+
+
+class GPT(nn.Module):
+    """A character language model."""
+
+    def __init__(self, vocabulary: int, context: int, width: int, heads: int, hidden: int, depth: int) -> None:
+        super().__init__()
+        self.token = nn.Embedding(vocabulary, width)
+        self.position = nn.Parameter(0.02 * torch.randn(context, width))
+        self.blocks = nn.ModuleList(Block(width, heads, hidden) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        nn.init.normal_(self.token.weight, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.token(tokens) + self.position[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        out: Tensor = self.head(self.norm(x))
+        return out
+
+
+def build(choice: Choice, data: Data) -> nn.Module:
+    """The model that a configuration names, sized for the data.
+
+    Raises:
+        ConfigError: Unknown parameters, or a factory that cannot be imported.
+    """
+    name, parameters = (choice, {}) if isinstance(choice, str) else next(iter(choice.items()))
+    if ":" in name:
+        model = factory(name)(**parameters)
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"model = {name!r} gives a {type(model).__name__}, not a torch.nn.Module")
+        return model
+    shape = data.x_train.shape[1:]
+    defaults: dict[str, Any]
+    if name == "mlp":
+        make, fixed, defaults = mlp, {"inputs": int(shape.numel()), "outputs": data.outputs}, {"hidden": [32, 32], "norm": False}
+    elif name == "convnet":
+        if len(shape) != 3:
+            raise ConfigError(f"model = 'convnet' needs images; the data have shape {tuple(shape)}")
+        make, fixed, defaults = ConvNet, {"channels": int(shape[0]), "outputs": data.outputs}, {"width": 16}  # type: ignore[assignment]
+    else:
+        if data.task != "language":
+            raise ConfigError("model = 'gpt' needs text; hint: data = 'text/tinyshakespeare'")
+        make, fixed = GPT, {"vocabulary": data.outputs, "context": int(shape[0])}  # type: ignore[assignment]
+        defaults = {"width": 96, "heads": 4, "hidden": 384, "depth": 2}
+    for key in parameters:
+        if key not in defaults:
+            raise ConfigError(f"model.{name} has no parameter {key!r}.{nearest(key, defaults)} Known: {', '.join(defaults)}")
+    return make(**fixed, **(defaults | parameters))
+
+
+def factory(name: str) -> Any:
+    """What "package.module:attribute" names; the current folder counts as a place to import from."""
+    module_name, _, attribute = name.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(f"{module_name!r} cannot be imported: {error}") from None
+    if not hasattr(module, attribute):
+        raise ConfigError(f"module {module_name!r} has no {attribute!r}.{nearest(attribute, dir(module))}")
+    return getattr(module, attribute)
