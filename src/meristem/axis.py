@@ -26,7 +26,8 @@ class Slot:
 
     `role` is "fan_in" where the tensor produces the units, "fan_out" where it reads them, "carried" where it goes along
     (biases, norm weights and statistics, depthwise kernels). `fill` says how a new entry starts when nobody says more:
-    drawn as the layer draws its weights, as a bias, zero, one, or the mean of its neighbours.
+    drawn as the layer draws its weights, as a bias, zero, one, or the mean of its neighbours. `tied` marks a "fan_out"
+    slot that produces the units as well (a weight used on both sides).
     """
 
     name: str
@@ -34,6 +35,7 @@ class Slot:
     role: Role
     fill: Fill
     buffer: bool = False
+    tied: bool = False
 
     @property
     def place(self) -> Place:

@@ -18,7 +18,6 @@ from meristem.growing import (
     as_call,
     cares,
     growable,
-    matches,
     optimizers,
     perform,
     private_generator,
@@ -199,7 +198,7 @@ class Grower:
         if isinstance(self.amount, Mapping):
             axes = [structure.axes.named(name) for name in self.amount]
         else:
-            axes = [axis for name, axis in growable(structure, self.axes).items() if matches(name, self.axes)]
+            axes = _independent(structure, list(growable(structure, self.axes).values()))
         batches = growth_batches(self.data, max(self.how.batches, 1), self.generator)
         view = View(structure, self.generator, self.loss, batches)
         total = self._total(axes)
@@ -306,3 +305,12 @@ class Grower:
         self.metrics = [(int(step), float(value)) for step, value in state["metrics"]]
         self.done, self.reason = bool(state["done"]), str(state["reason"])
         self.generator.set_state(state["generator"])
+
+
+def _independent(structure: Structure, axes: Sequence[Axis]) -> list[Axis]:
+    """The axes without those that multiply an earlier one (groups and the width of a group grow at different times)."""
+    kept: list[Axis] = []
+    for axis in axes:
+        if structure.clash([*[other.name for other in kept], axis.name]) is None:
+            kept.append(axis)
+    return kept

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from meristem.axis import Axis, Place, Slot
 from meristem.how.view import View
@@ -17,42 +18,64 @@ Side = Literal["fan_in", "fan_out"]
 
 
 def drawn(view: View, axis: Axis, count: int, zero: Side | None, scale: float = 1.0) -> dict[Place, Tensor]:
-    """Strips for every slot: the `zero` side zero, the rest from U(-b, b), b = scale / sqrt(fan-in of the layer).
+    """Strips for every slot: the `zero` side zero, the rest from U(-b, b) with `bound` times `scale`.
 
-    That is what nn.Linear and the convolutions draw. Biases are drawn alike, or zero with a zero fan-in. Where a layer
-    or RMS norm sits on the axis the stream's rule decides what the producers give. Where one weight is both sides, the
-    bias is drawn positive: it alone keeps a new unit alive.
+    Biases are drawn like the weights of their layer, or zero with a zero fan-in. Where a layer or RMS norm sits on the
+    axis the stream's rule decides what the producers give. Where one weight is both sides, the bias is drawn positive: it
+    alone keeps a new unit alive.
     """
     strips: dict[Place, Tensor] = {}
     plan = view.plan(axis, count)
-    fan_in = _fan_in(view, axis)
+    streamed = axis.norm in ("layer_norm", "rms_norm")
+    producers = axis.places("fan_in") or axis.places("fan_out")
     for slot, shape in view.shapes(axis, count).items():
         old = view.values[slot.name]
-        if axis.norm in ("layer_norm", "rms_norm") and slot.role != "fan_out":
+        if streamed and (slot.tied or slot.role != "fan_out"):
             strips |= stream_strip(axis, slot.name, slot.dim, old, new_units(plan, axis.name, slot.place))
         elif slot.role == "fan_out":
-            reads = plan_size(view, axis, count, slot) * math.prod(old.shape[2:])
-            bound = 0.0 if zero == "fan_out" and axis.norm not in ("layer_norm", "rms_norm") else scale / math.sqrt(reads)
-            strips[slot.place] = view.uniform(shape, bound, old)
+            widened = next(c for c in plan.tensors if c.name == slot.name).after[slot.dim]
+            silent = zero == "fan_out" and not streamed
+            strips[slot.place] = view.uniform(shape, 0.0 if silent else scale * bound(view, slot, widened), old)
         elif slot.fill == "draw":
-            bound = 0.0 if zero == "fan_in" and slot.role == "fan_in" else scale / math.sqrt(old.numel() / old.shape[slot.dim])
-            strips[slot.place] = view.uniform(shape, bound, old)
+            silent = zero == "fan_in" and slot.role == "fan_in"
+            strips[slot.place] = view.uniform(shape, 0.0 if silent else scale * bound(view, slot), old)
         elif slot.fill == "bias":
-            strip = view.uniform(shape, 0.0 if zero == "fan_in" else scale / math.sqrt(fan_in), old)
+            limit = 0.0 if zero == "fan_in" or not producers else scale * bound(view, producers[0])
+            strip = view.uniform(shape, limit, old)
             strips[slot.place] = strip if axis.places("fan_in") else strip.abs()
     return strips
 
 
-def plan_size(view: View, axis: Axis, count: int, slot: Slot) -> int:
-    """The size of a slot's dimension after the growth."""
-    change = next(c for c in view.plan(axis, count).tensors if c.name == slot.name)
-    return change.after[slot.dim]
+def awake(view: View, axis: Axis, count: int, strips: Mapping[Place, Tensor]) -> dict[Place, Tensor]:
+    """The strips with the fan-in and bias of dead units negated: a unit that is silent on the whole first growth batch
+    (a ReLU below zero everywhere) receives no gradient on its fan-out, and its negative is active everywhere.
+    """
+    sandbox = view.sandbox(axis, count)
+    trial = {slot.place: strips[slot.place].clone().requires_grad_() for slot in axis.places("fan_out")}
+    with torch.enable_grad():
+        loss = sandbox.loss({**strips, **trial}, view.batches[0])
+    gradients = torch.autograd.grad(loss, list(trial.values()), allow_unused=True)
+    reached = [g.flatten(1).abs().amax(1) for g in gradients if g is not None]
+    if not reached:
+        return dict(strips)
+    sign = torch.where(torch.stack(reached).amax(0) > 0, 1.0, -1.0)
+    turned = [slot for slot in axis.slots if slot.role == "fan_in" or slot.fill == "bias"]
+    return {**strips} | {
+        slot.place: strips[slot.place] * sign.to(strips[slot.place]).reshape(-1, *[1] * (strips[slot.place].dim() - 1))
+        for slot in turned
+        if slot.place in strips and slot.role != "fan_out"
+    }
 
 
-def _fan_in(view: View, axis: Axis) -> float:
-    slots = axis.places("fan_in") or axis.places("fan_out")
-    value = view.values[slots[0].name]
-    return value.numel() / value.shape[slots[0].dim]
+def bound(view: View, slot: Slot, size: int | None = None) -> float:
+    """How wide a layer draws: 1 / sqrt(fan-in), as nn.Linear and the convolutions do; any other tensor is drawn with the
+    standard deviation that its entries have. `size` is the new size of the slot's dimension where that is the fan-in.
+    """
+    old = view.values[slot.name]
+    if not isinstance(view.owner(slot), (nn.Linear, nn.modules.conv._ConvNd)):
+        return math.sqrt(3) * (old.std(correction=0).item() or 1.0)
+    reads = size * math.prod(old.shape[2:]) if size is not None else old.numel() / old.shape[slot.dim]
+    return 1 / math.sqrt(reads)
 
 
 def mean_norm(view: View, axis: Axis, side: Side) -> float:

@@ -59,7 +59,8 @@ class GradMax:
         scale: Norm of the new weights over the mean norm of the present units'.
         steps: Steps of the climb, with zero fan-out.
         batches: Growth batches that M is averaged over.
-        tolerance: Relative change of the singular values at which the iteration stops.
+        tolerance: Relative change of sum s_i^2, over the new units, at which the subspace iteration stops.
+        iterations: Most passes of the subspace iteration.
 
     Example:
         >>> import torch, meristem as ms
@@ -76,6 +77,7 @@ class GradMax:
     steps: int = 10
     batches: int = 1
     tolerance: float = 1e-5
+    iterations: int = 30
 
     @property
     def preserves(self) -> bool:
@@ -113,7 +115,9 @@ class _Space:
         shapes = view.shapes(axis, count)
         self.width_in, self.width_out = flat_size(shapes, self.inward), flat_size(shapes, self.outward)
         self.rank = min(self.width_in, self.width_out)
-        self.trials = min(self.rank, max(2 * self.units, self.units + 32))
+        # A block that spans the whole space is exact after one pass; a smaller one takes several.
+        block = self.units + 32
+        self.trials = self.rank if self.rank <= 4 * block else 2 * block
         self.like = view.values[self.inward[0].name]
         self.batches = list(view.batches)[: method.batches]
 
@@ -161,13 +165,13 @@ class _Space:
         """Leading singular triplets of M, in rows: fan-in vectors, singular values, fan-out vectors; float64."""
         outward = _orthonormal_rows(self.probes())
         values = torch.zeros(self.trials, dtype=torch.float64)
-        for _ in range(50):
+        for _ in range(self.method.iterations):
             inward = _orthonormal_rows(forward(outward))
             rotation, new_values, outward = torch.linalg.svd(adjoint(inward), full_matrices=False)
             inward = rotation.T @ inward
-            moved = (new_values - values)[: self.units].abs().max()
+            energy, new_energy = (v[: self.units].square().sum() for v in (values, new_values))
             values = new_values
-            if bool(moved <= self.method.tolerance * values.max()):
+            if self.trials == self.rank or bool(new_energy - energy <= self.method.tolerance * new_energy):
                 break
         return inward, values, outward
 
@@ -259,13 +263,15 @@ def _orthonormal_rows(rows: Tensor) -> Tensor:
 
 
 def _fill(view: View, rows: Tensor, values: Tensor, count: int) -> Tensor:
-    """The first `count` rows; where their singular value is zero, or there are too few, random unit rows orthogonal to them."""
+    """The first `count` rows; where their singular value is zero, or there are too few, random unit rows instead.
+
+    These are orthogonal among themselves, not to the others: outside the range of M no gradient would reach them.
+    """
     good = rows[: int((values[:count] > 0).sum())]
     missing = count - len(good)
     if not missing:
-        return rows[:count]
+        return good
     extra = view.normal((missing, rows.shape[1]), rows)
-    extra = extra - extra @ good.T @ good
-    if len(good) + missing <= rows.shape[1]:
-        extra = _orthonormal_rows(extra)
-    return torch.cat([good, extra / extra.norm(dim=1, keepdim=True).clamp_min(1e-30)])
+    if missing <= rows.shape[1]:
+        return torch.cat([good, _orthonormal_rows(extra)])
+    return torch.cat([good, extra / extra.norm(dim=1, keepdim=True)])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from meristem.axis import Axis
-from meristem.how.draws import drawn
+from meristem.how.draws import awake, drawn
 from meristem.how.view import View
 from meristem.values import Proposal
 
@@ -42,5 +42,8 @@ class Random:
         return 0
 
     def propose(self, view: View, axis: Axis, count: int) -> Proposal:
-        """Drawn weights for `count` units."""
-        return Proposal(axis.name, count, drawn(view, axis, count, self.zero, self.scale))
+        """Drawn weights for `count` units; where growth batches are at hand, no unit starts dead."""
+        strips = drawn(view, axis, count, self.zero, self.scale)
+        if self.zero == "fan_out" and view.loss is not None and view.batches:
+            strips = awake(view, axis, count, strips)
+        return Proposal(axis.name, count, strips)

@@ -130,6 +130,10 @@ class View:
         self.values = {name: parameter.detach() for name, parameter in model.named_parameters()}
         self.values |= {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
 
+    def owner(self, slot: Slot) -> nn.Module:
+        """The module that holds a slot's tensor."""
+        return self.structure.model.get_submodule(slot.name.rpartition(".")[0])
+
     def plan(self, axis: Axis, count: int) -> Plan:
         """The plan that adds `count` units to one axis."""
         return self.structure.resolve({axis.name: count})

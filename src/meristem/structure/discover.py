@@ -21,6 +21,7 @@ from meristem.structure.labels import (
     atoms,
     fresh,
     mark_end,
+    multiply,
     positions,
     size,
     sources,
@@ -147,24 +148,27 @@ class Structure:
         """The place that names an axis: its first producer in forward order, else its first place."""
 
         def rank(place: Place) -> tuple[bool, int]:
-            return self._role(place) != "fan_in", self.trace.order.get(place.name, len(self.trace.order))
+            return (place.name, place.dim) not in self.trace.produced, self.trace.order.get(place.name, len(self.trace.order))
 
         return min(places, key=rank)
 
     def _role(self, place: Place) -> Role:
         if (place.name, place.dim) in self.trace.consumed:
             return "fan_out"
-        return "fan_in" if place.name in self.trace.contracted and not self._depthwise(place) else "carried"
+        return "fan_in" if (place.name, place.dim) in self.trace.produced else "carried"
 
-    def _depthwise(self, place: Place) -> bool:
-        return place.name in self.trace.groups and not any(name == place.name for name, _ in self.trace.consumed)
+    def _tied(self, place: Place) -> bool:
+        key = (place.name, place.dim)
+        return key in self.trace.consumed and key in self.trace.produced
 
     def _name(self, atom: Label, owner: Place, label: Label, taken: set[str]) -> str:
         module_name, _, leaf = owner.name.rpartition(".")
         module = self.model.get_submodule(module_name)
         leaf_module = bool(module_name) and leaf == "weight" and next(module.children(), None) is None
         name = module_name if leaf_module else owner.name
-        if self._role(owner) == "fan_out" and atom.frozen is not None:
+        if atom.end == "vocabulary":
+            return f"{name}:vocabulary"
+        if self._role(owner) == "fan_out" and not self._tied(owner):
             name = f"{name}:in"
         heads = self._heads()
         several = len({a for a in atoms(label) if self._reason(a, []) is None}) > 1
@@ -203,8 +207,12 @@ class Structure:
         if atom.end is None and "fan_out" not in roles:
             seen = any(place.name in self.trace.order for place in places)
             return "nothing that grows reads it" if seen else "the forward on the example does not use it"
-        if atom.end is None and "fan_in" not in roles and not self._has_bias(places):
-            return "its weights are tied on both sides and no bias would keep a new unit alive"
+        tied = any(self._tied(place) for place in places)
+        normed_stream = bool(atom.mixes)
+        if atom.end is None and tied and not normed_stream and "fan_in" not in roles and not self._has_bias(places):
+            return "its weight is tied on both sides and no bias would keep a new unit alive"
+        if atom.end is None and not tied and "fan_in" not in roles:
+            return "no weight produces it"
         return None
 
     def _has_bias(self, places: Sequence[Place]) -> bool:
@@ -226,7 +234,8 @@ class Structure:
         tensor = named_tensors(self.model)[place.name]
         role = self._role(place)
         fill = self.trace.fills.get(place.name, "draw" if tensor.dim() > 1 or role == "fan_in" else "mean")
-        return Slot(place.name, place.dim, role, fill, not isinstance(tensor, nn.Parameter))
+        buffer = not isinstance(tensor, nn.Parameter)
+        return Slot(place.name, place.dim, role, fill, buffer, self._tied(place))
 
     # -- from a wish to a plan ----------------------------------------------------------------------------------------
 
@@ -249,9 +258,21 @@ class Structure:
 
     def _resolve(self, wishes: Mapping[str, Amount]) -> Plan:
         plan, changes = self.resized(wishes), self._changes(wishes)
+        clash = self.clash(list(wishes))
+        if clash is not None:
+            return replace(plan, refusal=f"{clash[0]} and {clash[1]} multiply each other; grow one after the other")
         edits, refusal = repair.attributes_for(self, plan, changes)
         rescaled, constants = self._renormalise(wishes, changes)
         return replace(plan, attributes=(*edits, *constants), rescaled=rescaled, refusal=refusal)
+
+    def clash(self, names: Sequence[str]) -> tuple[str, str] | None:
+        """Two of the named axes that are factors of one dimension, or None."""
+        dims = {label.root for labels in self.labels.values() for label in labels if label.root.kind == "product"}
+        for i, first in enumerate(names):
+            for second in names[i + 1 :]:
+                if any(multiply(label, self.atoms[first], self.atoms[second]) for label in dims):
+                    return first, second
+        return None
 
     def _renormalise(
         self, wishes: Mapping[str, Amount], changes: Changes

@@ -352,6 +352,16 @@ def owners(label: Label, atom: Label, changes: Changes) -> Sources:
     return result
 
 
+def multiply(label: Label, first: Label, second: Label) -> bool:
+    """Whether two atoms stand in different factors of one product at or below `label`."""
+    root = label.root
+    if root.kind == "product":
+        holds = [(first in atoms(part), second in atoms(part)) for part in root.parts]
+        if any(a and not b for a, b in holds) and any(b and not a for a, b in holds):
+            return True
+    return any(multiply(part, first, second) for part in root.parts)
+
+
 def positions(label: Label, atom: Label, changes: Changes) -> Sources:
     """The places of every entry of `atom` along a dimension: an array (entries, places per entry)."""
     owner = owners(label, atom, changes)

@@ -250,7 +250,7 @@ def _embedding(tracer: Tracer, call: Call) -> Result:
     weight, index = call.inputs
     rows, width = tracer.dims(weight)
     mark_end(rows.label, "vocabulary")
-    tracer.mark_weights([weight])
+    tracer.produce([width])
     return [Traced([*[Dim(x.label) for x in tracer.dims(index)], Dim(width.label)])]
 
 
@@ -283,7 +283,8 @@ def _matmul(tracer: Tracer, call: Call) -> Result:
         batch = [Dim(a[0].label)]
         if not (tracer.of(first).weight or tracer.of(second).weight):
             tracer.trace.heads.add(a[0].label)
-    tracer.contract(a[-1], b[-2] if second.dim() > 1 else b[0], (first, second))
+    tracer.contract(a[-1], b[-2] if second.dim() > 1 else b[0])
+    tracer.produce([*a[:-1], *b[:-2], *(b[-1:] if second.dim() > 1 else [])])
     rows = [Dim(x.label) for x in a[len(batch) : -1]]
     columns = [Dim(b[-1].label)] if second.dim() > 1 else []
     known = Traced([*batch, *rows, *columns])
@@ -303,9 +304,9 @@ def _convolution(tracer: Tracer, call: Call) -> Result:
     for dim in [*data[2:], *kernel[2:]]:
         freeze(dim.label, "a spatial dimension")
     into, from_ = (1, 0) if call.arguments["transposed"] else (0, 1)
-    tracer.mark_weights([weight])
     if groups == 1:
-        tracer.contract(data[1], kernel[from_], [weight])
+        tracer.contract(data[1], kernel[from_])
+        tracer.produce([kernel[into]])
         channels = kernel[into].label
     else:
         channels = _grouped(tracer, data[1], kernel, groups, call.arguments["transposed"])
@@ -333,7 +334,8 @@ def _grouped(tracer: Tracer, data: Dim, kernel: list[Dim], groups: int, transpos
     row_group, _ = split_product(kernel[0].label, groups)
     unify(group, row_group)
     if inner is not UNIT:
-        tracer.contract(Dim(inner), kernel[1], [])
+        tracer.contract(Dim(inner), kernel[1])
+        tracer.produce([kernel[0]])
     return kernel[0].label
 
 

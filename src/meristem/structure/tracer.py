@@ -49,7 +49,7 @@ class Trace:
 
     laws: list[tuple[str, list[list[Label]], str]] = field(default_factory=list)
     consumed: set[tuple[str, int]] = field(default_factory=set)
-    contracted: set[str] = field(default_factory=set)
+    produced: set[tuple[str, int]] = field(default_factory=set)
     order: dict[str, int] = field(default_factory=dict)
     fills: dict[str, Fill] = field(default_factory=dict)
     macs: list[list[Label]] = field(default_factory=list)
@@ -163,18 +163,17 @@ class Tracer(TorchDispatchMode):
     def dims(self, tensor: Tensor) -> list[Dim]:
         return self.of(tensor).dims
 
-    def contract(self, first: Dim, second: Dim, operands: Iterable[Tensor]) -> None:
+    def contract(self, first: Dim, second: Dim) -> None:
         """Record a sum over products of two dimensions: a weight's side becomes fan-out, two data sides mix."""
         unify(first.label, second.label)
         self.trace.consumed |= first.origin | second.origin
-        self.mark_weights(operands)
         if not first.origin and not second.origin:
             mix(first.label, f"{self.place()} multiplies two computed tensors along it")
 
-    def mark_weights(self, operands: Iterable[Tensor]) -> None:
-        for tensor in operands:
-            if self.of(tensor).weight:
-                self.trace.contracted |= self.of(tensor).parameters()
+    def produce(self, dims: Iterable[Dim]) -> None:
+        """Record the dimensions along which a weight makes units."""
+        for dim in dims:
+            self.trace.produced |= dim.origin
 
     def fill(self, tensor: Tensor | None, fill: Fill) -> None:
         """Say how new entries of the parameters behind `tensor` start; the first word counts."""

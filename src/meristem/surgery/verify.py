@@ -68,7 +68,8 @@ def probe(
         shape = [*where.shape, *[n for d, n in enumerate(old.shape) if d != slot.dim]]
         strip = torch.randn(shape, generator=generator, dtype=torch.float64)
         if axis.norm in ("layer_norm", "rms_norm"):
-            strips |= {slot.place: strip} if slot.role == "fan_out" else stream_strip(axis, slot.name, slot.dim, old, where)
+            reads = slot.role == "fan_out" and not slot.tied
+            strips |= {slot.place: strip} if reads else stream_strip(axis, slot.name, slot.dim, old, where)
         elif slot.role == "fan_out":
             strips[slot.place] = torch.zeros_like(strip)
         else:
