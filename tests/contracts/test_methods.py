@@ -183,7 +183,7 @@ def test_new_units_live_after_one_step(method: str, act: str, norm: bool, positi
     x, y = x.double(), torch.randint(0, 4, (64,))
     loss = lambda m, b: F.cross_entropy(m(b[0]), b[1])
     opt = torch.optim.SGD(model.parameters(), lr=0.1)
-    growth = ms.grow_(model, {"fc1": 6}, x, how=METHODS[method].how, optimizer=opt, loss=loss, data=[(x, y)])
+    growth = ms.grow_(model, {"fc1": 4}, x, how=METHODS[method].how, optimizer=opt, loss=loss, data=[(x, y)])
     assert growth.health["receives_gradient"] == {"fc1": 1.0}
     model.train()
     for _ in range(2):

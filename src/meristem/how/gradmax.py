@@ -19,6 +19,7 @@ a norm on the axis turns the default to zero fan-out, whose preservation outlive
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from meristem.axis import Axis, Place, Slot
 from meristem.errors import DataError, GrowthRefused
-from meristem.how.draws import drawn, flat_size, mean_norm, unflatten
+from meristem.how.draws import flat_size, mean_norm, unflatten
 from meristem.how.view import Sandbox, View
 from meristem.values import Proposal
 from meristem.statistics.flops import counting
@@ -197,21 +198,41 @@ class _Space:
         fan_out, fan_in = length * outward, torch.zeros_like(inward)
         if flat:
             step = _KICK * torch.finfo(self.like.dtype).eps * (mean_norm(self.view, self.axis, "fan_in") or 1.0)
-            sign = self.livelier(-step * inward, fan_out)
-            fan_out, fan_in = sign * fan_out, -step * sign * inward
+            sign, fan_in = self.opened(-step * inward, fan_out)
+            fan_out = sign * fan_out
         gains = tuple((length * values).tolist())
         note = f"zero fan-in{', opened by a step of rounding size' if flat else ''}" + self.shortfall(values)
         return self.proposal(fan_in, fan_out, gains, note)
 
-    def livelier(self, inward: Tensor, outward: Tensor) -> Tensor:
-        """Per unit +1 or -1: the sign of both sides with which its fan-in receives the larger gradient."""
-        norms = []
-        for sign in (1.0, -1.0):
-            sandbox = self.view.sandbox(self.axis, self.count)
-            trial = (sign * inward).to(self.like).requires_grad_()
-            loss = sandbox.loss(self.strips(sandbox, trial, (sign * outward).to(self.like)), self.batches[0])
-            norms.append(torch.autograd.grad(loss, trial)[0].norm(dim=1))
-        return torch.where(norms[0] >= norms[1], 1.0, -1.0).double().cpu()[:, None]
+    def opened(self, inward: Tensor, outward: Tensor) -> tuple[Tensor, Tensor]:
+        """Per unit the sign of the fan-out, and the tiny fan-in, that stay open.
+
+        From either side of the hyperplane and with either sign, the gradients as the activation gates them are followed
+        for a few steps, which is where training will take the unit; the way whose weakest gradient is largest wins.
+        """
+        sandbox = self.view.sandbox(self.axis, self.count)
+        length = inward.norm(dim=1, keepdim=True).to(self.like)
+        best = torch.full_like(length, -1.0)
+        best_sign, best_inward = torch.ones_like(length), inward.to(self.like)
+        for side, sign in itertools.product((1.0, -1.0), repeat=2):
+            trial = (side * inward).to(self.like)
+            travelled = torch.zeros_like(trial)
+            norms, way = [], []
+            for _ in range(4):
+                trial = trial.detach().requires_grad_()
+                loss = sandbox.loss(self.strips(sandbox, trial, (sign * outward).to(self.like)), self.batches[0])
+                gradient = torch.autograd.grad(loss, trial)[0]
+                norm = gradient.norm(dim=1, keepdim=True)
+                norms.append(norm)
+                way.append(trial.detach())
+                travelled = travelled - gradient
+                trial = length * travelled / travelled.norm(dim=1, keepdim=True).clamp_min(torch.finfo(norm.dtype).tiny)
+            weakest = torch.stack(norms[1:]).amin(0) + 1e-6 * norms[1]
+            better = weakest > best
+            best = torch.where(better, weakest, best)
+            best_sign = torch.where(better, sign, best_sign)
+            best_inward = torch.where(better, way[1], best_inward)
+        return best_sign.double().cpu(), best_inward.double().cpu()
 
     def zero_fan_out(self) -> Proposal:
         """Fan-in from the singular vectors, improved by projected ascent on the gradient of the zero fan-out."""
@@ -219,10 +240,9 @@ class _Space:
         length = self.method.scale * (mean_norm(self.view, self.axis, "fan_in") or 1.0)
         sandbox = self.view.sandbox(self.axis, self.count)
         outward = self.like.new_zeros(self.units, self.width_out).requires_grad_()
-        biased = drawn(self.view, self.axis, self.count, "fan_out")
 
         def gradient(inward: Tensor, create_graph: bool) -> Tensor:
-            strips = biased | self.strips(sandbox, inward, outward)
+            strips = self.strips(sandbox, inward, outward)
             loss = sum(sandbox.loss(strips, batch) for batch in self.batches)
             assert isinstance(loss, Tensor)
             return torch.autograd.grad(loss / len(self.batches), outward, create_graph=create_graph)[0]
@@ -244,7 +264,7 @@ class _Space:
         best = torch.where(better, inward.detach(), best)
         gains = torch.maximum(reached, best_norms)
         order = gains.argsort(descending=True)
-        strips = {place: strip[order] for place, strip in (biased | self.strips(sandbox, best, outward.detach())).items()}
+        strips = {place: strip[order] for place, strip in self.strips(sandbox, best, outward.detach()).items()}
         note = "zero fan-out" + self.shortfall(values)
         return Proposal(self.axis.name, self.count, strips, gains=tuple(gains[order].tolist()), note=note)
 
