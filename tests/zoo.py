@@ -93,7 +93,9 @@ class MobileNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU6())
-        self.blocks = nn.Sequential(InvertedResidual(6, 6, 1, 2), InvertedResidual(6, 8, 2, 3), InvertedResidual(8, 8, 1, 3))
+        self.blocks = nn.Sequential(
+            InvertedResidual(6, 6, 1, 2), InvertedResidual(6, 8, 2, 3), InvertedResidual(8, 8, 1, 3)
+        )
         self.classifier = nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:

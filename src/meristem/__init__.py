@@ -16,8 +16,8 @@ from meristem.errors import (
 )
 from meristem.grower import Grower
 from meristem.growing import find_axes, grow_, narrow_, plan
-from meristem.values import Budget, Growth, Plan
 from meristem.surgery.optimizers import STATE_RULES
+from meristem.values import Budget, Growth, Plan
 
 __version__ = "0.1.0"
 

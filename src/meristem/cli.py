@@ -48,7 +48,13 @@ def _bars() -> Progress:
 
 def _state(progress: RunProgress) -> str:
     last = progress.curve[-1] if progress.curve else None
-    score = "" if last is None else f"acc {last['accuracy']:.3f}" if last["accuracy"] is not None else f"loss {last['loss']:.3f}"
+    score = (
+        ""
+        if last is None
+        else f"acc {last['accuracy']:.3f}"
+        if last["accuracy"] is not None
+        else f"loss {last['loss']:.3f}"
+    )
     return f"{score} widths {'-'.join(map(str, progress.sizes.values()))}"
 
 
@@ -74,7 +80,11 @@ def demo(
     for outcome in outcomes:
         r = outcome.result
         table.add_row(
-            outcome.name, f"{r['accuracy']:.4f}", f"{r['parameters']:,}", f"{r['training_flops'] / 1e9:.1f}", f"{r['seconds']:.1f}"
+            outcome.name,
+            f"{r['accuracy']:.4f}",
+            f"{r['parameters']:,}",
+            f"{r['training_flops'] / 1e9:.1f}",
+            f"{r['seconds']:.1f}",
         )
     Console().print(table)
     _err.print(f"picture: {plot}", markup=False)
@@ -84,7 +94,9 @@ def demo(
 def run(
     file: Annotated[Path, typer.Argument(help="A TOML file; see the guide for its keys.")],
     seed: Annotated[int | None, typer.Option(help="Overrides the file's seed.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the result; `results` beside the file by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the result; `results` beside the file by default.")
+    ] = None,
 ) -> None:
     """Run one experiment, or what is left of it; the last line on stdout is the path of its JSON file."""
     from meristem.experiments.config import read
@@ -138,7 +150,9 @@ def methods() -> None:
 
     for role, known in (("how", METHODS), ("where", PLACES), ("when", TRIGGERS), ("care", CARES)):
         for name, kind in known.items():
-            parameters = ", ".join(f"{f.name}={f.default!r}" if f.default is not MISSING else f.name for f in fields(kind))
+            parameters = ", ".join(
+                f"{f.name}={f.default!r}" if f.default is not MISSING else f.name for f in fields(kind)
+            )
             first = (kind.__doc__ or "").splitlines()[0]
             print(f"{role:6} {name:18} {parameters or '-':70} {first}")
 

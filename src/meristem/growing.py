@@ -14,21 +14,20 @@ from torch.optim import Optimizer
 
 from meristem.axis import Axes, Axis
 from meristem.care import Care, WarmMoments
-from meristem.errors import DataError, GrowthRefused, MeristemError, UnknownAxis, VerificationError
+from meristem.errors import DataError, GrowthRefused, VerificationError
 from meristem.how import How, Random, View
 from meristem.how.view import Loss
-from meristem.values import Growth, Plan, Proposal, Treatment
 from meristem.statistics.batches import first_call, growth_batches
 from meristem.statistics.flops import counting
 from meristem.statistics.undisturbed import undisturbed
 from meristem.structure import Structure
 from meristem.structure.discover import apply_edits
-from meristem.structure.labels import positions
 from meristem.structure.twin import named_tensors, twin
 from meristem.surgery.exchange import check_free, exchange
 from meristem.surgery.optimizers import check_ownership, grown_state
 from meristem.surgery.tensors import grown_tensors, new_units
 from meristem.surgery.verify import check_edit, relative_change, rounding_gap, run
+from meristem.values import Growth, Plan, Proposal, Treatment
 
 _GENERATORS: weakref.WeakKeyDictionary[nn.Module, torch.Generator] = weakref.WeakKeyDictionary()
 
@@ -87,7 +86,9 @@ def growable(structure: Structure, patterns: str | Sequence[str] = "*") -> Axes:
             try:
                 check_edit(structure, structure.resolve({name: axis.multiple}), [axis])
             except VerificationError:
-                reason = f"a {axis.norm.replace('_', ' ')} normalises over it, and its producers do not feed it directly"
+                reason = (
+                    f"a {axis.norm.replace('_', ' ')} normalises over it, and its producers do not feed it directly"
+                )
         if reason is not None:
             refused[name] = reason
     kept = {name: axis for name, axis in found.items() if name not in refused and matches(name, patterns)}
@@ -231,16 +232,19 @@ def narrow_(
     """
     with undisturbed():
         structure = Structure(model, example)
-        wishes = {
-            name: -amount if isinstance(amount, int) else amount for name, amount in _positive(units).items()
-        }
+        wishes = {name: -amount if isinstance(amount, int) else amount for name, amount in _positive(units).items()}
         planned = _accepted(_planned(structure, wishes))
         view = View(structure, torch.Generator())
         return perform(view, planned, [], None, (), optimizers(optimizer))
 
 
 def perform(
-    view: View, plan: Plan, proposals: Sequence[Proposal], how: How | None, care: Sequence[Care], owners: Sequence[Optimizer]
+    view: View,
+    plan: Plan,
+    proposals: Sequence[Proposal],
+    how: How | None,
+    care: Sequence[Care],
+    owners: Sequence[Optimizer],
 ) -> Growth:
     """Build every new tensor, verify, swap; the last steps of every growth. Raises before anything has changed."""
     started = time.perf_counter()

@@ -249,7 +249,9 @@ def test_discovery_leaves_the_model_untouched() -> None:
         calls: list[int] = []
         model.register_forward_hook(lambda *_: calls.append(1))
         before = {k: v.clone() for k, v in model.state_dict().items()}
-        attributes = {n: repr({k: v for k, v in vars(m).items() if not k.startswith("_")}) for n, m in model.named_modules()}
+        attributes = {
+            n: repr({k: v for k, v in vars(m).items() if not k.startswith("_")}) for n, m in model.named_modules()
+        }
         rng = torch.get_rng_state()
         ms.find_axes(model, x)
         assert torch.equal(rng, torch.get_rng_state())

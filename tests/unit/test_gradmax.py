@@ -54,7 +54,7 @@ def test_new_gradient_is_the_predicted_one_and_beats_random_frames(count: int) -
     net, data = dense()
     norm = net[2].weight.norm(dim=0).mean().item()
     growth = ms.grow_(net, {"0": count}, data[0][0], how=GradMax(scale=0.5), loss=mse, data=data)
-    assert growth.max_change == 0
+    assert growth.max_change <= 1e-15
     mse(net, data[0]).backward()
     reached = net[0].weight.grad[5:].square().sum().item()
     assert net[2].weight.grad[:, 5:].abs().max() == 0

@@ -21,7 +21,12 @@ from meristem.errors import DataError, nearest
 
 Arrays = dict[str, NDArray[Any]]
 
-_MNIST_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+_MNIST_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
 SOURCES: dict[str, tuple[str, dict[str, str]]] = {
     "mnist": (
         "https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -107,7 +112,9 @@ def _files_under(root: str | None) -> list[str]:
 
 def _file(root: str | None, relative: str, name: str) -> Path:
     if root is None:
-        raise DataError(f"data = {name!r} is read from a file. hint: set MERISTEM_DATA to the folder that holds {relative}")
+        raise DataError(
+            f"data = {name!r} is read from a file. hint: set MERISTEM_DATA to the folder that holds {relative}"
+        )
     path = Path(root) / relative
     if not path.exists():
         raise DataError(f"there is no {path}.{nearest(name, _files_under(root))}")
@@ -204,7 +211,7 @@ def _idx(path: Path) -> NDArray[np.uint8]:
     content = gzip.decompress(path.read_bytes())
     rank = content[3]
     shape = np.frombuffer(content, dtype=">u4", count=rank, offset=4)
-    return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * rank).reshape(shape.astype(int))
+    return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * rank).reshape(shape.astype(int)).copy()
 
 
 def _cifar(path: Path, key: bytes) -> Arrays:

@@ -71,7 +71,9 @@ def draw(outcomes: list[Outcome], path: Path) -> None:
     for name in grown["widths"]:
         steps = [0, *[point["step"] for point in grown["curve"]]]
         first = grown["growths"][0]["before"].get(name, grown["widths"][name])
-        bottom.step(steps, [first, *[point["sizes"][name] for point in grown["curve"]]], where="post", label=name, linewidth=2)
+        bottom.step(
+            steps, [first, *[point["sizes"][name] for point in grown["curve"]]], where="post", label=name, linewidth=2
+        )
     top.set_ylabel("test accuracy, %")
     top.set_title("A conv net grows while it trains (digits; dotted: growths)")
     top.legend(loc="lower right")

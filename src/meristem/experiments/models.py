@@ -101,7 +101,11 @@ def build(choice: Choice, data: Data) -> nn.Module:
     shape = data.x_train.shape[1:]
     defaults: dict[str, Any]
     if name == "mlp":
-        make, fixed, defaults = mlp, {"inputs": int(shape.numel()), "outputs": data.outputs}, {"hidden": [32, 32], "norm": False}
+        make, fixed, defaults = (
+            mlp,
+            {"inputs": int(shape.numel()), "outputs": data.outputs},
+            {"hidden": [32, 32], "norm": False},
+        )
     elif name == "convnet":
         if len(shape) != 3:
             raise ConfigError(f"model = 'convnet' needs images; the data have shape {tuple(shape)}")
@@ -113,7 +117,9 @@ def build(choice: Choice, data: Data) -> nn.Module:
         defaults = {"width": 96, "heads": 4, "hidden": 384, "depth": 2}
     for key in parameters:
         if key not in defaults:
-            raise ConfigError(f"model.{name} has no parameter {key!r}.{nearest(key, defaults)} Known: {', '.join(defaults)}")
+            raise ConfigError(
+                f"model.{name} has no parameter {key!r}.{nearest(key, defaults)} Known: {', '.join(defaults)}"
+            )
     return make(**fixed, **(defaults | parameters))
 
 

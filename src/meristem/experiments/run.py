@@ -86,7 +86,9 @@ class Run:
     def _grower(self) -> Grower:
         grow = self.experiment.grow
         assert grow is not None
-        loader = DataLoader(self.dataset, sampler=BatchSampler(RandomSampler(self.dataset), self.batch_size, False), batch_size=None)
+        loader = DataLoader(
+            self.dataset, sampler=BatchSampler(RandomSampler(self.dataset), self.batch_size, False), batch_size=None
+        )
         return Grower(
             self.model,
             self.optimizer,
@@ -175,7 +177,13 @@ class Run:
         if progress.step % self.epoch_steps == 0 or progress.step == progress.steps:
             accuracy, test_loss = self.evaluate()
             progress.curve.append(
-                {"step": progress.step, "flops": progress.flops, "accuracy": accuracy, "loss": test_loss, "sizes": dict(progress.sizes)}
+                {
+                    "step": progress.step,
+                    "flops": progress.flops,
+                    "accuracy": accuracy,
+                    "loss": test_loss,
+                    "sizes": dict(progress.sizes),
+                }
             )
         self.report(progress)
 
@@ -228,7 +236,9 @@ class Run:
             },
             "hardware": {
                 "device": str(self.accelerator.device),
-                "name": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
+                "name": torch.cuda.get_device_name()
+                if torch.cuda.is_available()
+                else platform.processor() or platform.machine(),
                 "cores": os.cpu_count(),
                 "threads": torch.get_num_threads(),
             },
@@ -268,7 +278,11 @@ def rate(experiment: Experiment, progress: float) -> float:
 
 def _optimizer(experiment: Experiment, model: nn.Module) -> Optimizer:
     name, parameters = named(experiment.train.optimizer, ("sgd", "adam", "adamw"), "optimizer")
-    kinds: dict[str, Callable[..., Optimizer]] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    kinds: dict[str, Callable[..., Optimizer]] = {
+        "sgd": torch.optim.SGD,
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+    }
     try:
         optimizer = kinds[name](model.parameters(), **parameters)
     except TypeError as error:
@@ -276,4 +290,3 @@ def _optimizer(experiment: Experiment, model: nn.Module) -> Optimizer:
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
-

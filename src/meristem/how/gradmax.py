@@ -32,8 +32,8 @@ from meristem.axis import Axis, Place, Slot
 from meristem.errors import DataError, GrowthRefused
 from meristem.how.draws import flat_size, mean_norm, unflatten
 from meristem.how.view import Sandbox, View
-from meristem.values import Proposal
 from meristem.statistics.flops import counting
+from meristem.values import Proposal
 
 Operator = Callable[[Tensor], Tensor]
 
@@ -94,7 +94,12 @@ class GradMax:
             space = _Space(view, axis, count, self)
             proposal = space.zero_fan_out() if self.zero == "fan_out" else self._fan_in_first(space)
         return Proposal(
-            proposal.axis, count, proposal.strips, gains=proposal.gains, flops=counter.get_total_flops(), note=proposal.note
+            proposal.axis,
+            count,
+            proposal.strips,
+            gains=proposal.gains,
+            flops=counter.get_total_flops(),
+            note=proposal.note,
         )
 
     def _fan_in_first(self, space: _Space) -> Proposal:
@@ -157,7 +162,9 @@ class _Space:
                     return vectors.new_zeros(self.trials, self.width_in if inwards else self.width_out)
                 product = (source * vectors.to(source)).sum()
                 (part,) = torch.autograd.grad(product, target, retain_graph=True, allow_unused=True)
-                total = total + (torch.zeros_like(target) if part is None else part).detach().double().cpu() / len(parts)
+                total = total + (torch.zeros_like(target) if part is None else part).detach().double().cpu() / len(
+                    parts
+                )
             return total
 
         return (lambda v: apply(v, True)), (lambda u: apply(u, False))

@@ -12,11 +12,11 @@ from torch.func import functional_call
 
 from meristem.axis import Axis, Place, Slot
 from meristem.errors import DataError
-from meristem.values import Plan, Proposal, Scaling
 from meristem.structure import Structure
 from meristem.structure.discover import apply_edits
-from meristem.structure.twin import named_tensors, twin
+from meristem.structure.twin import twin
 from meristem.surgery.tensors import grown_tensors, new_units
+from meristem.values import Plan, Proposal, Scaling
 
 Loss = Callable[[nn.Module, Any], Tensor]
 

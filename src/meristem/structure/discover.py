@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meristem.axis import Axes, Axis, Kind, Place, Role, Slot
 from meristem.errors import DiscoveryError, GrowthRefused
-from meristem.values import AttributeChange, Plan, Sources, TensorChange
 from meristem.structure import repair
 from meristem.structure.labels import (
     Changes,
@@ -28,6 +27,7 @@ from meristem.structure.labels import (
 )
 from meristem.structure.tracer import Dim, ModuleStack, Norm, Traced, Tracer, tensors
 from meristem.structure.twin import Example, as_example, fake_mode, looking, map_tensors, named_tensors, twin
+from meristem.values import AttributeChange, Plan, Sources, TensorChange
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule", "ScriptModule")
 
@@ -72,7 +72,9 @@ class Structure:
         stack = ModuleStack(copied)
         tracer = Tracer(stack)
         self.labels: dict[str, list[Label]] = {}
-        averaged = {id(b) for m in copied.modules() if isinstance(m, nn.modules.batchnorm._NormBase) for b in m.buffers(False)}
+        averaged = {
+            id(b) for m in copied.modules() if isinstance(m, nn.modules.batchnorm._NormBase) for b in m.buffers(False)
+        }
         for name, tensor in named_tensors(copied).items():
             reason = None
             if not isinstance(tensor, nn.Parameter) and id(tensor) not in averaged:
@@ -148,7 +150,9 @@ class Structure:
         """The place that names an axis: its first producer in forward order, else its first place."""
 
         def rank(place: Place) -> tuple[bool, int]:
-            return (place.name, place.dim) not in self.trace.produced, self.trace.order.get(place.name, len(self.trace.order))
+            return (place.name, place.dim) not in self.trace.produced, self.trace.order.get(
+                place.name, len(self.trace.order)
+            )
 
         return min(places, key=rank)
 

@@ -6,15 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from meristem.values import AttributeChange, Plan
 from meristem.structure.labels import Changes, size
 from meristem.structure.tracer import ModuleStack
 from meristem.structure.twin import fake_mode, looking
+from meristem.values import AttributeChange, Plan
 
 if TYPE_CHECKING:
     from meristem.structure.discover import Structure
@@ -61,10 +60,14 @@ class _Attempt:
     running: tuple[str, ...] = ()
 
 
-def attributes_for(structure: Structure, plan: Plan, changes: Changes) -> tuple[tuple[AttributeChange, ...], str | None]:
+def attributes_for(
+    structure: Structure, plan: Plan, changes: Changes
+) -> tuple[tuple[AttributeChange, ...], str | None]:
     """The attribute changes that make a re-trace follow the plan, and None; or what was tried, and the refusal."""
     shapes = {change.name: change.after for change in plan.tensors}
-    expected = [(name, [tuple(size(x, changes) for x in dims) for dims in outputs]) for name, outputs, _ in structure.trace.laws]
+    expected = [
+        (name, [tuple(size(x, changes) for x in dims) for dims in outputs]) for name, outputs, _ in structure.trace.laws
+    ]
     resized = _resized(structure, changes)
     edits = list(leaf_attributes(structure, shapes, changes))
     trials = 0
@@ -95,7 +98,9 @@ def attributes_for(structure: Structure, plan: Plan, changes: Changes) -> tuple[
     return tuple(edits), f"{place or 'the model'} does not follow the new size: {best.problem}"
 
 
-def leaf_attributes(structure: Structure, shapes: dict[str, tuple[int, ...]], changes: Changes) -> Iterator[AttributeChange]:
+def leaf_attributes(
+    structure: Structure, shapes: dict[str, tuple[int, ...]], changes: Changes
+) -> Iterator[AttributeChange]:
     """The attributes of torch's own layers that follow from the shapes of their weights."""
     for module_name, module in structure.model.named_modules():
         weight = (module_name + "." if module_name else "") + "weight"

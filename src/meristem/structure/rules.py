@@ -27,9 +27,7 @@ Result = list[Traced] | None
 Rule = Callable[[Tracer, Call], Result]
 
 _POINTWISE_EXTRA = frozenset(
-    "clone detach _to_copy alias contiguous lift_fresh lift_fresh_copy native_dropout bernoulli bernoulli_ copy_ fill_ "
-    "zero_ tril triu empty_like zeros_like ones_like full_like rand_like randn_like masked_fill masked_fill_ dropout "
-    "floor_divide hardswish hardswish_ silu_ rrelu_with_noise uniform_ normal_ clamp clamp_ clamp_min clamp_max".split()
+    ["clone", "detach", "_to_copy", "alias", "contiguous", "lift_fresh", "lift_fresh_copy", "native_dropout", "bernoulli", "bernoulli_", "copy_", "fill_", "zero_", "tril", "triu", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "masked_fill", "masked_fill_", "dropout", "floor_divide", "hardswish", "hardswish_", "silu_", "rrelu_with_noise", "uniform_", "normal_", "clamp", "clamp_", "clamp_min", "clamp_max"]
 )
 
 
@@ -419,7 +417,10 @@ def _reduce(tracer: Tracer, call: Call) -> Result:
     module = tracer.stack.modules.get(tracer.stack.innermost)
     inside_rms = isinstance(module, torch.nn.RMSNorm) and gone == {rank - 1}
     for d in gone:
-        mix(source.dims[d].label, f"rms norm {tracer.place()}" if inside_rms else f"{tracer.place()}: {call.name} over it")
+        mix(
+            source.dims[d].label,
+            f"rms norm {tracer.place()}" if inside_rms else f"{tracer.place()}: {call.name} over it",
+        )
     if inside_rms:
         tracer.trace.norms.append(Norm(tracer.stack.innermost, "rms_norm", source.dims[-1].label))
     keep = call.arguments.get("keepdim", False)
@@ -452,30 +453,32 @@ def _prelu(tracer: Tracer, call: Call) -> Result:
 
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys("view _unsafe_view reshape _reshape_alias".split(), _view),
-    **dict.fromkeys("permute transpose transpose_ t t_ numpy_T".split(), _permute),
-    **dict.fromkeys("unsqueeze unsqueeze_".split(), _unsqueeze),
-    **dict.fromkeys("squeeze squeeze_".split(), _squeeze),
+    **dict.fromkeys(["view", "_unsafe_view", "reshape", "_reshape_alias"], _view),
+    **dict.fromkeys(["permute", "transpose", "transpose_", "t", "t_", "numpy_T"], _permute),
+    **dict.fromkeys(["unsqueeze", "unsqueeze_"], _unsqueeze),
+    **dict.fromkeys(["squeeze", "squeeze_"], _squeeze),
     "expand": _expand,
     "repeat": _repeat,
     "slice": _slice,
-    **dict.fromkeys("select unbind".split(), _select),
-    **dict.fromkeys("split split_with_sizes chunk unsafe_split unsafe_chunk".split(), _split),
+    **dict.fromkeys(["select", "unbind"], _select),
+    **dict.fromkeys(["split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk"], _split),
     "glu": _glu,
     "cat": _cat,
     "stack": _stack,
     "constant_pad_nd": _constant_pad,
-    **dict.fromkeys("roll flip sort topk cumsum cumprod".split(), _ordered),
+    **dict.fromkeys(["roll", "flip", "sort", "topk", "cumsum", "cumprod"], _ordered),
     "embedding": _embedding,
     "index": _index,
-    **dict.fromkeys("index_select gather".split(), _gather),
-    **dict.fromkeys("mm addmm bmm baddbmm mv dot".split(), _matmul),
+    **dict.fromkeys(["index_select", "gather"], _gather),
+    **dict.fromkeys(["mm", "addmm", "bmm", "baddbmm", "mv", "dot"], _matmul),
     "convolution": _convolution,
-    **dict.fromkeys("native_layer_norm".split(), _layer_norm),
+    **dict.fromkeys(["native_layer_norm"], _layer_norm),
     "native_group_norm": _group_norm,
-    **dict.fromkeys("_softmax _log_softmax _safe_softmax softmax".split(), _softmax),
-    **dict.fromkeys("mean sum amax amin var std prod linalg_vector_norm norm logsumexp any all argmax argmin".split(), _reduce),
-    **dict.fromkeys("max min var_mean median".split(), _reduce),
-    **dict.fromkeys("new_zeros new_ones new_full new_empty new_empty_strided".split(), _new),
-    **dict.fromkeys("_prelu_kernel prelu".split(), _prelu),
+    **dict.fromkeys(["_softmax", "_log_softmax", "_safe_softmax", "softmax"], _softmax),
+    **dict.fromkeys(
+        ["mean", "sum", "amax", "amin", "var", "std", "prod", "linalg_vector_norm", "norm", "logsumexp", "any", "all", "argmax", "argmin"], _reduce
+    ),
+    **dict.fromkeys(["max", "min", "var_mean", "median"], _reduce),
+    **dict.fromkeys(["new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"], _new),
+    **dict.fromkeys(["_prelu_kernel", "prelu"], _prelu),
 }

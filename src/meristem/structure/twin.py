@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -90,11 +91,15 @@ def looking(mode: FakeTensorMode | None) -> Iterator[None]:
     """Run a twin without gradients, without fused attention kernels, under the fake mode if there is one."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # tells of every shape that does not fit: we try those
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     try:
         with torch.no_grad(), mode or contextlib.nullcontext():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
+        log.setLevel(level)
 
 
 def map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:

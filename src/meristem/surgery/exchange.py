@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from meristem.errors import GrowthRefused, PendingBackward
-from meristem.values import AttributeChange, Plan, TensorChange
 from meristem.surgery.tensors import carry
+from meristem.values import AttributeChange, Plan, TensorChange
 
 LINEAGE = "_meristem_lineage"
 """The attribute of a grown model that lists its growths, so that copies and checkpoints know their shape."""
@@ -22,7 +22,9 @@ def check_free(tensors: Mapping[str, Tensor]) -> None:
     """Raise where a graph, or a weak reference, still holds a tensor that would change."""
     for name, tensor in tensors.items():
         if weakref.getweakrefs(tensor):
-            raise GrowthRefused(f"{name} is held by a weak reference (as nn.LSTM does), which would keep the old tensor")
+            raise GrowthRefused(
+                f"{name} is held by a weak reference (as nn.LSTM does), which would keep the old tensor"
+            )
         if tensor._use_count() > (2 if tensor.requires_grad and tensor.is_leaf else 1):
             raise PendingBackward(
                 f"{name} is still held by a graph that waits for its backward pass. hint: grow after optimizer.step(), "

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from meristem.axis import Axis
 from meristem.errors import OptimizerError
-from meristem.values import Plan, Proposal, TensorChange, index
 from meristem.surgery.tensors import along, carry, new_units
+from meristem.values import Plan, Proposal, TensorChange, index
 
 Moment = Literal["first", "second"]
 

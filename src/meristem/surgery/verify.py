@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from meristem.axis import Axis, Place
 from meristem.errors import VerificationError
-from meristem.values import Plan, Proposal, Scaling, index
 from meristem.statistics.undisturbed import undisturbed
 from meristem.structure import Structure
 from meristem.structure.discover import apply_edits
 from meristem.structure.tracer import tensors
 from meristem.structure.twin import Example, looking, map_tensors, named_tensors, twin
 from meristem.surgery.tensors import grown_tensors, new_units
+from meristem.values import Plan, Proposal, Scaling, index
 
 STRUCTURAL_TOLERANCE = 1e-9
 """Largest relative output change of a function-preserving edit on random float64 weights."""

@@ -1,0 +1,261 @@
+"""Configuration, data, the runner and the command, as a user meets them."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import http.server
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import meristem as ms
+from meristem.experiments import data as datasets
+from meristem.experiments.config import ConfigError, checked, read
+from meristem.experiments.run import Progress, Run, rate, run
+
+SMALL: dict[str, Any] = {
+    "model": {"mlp": {"hidden": [6, 6]}},
+    "data": "digits",
+    "train": {
+        "epochs": 3,
+        "batch_size": 128,
+        "optimizer": {"adamw": {"lr": 1e-3}},
+        "schedule": {"wsd": {"decay": 0.3}},
+    },
+    "grow": {"when": {"every": "1 epochs"}, "how": {"gradmax": {"scale": 0.5}}, "where": "by_gain", "amount": 8},
+}
+
+
+def command(*words: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "meristem.cli", *words],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **(env or {})},
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"modle": "mlp"}, r"unknown key 'modle'. Did you mean 'model'"),
+        ({"train": {"epocs": 3}}, r"unknown key 'train.epocs'. Did you mean 'epochs'"),
+        ({"grow": {"when": {"every": "2"}}}, r"grow.when: a duration carries its unit"),
+        ({"grow": {"when": {"evry": "2 epochs"}}}, r"Did you mean 'every'"),
+        ({"grow": {"when": {"every": "2 epochs"}, "how": "gradmx"}}, r"grow.how: .*Did you mean 'gradmax'"),
+        ({"grow": {"when": {"every": "2 epochs"}, "how": {"gradmax": {"scal": 1}}}}, r"Did you mean 'scale'"),
+        ({"grow": {"when": {"every": "2 epochs"}, "budget": {"params": 3}}}, r"unknown key 'grow.budget.params'"),
+        ({"grow": {"when": {"every": "2 epochs"}, "care": ["shrnk"]}}, r"Did you mean 'shrink'"),
+        ({"train": {"epochs": 1, "schedule": {"wsd": {"decay": 3}}}}, r"a fraction of training"),
+        ({"train": {"epochs": 1, "optimizer": "adm"}}, r"Did you mean 'adam'"),
+        ({"train": {}}, r"either epochs or flops"),
+        ({"model": "mpl"}, r"Did you mean 'mlp'"),
+    ],
+)
+def test_configuration_errors_name_the_key_and_the_nearest(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        checked(SMALL | change)
+
+
+def test_a_run_writes_one_json_file_and_is_not_repeated(tmp_path: Path) -> None:
+    experiment = checked(SMALL)
+    path = run(experiment, tmp_path, "small")
+    result = json.loads(path.read_text())
+    wanted = {"accuracy", "loss", "parameters", "widths", "growths", "training_flops", "seed", "versions", "hardware"}
+    assert wanted <= result.keys()
+    assert sum(result["widths"].values()) == 12 + 3 * 8
+    assert result["training_flops"] > result["growth_flops"] > 0
+    assert [point["step"] for point in result["curve"]] == [11, 22, 33]
+    stamp = path.stat().st_mtime_ns
+    assert run(experiment, tmp_path, "small").stat().st_mtime_ns == stamp
+    assert not (tmp_path / "checkpoints" / "small_seed0").exists()
+
+
+def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path) -> None:
+    experiment = checked(SMALL)
+    whole = Run(experiment)
+    whole.train(tmp_path / "whole")
+
+    def stop(progress: Progress) -> None:
+        if progress.step == 17:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    from meristem.experiments.run import Interrupted
+
+    first = Run(experiment, stop)
+    with pytest.raises(Interrupted, match="step 17"):
+        first.train(tmp_path / "part")
+    second = Run(experiment)
+    second.train(tmp_path / "part")
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True))
+    assert second.progress.flops == pytest.approx(whole.progress.flops)
+    assert [p["loss"] for p in second.progress.curve] == [p["loss"] for p in whole.progress.curve]
+
+
+def test_equal_flops_sets_the_length_of_training() -> None:
+    fixed = {k: v for k, v in SMALL.items() if k != "grow"}
+    long = Run(checked(fixed))
+    flops = long.progress.steps * 3 * long.forward_flops * 128
+    half = Run(checked(fixed | {"train": {"flops": flops / 2, "batch_size": 128}}))
+    assert half.progress.steps == round(long.progress.steps / 2)
+
+
+def test_schedules() -> None:
+    wsd = checked(SMALL | {"train": {"epochs": 1, "schedule": {"wsd": {"decay": 0.25, "warmup": 0.1}}}})
+    assert [rate(wsd, p) for p in (0.05, 0.5, 0.75, 0.875)] == pytest.approx([0.5, 1, 1, 0.5])
+    cosine = checked(SMALL | {"train": {"epochs": 1, "schedule": "cosine"}})
+    assert [rate(cosine, p) for p in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
+    assert rate(checked(SMALL | {"train": {"epochs": 1}}), 0.9) == 1
+
+
+def test_plain_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MERISTEM_DATA", str(tmp_path))
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (20, 6, 6, 3), dtype=np.uint8)
+    np.savez(
+        tmp_path / "cifar10.npz", x_train=images, y_train=np.arange(20) % 4, x_test=images[:4], y_test=np.arange(4)
+    )
+    loaded = datasets.load("cifar10")
+    assert loaded.x_train.shape == (20, 3, 6, 6)
+    assert loaded.outputs == 4
+    assert abs(loaded.x_train.mean().item()) < 1e-5
+    (tmp_path / "tabular").mkdir()
+    np.savez(tmp_path / "tabular" / "toy.npz", x=rng.normal(size=(50, 3)), y=rng.normal(size=50))
+    assert datasets.load("tabular/toy").task == "regression"
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "toy.txt").write_text("to grow is to live " * 100)
+    text = datasets.load("text/toy")
+    assert torch.equal(text.x_train[0, 1:], text.y_train[0, :-1])
+    with pytest.raises(ms.DataError, match="Did you mean 'text/toy'"):
+        datasets.load("text/tov")
+    with pytest.raises(ms.DataError, match="Did you mean 'digits'"):
+        datasets.load("digit")
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("tabular/toy", {"mlp": {"hidden": [5]}}),
+        ("text/toy", {"gpt": {"width": 8, "heads": 2, "hidden": 12, "depth": 1}}),
+    ],
+)
+def test_regression_and_text_train_and_grow(
+    name: str, model: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MERISTEM_DATA", str(tmp_path))
+    (tmp_path / "tabular").mkdir()
+    (tmp_path / "text").mkdir()
+    x = np.random.default_rng(0).normal(size=(90, 3))
+    np.savez(tmp_path / "tabular" / "toy.npz", x=x, y=x.sum(1))
+    (tmp_path / "text" / "toy.txt").write_text("to grow is to live " * 200)
+    grow = {"when": {"at": "1 epochs"}, "how": "random", "amount": 2, "axes": ["*", "!*:heads"]}
+    one = Run(checked({"data": name, "model": model, "train": {"epochs": 2, "batch_size": 16}, "grow": grow}))
+    one.train(tmp_path / "run")
+    assert len(one.grower.history) == 1
+    assert one.result()["loss"] > 0
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_downloads_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MERISTEM_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    served = tmp_path / "served"
+    served.mkdir()
+    files = {}
+    for name in datasets.SOURCES["mnist"][1]:
+        shape = (6, 4, 4) if "images" in name else (6,)
+        body = bytes([0, 0, 8, len(shape)]) + struct.pack(f">{len(shape)}I", *shape) + bytes(range(int(np.prod(shape))))
+        (served / name).write_bytes(gzip.compress(body))
+        files[name] = "md5:" + hashlib.md5((served / name).read_bytes()).hexdigest()
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0),
+        lambda *a: Quiet(*a, directory=str(served)),  # type: ignore[arg-type]
+    )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        base = f"http://127.0.0.1:{server.server_port}/"
+        loaded = datasets.load("mnist", {"mnist": (base, files)})
+        assert loaded.x_train.shape == (6, 1, 4, 4)
+        wrong = dict.fromkeys(files, "md5:" + "0" * 32)
+        with pytest.raises(ms.DataError, match="set MERISTEM_DATA"):
+            datasets.load("mnist", {"mnist": (base, wrong)})
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_the_command_runs_and_resumes_after_a_kill(tmp_path: Path) -> None:
+    lines = """
+model = { mlp = { hidden = [16, 16] } }
+data = "digits"
+[train]
+epochs = 60
+batch_size = 32
+optimizer = { adamw = { lr = 1e-3 } }
+[grow]
+when = { every = "20 epochs" }
+amount = 8
+"""
+    (tmp_path / "long.toml").write_text(lines)
+    words = [sys.executable, "-m", "meristem.cli", "run", "long.toml"]
+    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(8)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    if process.returncode != 0:  # a fast machine may have finished
+        assert process.returncode == 130, err
+        assert "run the same command again" in err
+        assert (tmp_path / "results/checkpoints/long_seed0" / "meristem.json").exists()
+        assert out == ""
+    done = command("run", "long.toml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / done.stdout.strip().splitlines()[-1]
+    assert len(json.loads(path.read_text())["growths"]) == 3
+
+
+def test_the_command_tells_a_users_mistakes_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text('model = "mlp"\ndata = "digits"\n[train]\nepoch = 3\n')
+    (tmp_path / "mine.py").write_text(
+        "import torch\ndef net():\n    return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))\n"
+    )
+    for words, message in (
+        (("run", "bad.toml"), "Did you mean 'epochs'"),
+        (("run", "none.toml"), "there is no file"),
+        (("axes", "mine:nte", "--input", "1,3"), "Did you mean 'net'"),
+        (("axes", "mine:net", "--input", "1,x"), "--input takes sizes"),
+        (("axes", "mine:net", "--input", "1,5"), "fails on the example"),
+        (("axes", "nowhere:net", "--input", "1,5"), "cannot be imported"),
+    ):
+        result = command(*words, cwd=tmp_path)
+        assert result.returncode == 2, result.stderr
+        assert result.stdout == ""
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
+    good = command("axes", "mine:net", "--input", "1,3", cwd=tmp_path)
+    assert good.returncode == 0
+    assert good.stdout.splitlines()[1].split()[:3] == ["0", "width", "4"]
+    assert "gradmax" in command("methods", cwd=tmp_path).stdout
+
+
+def test_the_benchmarks_files_are_valid() -> None:
+    files = list((Path(__file__).parents[2] / "benchmarks").rglob("*.toml"))
+    assert files
+    for file in files:
+        read(file)

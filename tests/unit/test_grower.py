@@ -1,0 +1,233 @@
+"""The grower inside a user's own loop: triggers, amounts, budgets, resumption."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from zoo import MLP, make
+
+import meristem as ms
+from meristem.when import Clock
+
+
+def loss(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def loader(n: int = 40, batch: int = 8) -> DataLoader:
+    torch.manual_seed(3)
+    data = TensorDataset(torch.randn(n, 10), torch.randint(0, 4, (n,)))
+    return DataLoader(data, batch_size=batch, shuffle=True, generator=torch.Generator().manual_seed(0))
+
+
+def grower(model: nn.Module, opt: Any, data: Any, **options: Any) -> ms.Grower:
+    defaults: dict[str, Any] = {"when": ms.when.Every(epochs=1), "how": ms.how.Random(), "amount": 4}
+    return ms.Grower(model, opt, loss=loss, data=data, **(defaults | options))
+
+
+def train(model: nn.Module, opt: Any, data: Any, one: ms.Grower, epochs: int) -> list[ms.Growth]:
+    growths = []
+    for _ in range(epochs):
+        for batch in data:
+            value = one.loss(model, batch)
+            opt.zero_grad()
+            value.backward()
+            opt.step()
+            growth = one.step(value)
+            if growth:
+                growths.append(growth)
+        one.epoch(metric=0.5)
+    return growths
+
+
+def test_it_grows_at_the_ends_of_epochs_and_tells() -> None:
+    model, data = MLP(), loader()
+    opt = torch.optim.AdamW(model.parameters())
+    one = grower(model, opt, data, how=ms.how.GradMax())
+    growths = train(model, opt, data, one, 3)
+    assert [g.step for g in growths] == [5, 10, 15]
+    assert one.history == growths
+    assert model.fc1.out_features == 12 + 3 * 2
+    assert growths[0].health["receives_gradient"] == {"fc1": 1.0, "fc2": 1.0}
+    assert one.flops > 0
+    assert one.metrics == [(5, 0.5), (10, 0.5), (15, 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("when", "clock", "due"),
+    [
+        (ms.when.Every(steps=5), Clock(step=2), False),
+        (ms.when.Every(steps=5), Clock(step=5), True),
+        (ms.when.Every(steps=5), Clock(step=7), False),
+        (ms.when.Every(steps=5), Clock(step=45), True),
+        (ms.when.Every(steps=100, start=50, growths=1), Clock(step=20), False),
+        (ms.when.Every(steps=100, start=50, growths=1), Clock(step=75), False),
+        (ms.when.Every(steps=100, start=50, growths=1), Clock(step=200), True),
+        (ms.when.Every(steps=100, start=50, growths=1), Clock(step=300, growths=1), False),
+        (ms.when.Every(epochs=2), Clock(step=9, epoch=2), False),
+        (ms.when.Every(epochs=2), Clock(step=9, epoch=2, epoch_ended=True), True),
+        (ms.when.At(steps=(3, 7)), Clock(step=7), True),
+        (ms.when.At(epochs=(1,)), Clock(step=7, epoch=1), False),
+    ],
+)
+def test_the_truth_table_of_triggers(when: Any, clock: Clock, due: bool) -> None:
+    assert when.due(clock) is due
+
+
+@pytest.mark.parametrize("options", [{}, {"steps": 3, "epochs": 2}, {"steps": -1}])
+def test_triggers_check_their_period(options: dict[str, int]) -> None:
+    with pytest.raises(ValueError):
+        ms.when.Every(**options)
+
+
+def test_amounts() -> None:
+    cases: list[tuple[Any, Any, list[dict[str, int]]]] = [
+        (5, ms.where.Uniform(), [{"fc1": 3, "fc2": 2}]),
+        (1.0, ms.where.Proportional(), [{"fc1": 12, "fc2": 9}, {"fc1": 24, "fc2": 18}]),
+        ([4, 2], ms.where.Uniform(), [{"fc1": 2, "fc2": 2}, {"fc1": 1, "fc2": 1}]),
+        ({"fc2": 7}, ms.where.Uniform(), [{"fc2": 7}, {"fc2": 7}]),
+        (3, ms.where.RoundRobin(), [{"fc1": 3}, {"fc2": 3}, {"fc1": 3}]),
+    ]
+    for amount, where, expected in cases:
+        model, data = MLP(), loader(16)
+        opt = torch.optim.SGD(model.parameters(), lr=0.1)
+        one = grower(model, opt, data, amount=amount, where=where)
+        growths = train(model, opt, data, one, len(expected))
+        assert [g.added for g in growths] == expected
+
+
+def test_the_list_of_amounts_ends() -> None:
+    model, data = MLP(), loader(16)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    one = grower(model, opt, data, amount=[2])
+    assert len(train(model, opt, data, one, 3)) == 1
+    assert one.done
+    assert one.reason == "the list of amounts is used up"
+
+
+def test_by_gain_gives_the_units_to_the_largest_gains() -> None:
+    model, data = MLP(), loader(64, 32)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    for per_flop in (False, True):
+        one = grower(model, opt, data, how=ms.how.GradMax(), where=ms.where.ByGain(per_flop), amount=6)
+        (growth,) = train(model, opt, data, one, 1)
+        assert sum(growth.added.values()) == 6
+    plain = grower(model, opt, data, where=ms.where.ByGain(), amount=6)
+    with pytest.raises(ValueError, match="how.GradMax"):
+        train(model, opt, data, plain, 1)
+
+
+@pytest.mark.parametrize(
+    ("budget", "most"),
+    [
+        (ms.Budget(parameters=400), lambda m: sum(p.numel() for p in m.parameters()) <= 400),
+        (ms.Budget(units=30), lambda m: m.fc1.out_features + m.fc2.out_features <= 30),
+        (ms.Budget(flops=700), lambda m: True),
+        (ms.Budget(sizes={"fc1": 14, "fc2": 9}), lambda m: m.fc1.out_features == 14 and m.fc2.out_features == 9),
+        (ms.Budget(growths=2), lambda m: m.fc1.out_features == 20),
+    ],
+)
+def test_budgets_bind_and_say_so(budget: ms.Budget, most: Any) -> None:
+    model, data = MLP(), loader(16)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    one = grower(model, opt, data, amount=8, budget=budget)
+    assert train(model, opt, data, one, 8)
+    assert one.done
+    assert "budget" in one.reason
+    assert most(model)
+
+
+def test_axes_are_chosen_by_pattern_and_rounded() -> None:
+    model, data = MLP(), loader(16)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    one = grower(model, opt, data, axes=["fc*", "!fc2"], amount=7, round_to=8)
+    (growth,) = train(model, opt, data, one, 1)
+    assert growth.after == {"fc1": 16}
+    with pytest.raises(ms.GrowthRefused, match="nothing in the model can grow"):
+        grower(model, opt, data, axes="encoder*")
+
+
+def test_resuming_is_never_having_stopped(tmp_path: Any) -> None:
+    def fresh() -> tuple[nn.Module, Any, ms.Grower, Any]:
+        torch.manual_seed(0)
+        model, data = MLP(), loader()
+        opt = torch.optim.AdamW(model.parameters())
+        one = grower(model, opt, data, how=ms.how.GradMax(), generator=torch.Generator().manual_seed(1))
+        return model, opt, one, list(data)
+
+    model, opt, one, batches = fresh()
+    train(model, opt, batches, one, 4)
+
+    half, half_opt, half_one, batches = fresh()
+    train(half, half_opt, batches, half_one, 2)
+    ms.save(tmp_path / "run", half, optimizer=half_opt, grower=half_one)
+
+    again, again_opt, again_one, batches = fresh()
+    assert ms.load(tmp_path / "run", again, optimizer=again_opt, grower=again_one) is again
+    train(again, again_opt, batches, again_one, 2)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert [g.step for g in again_one.history] == [g.step for g in one.history]
+
+
+def test_epochs_of_unknown_length_are_counted_by_epoch() -> None:
+    class Stream:
+        def __iter__(self) -> Any:
+            return iter([(torch.randn(8, 10), torch.randint(0, 4, (8,)))] * 3)
+
+    model, data = MLP(), Stream()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    one = grower(model, opt, data)
+    for batch in data:
+        value = loss(model, batch)
+        opt.zero_grad()
+        value.backward()
+        opt.step()
+        assert one.step(value) is None
+    assert one.epoch().after == {"fc1": 14, "fc2": 11}
+
+
+def test_the_users_iterator_and_generator_are_left_alone() -> None:
+    data = loader()
+    orders = []
+    for grows in (False, True):
+        model = MLP()
+        opt = torch.optim.SGD(model.parameters(), lr=0.1)
+        data.generator.manual_seed(0)
+        one = grower(model, opt, data, when=ms.when.Every(steps=1), how=ms.how.GradMax())
+        seen = []
+        for x, y in data:
+            seen.append(x)
+            if grows:
+                value = loss(model, (x, y))
+                opt.zero_grad()
+                value.backward()
+                opt.step()
+                one.step(value)
+        orders.append(seen)
+    assert all(torch.equal(a, b) for a, b in zip(*orders, strict=True))
+
+
+def test_the_recipe_runs_on_convolutions() -> None:
+    model, x = make("bn_conv")
+    opt = torch.optim.SGD(model.parameters(), lr=0.05)
+    batch = (x, torch.randint(0, 4, (len(x),)))
+    one = ms.recipes.gradmax(model, opt, loss=loss, data=[batch], when=ms.when.Every(steps=1))
+    model.train()
+    loss(model, batch).backward()
+    opt.step()
+    assert one.step().added == {"conv1": 2, "conv2": 2, "fc1": 2}
+    assert model.training
+
+
+def test_a_step_without_growth_traces_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = MLP(), loader()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    one = grower(model, opt, data, when=ms.when.Every(steps=1000))
+    monkeypatch.setattr("meristem.grower.Structure", None)
+    train(model, opt, data, one, 1)
+    assert one.clock.step == 5
