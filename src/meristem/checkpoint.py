@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from meristem.errors import CheckpointError
 from meristem.grower import Grower
 from meristem.growing import Optimizers, optimizers
-from meristem.surgery.exchange import LINEAGE
+from meristem.surgery.exchange import LINEAGE, rebuild
 
 MANIFEST = "meristem.json"
 Model = TypeVar("Model", bound=nn.Module)
@@ -36,10 +36,12 @@ def save(
 
     Args:
         path: A folder; made where it does not exist.
-        model, optimizer, grower: What to save.
+        model: What to save, grown or not.
+        optimizer: Its optimizer, or a list of them.
+        grower: Its grower.
         extra: More state of your own (a scheduler's), of tensors and plain types; `load_extra` gives it back.
 
-    Example:
+    Examples:
         >>> import tempfile, torch, meristem as ms
         >>> make = lambda: torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> net = make(); folder = tempfile.mkdtemp()
@@ -101,10 +103,7 @@ def load(
     given = optimizers(optimizer)
     if given and len(given) != len(state["optimizers"]):
         raise CheckpointError(f"{len(state['optimizers'])} optimizers were saved; got {len(given)}")
-    _resize(model, targets, weights, manifest["lineage"])
-    with torch.no_grad():
-        for name, value in weights.items():
-            targets[name].copy_(value)
+    rebuild(model, targets, weights, manifest["lineage"])
     for one, saved in zip(given, state["optimizers"], strict=False):
         one.load_state_dict(saved)
     if grower is not None:
@@ -144,21 +143,3 @@ def _check_names(have: set[str], saved: set[str], kind: str) -> None:
 def _unshared(model: nn.Module) -> dict[str, Tensor]:
     """Every entry of the state dict in memory of its own; tied tensors are written under each of their names."""
     return {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
-
-
-def _resize(model: nn.Module, targets: dict[str, Tensor], weights: dict[str, Tensor], lineage: list[Any]) -> None:
-    """Give every tensor its saved shape, and every attribute that growth has changed its saved value."""
-    seen: set[int] = set()
-    for name, target in targets.items():
-        if tuple(target.shape) == tuple(weights[name].shape) or id(target) in seen:
-            continue
-        seen.add(id(target))
-        value = target.new_zeros(weights[name].shape)
-        fresh = nn.Parameter(value, requires_grad=target.requires_grad) if isinstance(target, nn.Parameter) else value
-        torch.utils.swap_tensors(target, fresh)
-    for growth in lineage:
-        for module, attribute, value in growth["attributes"]:
-            owner = model.get_submodule(module)
-            old = getattr(owner, attribute)
-            setattr(owner, attribute, type(old)(value) if isinstance(old, (tuple, list)) else value)
-    model.__dict__[LINEAGE] = list(lineage)

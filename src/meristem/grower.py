@@ -65,7 +65,7 @@ class Grower:
         DataError: `data` is empty, or can be read only once.
         OptimizerError: An optimizer does not hold the model's parameters.
 
-    Example:
+    Examples:
         >>> import torch, meristem as ms
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -193,7 +193,8 @@ class Grower:
 
     def _grow(self) -> Growth | None:
         if self.budget.growths is not None and len(self.history) >= self.budget.growths:
-            return self._finish(f"the budget of {self.budget.growths} growths is used up")
+            self._finish(f"the budget of {self.budget.growths} growths is used up")
+            return None
         structure = self._structure()
         if isinstance(self.amount, Mapping):
             axes = [structure.axes.named(name) for name in self.amount]
@@ -203,7 +204,8 @@ class Grower:
         view = View(structure, self.generator, self.loss, batches)
         total = self._total(axes)
         if total is None:
-            return self._finish("the list of amounts is used up")
+            self._finish("the list of amounts is used up")
+            return None
         offered: dict[str, Proposal] = {}
         if isinstance(self.amount, Mapping):
             counts = dict(self.amount)
@@ -213,7 +215,8 @@ class Grower:
             counts = self.where.share(Choice(axes, total, len(self.history), offered, per_unit))
         planned = self._fitting(structure, {axis.name: axis for axis in axes}, counts)
         if planned is None:
-            return self._finish("the budget leaves no room for another unit")
+            self._finish("the budget leaves no room for another unit")
+            return None
         if planned.refusal is not None:
             raise GrowthRefused(f"{', '.join(planned.after)} cannot grow together: {planned.refusal}")
         proposals = []

@@ -59,7 +59,7 @@ def find_axes(model: nn.Module, example: Any, axes: str | Sequence[str] = "*") -
         DiscoveryError: The forward fails on the example.
         GrowthRefused: The model is wrapped (DDP, torch.compile).
 
-    Example:
+    Examples:
         >>> import torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> list(find_axes(net, torch.randn(3, 4)))
@@ -123,7 +123,7 @@ def plan(model: nn.Module, counts: Mapping[str, int], example: Any) -> Plan:
         UnknownAxis: A name is no axis of the model.
         GrowthRefused: A count is not positive or not a multiple of the axis' granularity.
 
-    Example:
+    Examples:
         >>> import torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> print(plan(net, {"0": 2}, torch.randn(3, 4)))
@@ -165,7 +165,8 @@ def grow_(
         how: The method; random fan-in and zero fan-out by default.
         care: What the optimizer and the old weights get; by default the new slices get a warm second moment.
         optimizer: The optimizer, or all of them, whose state follows.
-        loss, data: For methods that measure: `loss(model, batch)`, a mean over the batch, and a re-iterable of batches.
+        loss: For methods that measure: `loss(model, batch)`, a mean over the batch.
+        data: A DataLoader or a re-iterable of batches, for `loss`.
         generator: The source of randomness; by default a private one of this model.
 
     Returns:
@@ -176,7 +177,7 @@ def grow_(
         VerificationError: The grown model would compute something else.
         OptimizerError, DataError, PendingBackward: As their names say. Nothing has changed in any case.
 
-    Example:
+    Examples:
         >>> import torch, meristem as ms
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> growth = ms.grow_(net, {"0": 2}, torch.randn(3, 4))
@@ -224,7 +225,7 @@ def narrow_(
     Raises:
         GrowthRefused: Unknown axis, an index out of range, or the model cannot follow. Nothing has changed then.
 
-    Example:
+    Examples:
         >>> import torch, meristem as ms
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> ms.narrow_(net, {"0": [3, 5]}, torch.randn(3, 4)).after
@@ -309,7 +310,7 @@ def _health(view: View, plan: Plan, axes: Sequence[Axis], new: Mapping[str, Tens
     loss = view.loss(copied, view.batches[0])
     if not bool(torch.isfinite(loss)):
         raise DataError(f"the loss of a growth batch is {loss.item()}; nothing was grown")
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     gradients = {name: p.grad for name, p in copied.named_parameters() if p.grad is not None}
     receiving = {}
     for axis in axes:

@@ -36,7 +36,10 @@ def gradmax(
     Beyond the paper: new slices get a warm second moment under Adam, where zero would make them jump.
 
     Args:
-        model, optimizer, loss, data, budget, axes, example, generator: As for `Grower`.
+        model: As for `Grower`, like every argument that is not listed here.
+        optimizer: As for `Grower`.
+        loss: As for `Grower`.
+        data: As for `Grower`.
         when: Every epoch unless told otherwise.
         amount: A fraction of the present widths by default.
         scale: Norm of new weights: .5 on CIFAR and ImageNet, 1 in the student-teacher task.
@@ -44,7 +47,7 @@ def gradmax(
     Returns:
         A `Grower`.
 
-    Example:
+    Examples:
         >>> import torch, meristem as ms
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)

@@ -186,7 +186,7 @@ class Budget:
         growths: Number of growths.
         sizes: Largest size by axis name.
 
-    Example:
+    Examples:
         >>> Budget(parameters=500_000, sizes={"fc1": 256})
         Budget(parameters=500000, flops=None, units=None, growths=None, sizes={'fc1': 256})
     """

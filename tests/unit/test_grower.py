@@ -118,7 +118,7 @@ def test_by_gain_gives_the_units_to_the_largest_gains() -> None:
         (growth,) = train(model, opt, data, one, 1)
         assert sum(growth.added.values()) == 6
     plain = grower(model, opt, data, where=ms.where.ByGain(), amount=6)
-    with pytest.raises(ValueError, match="how.GradMax"):
+    with pytest.raises(ValueError, match=r"how\.GradMax"):
         train(model, opt, data, plain, 1)
 
 

@@ -50,9 +50,9 @@ def test_the_parts_of_the_second_level_have_an_order() -> None:
             assert not later, f"{path.relative_to(SRC)} imports {later}"
 
 
-def test_only_surgery_and_checkpoints_swap_tensors() -> None:
+def test_only_surgery_swaps_tensors() -> None:
     writers = {p.relative_to(SRC).as_posix() for p in SRC.rglob("*.py") if "swap_tensors(" in p.read_text()}
-    assert writers == {"surgery/exchange.py", "checkpoint.py"}
+    assert writers == {"surgery/exchange.py"}
 
 
 def test_importing_the_core_imports_no_extra_and_touches_no_device() -> None:

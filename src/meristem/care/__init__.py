@@ -25,7 +25,7 @@ class WarmMoments:
     A zero second moment whose bias correction is spent makes Adam move a new weight by up to 6.6 x the learning rate; the
     mean of the tensor takes that spike away. Old state is untouched.
 
-    Example:
+    Examples:
         >>> WarmMoments()
         WarmMoments()
     """
@@ -38,7 +38,7 @@ class WarmMoments:
 class ResetMoments:
     """The optimizer forgets everything: state of all parameters, old and new, steps included.
 
-    Example:
+    Examples:
         >>> ResetMoments()
         ResetMoments()
     """
@@ -54,7 +54,7 @@ class VarianceTransfer:
     Yuan, Savarese, Maire, "Accelerated Training via Incrementally Growing Neural Networks using Variance Transfer and
     Learning Rate Adaptation", 2023, arXiv 2306.12700. Changes the function.
 
-    Example:
+    Examples:
         >>> VarianceTransfer()
         VarianceTransfer()
     """
@@ -75,7 +75,7 @@ class Shrink:
     Args:
         factor: In (0, 1); .4 won back most of what naive growth lost on a Fashion-MNIST MLP.
 
-    Example:
+    Examples:
         >>> Shrink(0.4)
         Shrink(factor=0.4)
     """

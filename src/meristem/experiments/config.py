@@ -209,9 +209,10 @@ def _readable(problem: Any) -> str:
     location = [str(part) for part in problem["loc"] if not str(part).startswith(("dict[", "function-"))]
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
+        tables: dict[str, type[BaseModel]] = {"train": Train, "grow": Grow, "budget": BudgetTable}
         table: type[BaseModel] = Experiment
         for part in location[:-1]:
-            table = {"train": Train, "grow": Grow, "budget": BudgetTable}.get(part, table)
+            table = tables.get(part, table)
         valid = list(table.model_fields)
         return f"unknown key {key!r}.{nearest(location[-1], valid)} Known here: {', '.join(valid)}"
     if problem["type"] == "missing":

@@ -11,18 +11,18 @@ from meristem.experiments.config import Experiment, checked
 from meristem.experiments.run import Progress, Run
 
 _TRAIN = {
-    "epochs": 24,
+    "epochs": 20,
     "batch_size": 64,
-    "optimizer": {"sgd": {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}},
+    "optimizer": {"sgd": {"lr": 0.02, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}},
     "schedule": {"wsd": {"decay": 0.3}},
 }
 _GROW = {
-    "when": {"at": ["4 epochs", "8 epochs", "12 epochs"]},
+    "when": {"at": ["5 epochs", "10 epochs"]},
     "how": "gradmax",
     "where": "proportional",
     "amount": 1.0,
 }
-SMALL, LARGE = 2, 16
+SMALL, LARGE = 4, 16
 RUNS: dict[str, dict[str, Any]] = {
     f"fixed, width {SMALL}": {"model": {"convnet": {"width": SMALL}}},
     f"grown {SMALL} -> {LARGE}": {"model": {"convnet": {"width": SMALL}}, "grow": _GROW},
@@ -80,6 +80,7 @@ def draw(outcomes: list[Outcome], path: Path) -> None:
     bottom.set_ylabel("channels")
     bottom.set_xlabel("training steps")
     bottom.set_yscale("log", base=2)
+    bottom.yaxis.set_major_formatter("{x:.0f}")
     bottom.legend(loc="upper left")
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -99,28 +100,32 @@ def build(choice: Choice, data: Data) -> nn.Module:
             raise ConfigError(f"model = {name!r} gives a {type(model).__name__}, not a torch.nn.Module")
         return model
     shape = data.x_train.shape[1:]
-    defaults: dict[str, Any]
+    make: Callable[..., nn.Module]
+    fixed: dict[str, Any]
     if name == "mlp":
-        make, fixed, defaults = (
-            mlp,
-            {"inputs": int(shape.numel()), "outputs": data.outputs},
-            {"hidden": [32, 32], "norm": False},
-        )
+        make, fixed = mlp, {"inputs": int(shape.numel()), "outputs": data.outputs}
     elif name == "convnet":
         if len(shape) != 3:
             raise ConfigError(f"model = 'convnet' needs images; the data have shape {tuple(shape)}")
-        make, fixed, defaults = ConvNet, {"channels": int(shape[0]), "outputs": data.outputs}, {"width": 16}  # type: ignore[assignment]
+        make, fixed = ConvNet, {"channels": int(shape[0]), "outputs": data.outputs}
     else:
         if data.task != "language":
             raise ConfigError("model = 'gpt' needs text; hint: data = 'text/tinyshakespeare'")
-        make, fixed = GPT, {"vocabulary": data.outputs, "context": int(shape[0])}  # type: ignore[assignment]
-        defaults = {"width": 96, "heads": 4, "hidden": 384, "depth": 2}
+        make, fixed = GPT, {"vocabulary": data.outputs, "context": int(shape[0])}
+    defaults = _DEFAULTS[name]
     for key in parameters:
         if key not in defaults:
             raise ConfigError(
                 f"model.{name} has no parameter {key!r}.{nearest(key, defaults)} Known: {', '.join(defaults)}"
             )
     return make(**fixed, **(defaults | parameters))
+
+
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "mlp": {"hidden": [32, 32], "norm": False},
+    "convnet": {"width": 16},
+    "gpt": {"width": 96, "heads": 4, "hidden": 384, "depth": 2},
+}
 
 
 def factory(name: str) -> Any:

@@ -267,12 +267,12 @@ def run(experiment: Experiment, out: Path, name: str, report: Report = lambda pr
 def rate(experiment: Experiment, progress: float) -> float:
     """The learning rate at a fraction of training, as a multiple of its peak."""
     name, parameters = named(experiment.train.schedule, ("constant", "cosine", "wsd"), "schedule")
-    warmup = parameters.get("warmup", 0.0)
+    warmup: float = parameters.get("warmup", 0.0)
     if progress < warmup:
         return max(progress / warmup, 1e-3)
     if name == "cosine":
         return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
-    decay = parameters.get("decay", 0.3) if name == "wsd" else 0.0
+    decay: float = parameters.get("decay", 0.3) if name == "wsd" else 0.0
     return 1.0 if progress < 1 - decay else (1 - progress) / decay
 
 

@@ -63,7 +63,7 @@ class GradMax:
         tolerance: Relative change of sum s_i^2, over the new units, at which the subspace iteration stops.
         iterations: Most passes of the subspace iteration.
 
-    Example:
+    Examples:
         >>> import torch, meristem as ms
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
         >>> data = [(torch.randn(32, 4), torch.randn(32, 2))]
@@ -286,7 +286,8 @@ class _Space:
 
 
 def _orthonormal_rows(rows: Tensor) -> Tensor:
-    return torch.linalg.qr(rows.T)[0].T
+    basis: Tensor = torch.linalg.qr(rows.T)[0]
+    return basis.T
 
 
 def _fill(view: View, rows: Tensor, values: Tensor, count: int) -> Tensor:

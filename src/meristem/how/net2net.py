@@ -25,7 +25,7 @@ class Net2Net:
     Args:
         noise: Standard deviation of the noise on the copies' fan-in, as a fraction of its own; 0 preserves the function.
 
-    Example:
+    Examples:
         >>> import torch, meristem as ms
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> ms.grow_(net, {"0": 3}, torch.randn(5, 4), how=ms.how.Net2Net()).max_change < 1e-5

@@ -23,7 +23,7 @@ class Random:
             silent; dead for ever under an activation whose derivative at 0 is 0, such as ReLU), or None for neither.
         scale: Factor on b.
 
-    Example:
+    Examples:
         >>> import torch, meristem as ms
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> ms.grow_(net, {"0": 3}, torch.randn(5, 4), how=ms.how.Random()).after

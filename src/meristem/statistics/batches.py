@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ def check_reiterable(data: Iterable[Any]) -> None:
         )
     if not isinstance(data, Iterable):
         raise DataError(f"data must be a DataLoader or a re-iterable of batches; got {type(data).__name__}")
-    if hasattr(data, "__len__") and len(data) == 0:
+    if isinstance(data, Sized) and len(data) == 0:
         raise DataError("data is empty: growth needs at least one batch")
 
 

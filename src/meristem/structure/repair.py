@@ -30,7 +30,7 @@ class _Checker(TorchDispatchMode):
     """Compares every operation of a re-trace with its planned output shapes."""
 
     def __init__(self, expected: list[tuple[str, list[tuple[int, ...]]]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.expected = expected
         self.reached = 0
 
@@ -163,10 +163,13 @@ def _candidates(
             if isinstance(value, int) and value in resized:
                 for new in sorted(resized[value]):
                     yield AttributeChange(name, attribute, value, new)
-            elif isinstance(value, (tuple, list)) and value and all(type(i) is int for i in value):
-                if any(i in resized for i in value):
-                    new_values = type(value)(min(resized[i]) if i in resized else i for i in value)
-                    yield AttributeChange(name, attribute, value, new_values)
+            elif _sizes(value) and any(i in resized for i in value):
+                new_values = type(value)(min(resized[i]) if i in resized else i for i in value)
+                yield AttributeChange(name, attribute, value, new_values)
+
+
+def _sizes(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and bool(value) and all(type(i) is int for i in value)
 
 
 def _retrace(

@@ -27,7 +27,43 @@ Result = list[Traced] | None
 Rule = Callable[[Tracer, Call], Result]
 
 _POINTWISE_EXTRA = frozenset(
-    ["clone", "detach", "_to_copy", "alias", "contiguous", "lift_fresh", "lift_fresh_copy", "native_dropout", "bernoulli", "bernoulli_", "copy_", "fill_", "zero_", "tril", "triu", "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "masked_fill", "masked_fill_", "dropout", "floor_divide", "hardswish", "hardswish_", "silu_", "rrelu_with_noise", "uniform_", "normal_", "clamp", "clamp_", "clamp_min", "clamp_max"]
+    [
+        "clone",
+        "detach",
+        "_to_copy",
+        "alias",
+        "contiguous",
+        "lift_fresh",
+        "lift_fresh_copy",
+        "native_dropout",
+        "bernoulli",
+        "bernoulli_",
+        "copy_",
+        "fill_",
+        "zero_",
+        "tril",
+        "triu",
+        "empty_like",
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "rand_like",
+        "randn_like",
+        "masked_fill",
+        "masked_fill_",
+        "dropout",
+        "floor_divide",
+        "hardswish",
+        "hardswish_",
+        "silu_",
+        "rrelu_with_noise",
+        "uniform_",
+        "normal_",
+        "clamp",
+        "clamp_",
+        "clamp_min",
+        "clamp_max",
+    ]
 )
 
 
@@ -239,7 +275,12 @@ def _ordered(tracer: Tracer, call: Call) -> Result:
         freeze(dims[d].label, f"{tracer.place()}: {call.name} depends on the order of its entries")
     shape = call.inputs[0].shape
     return [
-        Traced([Dim(x.label) if n == m else Dim(fresh(m, call.name)) for x, n, m in zip(dims, shape, out.shape)])
+        Traced(
+            [
+                Dim(x.label) if n == m else Dim(fresh(m, call.name))
+                for x, n, m in zip(dims, shape, out.shape, strict=False)
+            ]
+        )
         for out in call.outputs
     ]
 
@@ -476,7 +517,23 @@ RULES: dict[str, Rule] = {
     "native_group_norm": _group_norm,
     **dict.fromkeys(["_softmax", "_log_softmax", "_safe_softmax", "softmax"], _softmax),
     **dict.fromkeys(
-        ["mean", "sum", "amax", "amin", "var", "std", "prod", "linalg_vector_norm", "norm", "logsumexp", "any", "all", "argmax", "argmin"], _reduce
+        [
+            "mean",
+            "sum",
+            "amax",
+            "amin",
+            "var",
+            "std",
+            "prod",
+            "linalg_vector_norm",
+            "norm",
+            "logsumexp",
+            "any",
+            "all",
+            "argmax",
+            "argmin",
+        ],
+        _reduce,
     ),
     **dict.fromkeys(["max", "min", "var_mean", "median"], _reduce),
     **dict.fromkeys(["new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"], _new),

@@ -107,7 +107,7 @@ class Tracer(TorchDispatchMode):
     """Labels dimensions while a model runs. Operations without a rule freeze what they touch and say so."""
 
     def __init__(self, stack: ModuleStack) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.stack = stack
         self.trace = Trace()
 

@@ -25,7 +25,8 @@ def check_free(tensors: Mapping[str, Tensor]) -> None:
             raise GrowthRefused(
                 f"{name} is held by a weak reference (as nn.LSTM does), which would keep the old tensor"
             )
-        if tensor._use_count() > (2 if tensor.requires_grad and tensor.is_leaf else 1):
+        references = tensor._use_count()  # type: ignore[attr-defined]
+        if references > (2 if tensor.requires_grad and tensor.is_leaf else 1):
             raise PendingBackward(
                 f"{name} is still held by a graph that waits for its backward pass. hint: grow after optimizer.step(), "
                 "when no loss is waiting for backward() and no retained graph or view of the weights is alive"
@@ -76,18 +77,35 @@ def record(model: nn.Module, plan: Plan) -> None:
     model.__dict__.setdefault(LINEAGE, []).append(entry)
 
 
+def rebuild(model: nn.Module, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor], lineage: list[Any]) -> None:
+    """Give a freshly built model the shapes and values of a grown one, and every attribute that growth has changed."""
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        if id(tensor) not in seen and tuple(tensor.shape) != tuple(values[name].shape):
+            _swap(tensor, values[name], None)
+        seen.add(id(tensor))
+    with torch.no_grad():
+        for name, value in values.items():
+            tensors[name].copy_(value)
+    for growth in lineage:
+        for module_name, attribute, value in growth["attributes"]:
+            module = model.get_submodule(module_name)
+            old = getattr(module, attribute)
+            setattr(module, attribute, type(old)(value) if isinstance(old, (tuple, list)) else value)
+    model.__dict__[LINEAGE] = list(lineage)
+
+
 def _swap(old: Tensor, value: Tensor, change: TensorChange | None) -> Callable[[], None]:
     value = value.detach().to(device=old.device, dtype=old.dtype)
-    for memory_format in (torch.channels_last, torch.channels_last_3d):
-        if old.dim() == (4 if memory_format is torch.channels_last else 5) and not old.is_contiguous():
-            if old.is_contiguous(memory_format=memory_format):
-                value = value.contiguous(memory_format=memory_format)
+    for rank, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if old.dim() == rank and not old.is_contiguous() and old.is_contiguous(memory_format=memory_format):
+            value = value.contiguous(memory_format=memory_format)
     new: Tensor = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
     if type(old) is not type(new):
         new = new.as_subclass(type(old))
     if old.grad is not None and change is not None:
         new.grad = carry(old.grad, change.sources)
-    elif old.grad is not None:
+    elif old.grad is not None and old.shape == new.shape:
         new.grad = old.grad.clone()
     _exchange(old, new)
     return lambda: _exchange(old, new)

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from meristem.axis import Axis
 from meristem.errors import OptimizerError
-from meristem.surgery.tensors import along, carry, new_units
+from meristem.surgery.tensors import carry, copied_slots, new_units, shared, sources_with_copies
 from meristem.values import Plan, Proposal, TensorChange, index
 
 Moment = Literal["first", "second"]
@@ -71,28 +71,14 @@ def _grown_moment(
     value: Tensor, moment: Moment, change: TensorChange, plan: Plan, axes: Sequence[Axis],
     proposals: Sequence[Proposal], warm: bool,
 ) -> Tensor:  # fmt: skip
-    from meristem.surgery.tensors import _with_copies
-
-    by_axis = {proposal.axis: proposal for proposal in proposals}
-    copied = [
-        (axis, slot)
-        for axis in axes
-        for slot in axis.slots
-        if slot.name == change.name and axis.name in by_axis and by_axis[axis.name].copies is not None
-    ]
-    grown = carry(value, _with_copies(plan, by_axis, change, [(axis, slot.dim) for axis, slot in copied]))
+    """One state tensor at its new size. A copy's fan-in keeps (a m, a^2 v) for its share a, its fan-out (m, v)."""
+    copied = copied_slots(axes, {proposal.axis: proposal for proposal in proposals}, change.name)
+    grown = carry(value, sources_with_copies(plan, change, copied))
     if warm and moment == "second":
-        grown = _warmed(grown, value.mean(), change, plan, axes, {axis.name for axis, _ in copied})
-    for axis, slot in copied:
-        if slot.role == "fan_out":
-            continue
-        copies = by_axis[axis.name].copies
-        assert copies is not None
-        layout = plan.layout[axis.name][slot.place]
-        share = copies.share if moment == "first" else copies.share.square()
-        factors = torch.ones(grown.shape[slot.dim], dtype=share.dtype)
-        factors[index(layout)] = share[:, None].expand(layout.shape)
-        grown = grown * along(factors, grown, slot.dim)
+        grown = _warmed(grown, value.mean(), change, plan, axes, {axis.name for axis, _, _ in copied})
+    for axis, slot, copies in copied:
+        if slot.role != "fan_out":
+            grown = shared(grown, plan, axis, slot, copies.share if moment == "first" else copies.share.square())
     return grown
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from meristem.axis import Axis, Place
-from meristem.values import Plan, Proposal, Scaling, Sources, TensorChange, index
+from meristem.axis import Axis, Place, Slot
+from meristem.values import Copies, Plan, Proposal, Scaling, Sources, TensorChange, index
 
 
 def carry(old: Tensor, sources: Sequence[Sources | None]) -> Tensor:
@@ -23,11 +23,6 @@ def carry(old: Tensor, sources: Sequence[Sources | None]) -> Tensor:
         shape = [*result.shape[:d], len(source), *result.shape[d + 1 :]]
         result = result.new_zeros(shape).index_copy(d, index(kept).to(result.device), picked)
     return result
-
-
-def along(factors: Tensor, tensor: Tensor, dim: int) -> Tensor:
-    """A vector shaped to multiply `tensor` along `dim`."""
-    return factors.to(tensor).reshape([-1 if d == dim else 1 for d in range(tensor.dim())])
 
 
 def place_strip(grown: Tensor, strip: Tensor, change: TensorChange, dim: int, where: Sources) -> Tensor:
@@ -53,26 +48,24 @@ def grown_tensors(
     changes = {change.name: change for change in plan.tensors}
     for name, change in changes.items():
         old = tensors[name] * scaling.tensors[name] if name in scaling.tensors else tensors[name]
-        copies = [
-            (axis, slot.dim)
-            for axis in axes
-            for slot in axis.slots
-            if slot.name == name and axis.name in by_axis and by_axis[axis.name].copies is not None
-        ]
+        copied = copied_slots(axes, by_axis, name)
         for place, factor in scaling.places.items():
             if place.name == name:
                 old = old * factor
-        grown = carry(old, _with_copies(plan, by_axis, change, copies))
-        grown = _share_fan_out(grown, plan, by_axis, axes, name)
+        grown = carry(old, sources_with_copies(plan, change, copied))
+        for axis, slot, copies in copied:
+            if slot.role == "fan_out":
+                grown = shared(grown, plan, axis, slot, copies.share)
+        copied_dims = {slot.dim for _, slot, _ in copied}
         for axis in axes:
             for slot in axis.slots:
                 if slot.name != name:
                     continue
                 where = new_units(plan, axis.name, slot.place)
                 strip = by_axis[axis.name].strips.get(slot.place) if axis.name in by_axis else None
-                if (axis, slot.dim) in copies and strip is not None:
+                if slot.dim in copied_dims and strip is not None:
                     grown = grown + place_strip(torch.zeros_like(grown), strip, change, slot.dim, where)
-                if not len(where) or (axis, slot.dim) in copies:
+                if not len(where) or slot.dim in copied_dims:
                     continue
                 if strip is None:
                     strip = _filled(tensors[name], slot.fill, slot.dim, where)
@@ -86,33 +79,32 @@ def grown_tensors(
     return result
 
 
-def _with_copies(
-    plan: Plan, proposals: Mapping[str, Proposal], change: TensorChange, copies: Sequence[tuple[Axis, int]]
-) -> list[Sources]:
+def sources_with_copies(plan: Plan, change: TensorChange, copied: Sequence[tuple[Axis, Slot, Copies]]) -> list[Sources]:
+    """The sources of a change, where a copy continues its parent."""
     sources = [source.copy() for source in change.sources]
-    for axis, dim in copies:
-        copied = proposals[axis.name].copies
-        assert copied is not None
-        layout = plan.layout[axis.name][Place(change.name, dim)]
-        where = new_units(plan, axis.name, Place(change.name, dim))
-        sources[dim][where] = change.sources[dim][layout[copied.parent.numpy()]]
+    for axis, slot, copies in copied:
+        layout = plan.layout[axis.name][slot.place]
+        where = new_units(plan, axis.name, slot.place)
+        sources[slot.dim][where] = change.sources[slot.dim][layout[copies.parent.numpy()]]
     return sources
 
 
-def _share_fan_out(
-    grown: Tensor, plan: Plan, proposals: Mapping[str, Proposal], axes: Sequence[Axis], name: str
-) -> Tensor:
-    """Multiply the fan-out of copied units, old and new, by their shares."""
+def copied_slots(axes: Sequence[Axis], proposals: Mapping[str, Proposal], name: str) -> list[tuple[Axis, Slot, Copies]]:
+    """The slots of one tensor whose new units are copies."""
+    found = []
     for axis in axes:
         copies = proposals[axis.name].copies if axis.name in proposals else None
-        for slot in axis.places("fan_out") if copies is not None else ():
-            if slot.name == name:
-                assert copies is not None
-                layout = plan.layout[axis.name][slot.place]
-                factors = torch.ones(grown.shape[slot.dim], dtype=copies.share.dtype)
-                factors[index(layout)] = copies.share[:, None].expand(layout.shape)
-                grown = grown * along(factors, grown, slot.dim)
-    return grown
+        if copies is not None:
+            found += [(axis, slot, copies) for slot in axis.slots if slot.name == name]
+    return found
+
+
+def shared(tensor: Tensor, plan: Plan, axis: Axis, slot: Slot, share: Tensor) -> Tensor:
+    """`tensor` with the entries of every unit, old and new, multiplied by its share."""
+    layout = plan.layout[axis.name][slot.place]
+    factors = torch.ones(tensor.shape[slot.dim], dtype=share.dtype)
+    factors[index(layout)] = share[:, None].expand(layout.shape)
+    return tensor * factors.to(tensor).reshape([-1 if d == slot.dim else 1 for d in range(tensor.dim())])
 
 
 def _filled(old: Tensor, fill: str, dim: int, where: Sources) -> Tensor:

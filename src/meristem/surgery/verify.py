@@ -37,7 +37,7 @@ def check_edit(structure: Structure, plan: Plan, axes: Sequence[Axis]) -> None:
     proposals = []
     for axis in axes:
         if plan.after[axis.name] > plan.before[axis.name]:
-            proposals.append(probe(structure, plan, axis, old, generator))
+            proposals.append(probe(plan, axis, old, generator))
         elif axis.norm in ("layer_norm", "rms_norm"):
             return
         else:
@@ -57,9 +57,7 @@ def check_edit(structure: Structure, plan: Plan, axes: Sequence[Axis]) -> None:
         )
 
 
-def probe(
-    structure: Structure, plan: Plan, axis: Axis, values: Mapping[str, Tensor], generator: torch.Generator
-) -> Proposal:
+def probe(plan: Plan, axis: Axis, values: Mapping[str, Tensor], generator: torch.Generator) -> Proposal:
     """New units that preserve the function by the rule of their axis, random wherever they may be."""
     strips: dict[Place, Tensor] = {}
     for slot in axis.slots:

@@ -32,11 +32,12 @@ class Every:
     """Due every so many steps or epochs, from `start` on, at most `growths` times.
 
     Args:
-        steps, epochs: The period; exactly one is given.
+        steps: The period in optimizer steps; exactly one of steps and epochs is given.
+        epochs: The period in epochs.
         start: First step (or epoch) that counts.
         growths: Largest number of growths; None for no limit.
 
-    Example:
+    Examples:
         >>> Every(steps=100, start=50, growths=1).due(Clock(step=200))
         True
     """
@@ -66,7 +67,7 @@ class Every:
 class At:
     """Due at the given steps, or at the ends of the given epochs.
 
-    Example:
+    Examples:
         >>> At(epochs=(2, 4)).due(Clock(step=50, epoch=2, epoch_ended=True))
         True
     """

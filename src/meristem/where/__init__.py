@@ -49,7 +49,7 @@ def _rounded(axes: Sequence[Axis], ideal: Mapping[str, float], total: int) -> di
 class Uniform:
     """Every axis gets the same number of units.
 
-    Example:
+    Examples:
         >>> Uniform()
         Uniform()
     """
@@ -68,7 +68,7 @@ class Uniform:
 class Proportional:
     """Every axis grows by the same fraction of its size.
 
-    Example:
+    Examples:
         >>> Proportional()
         Proportional()
     """
@@ -88,7 +88,7 @@ class Proportional:
 class RoundRobin:
     """One axis per growth, each in turn.
 
-    Example:
+    Examples:
         >>> RoundRobin()
         RoundRobin()
     """
@@ -110,7 +110,7 @@ class ByGain:
     Args:
         per_flop: Compare gains per floating-point operation that a unit adds.
 
-    Example:
+    Examples:
         >>> ByGain(per_flop=True)
         ByGain(per_flop=True)
     """
