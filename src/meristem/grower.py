@@ -26,7 +26,7 @@ from meristem.how import How, View
 from meristem.how.view import Loss
 from meristem.statistics.batches import check_reiterable, first_call, growth_batches
 from meristem.statistics.undisturbed import undisturbed
-from meristem.structure import Structure
+from meristem.structure import Structure, clash, resized, resolve
 from meristem.surgery.optimizers import check_ownership
 from meristem.values import Budget, Growth, Plan, Proposal
 from meristem.when import Clock, When
@@ -245,7 +245,7 @@ class Grower:
         }
 
     def _flops_per_unit(self, structure: Structure, axis: Axis) -> float:
-        before, after = structure.resolve({axis.name: axis.multiple}).flops
+        before, after = resolve(structure, {axis.name: axis.multiple}).flops
         return max(after - before, 1) / axis.multiple
 
     def _fitting(self, structure: Structure, axes: Mapping[str, Axis], counts: Mapping[str, int]) -> Plan | None:
@@ -266,17 +266,17 @@ class Grower:
 
         everything = shrunk(1.0)
         if everything and self._allowed(structure, everything):
-            return structure.resolve(everything)
+            return resolve(structure, everything)
         low, high = 0.0, 1.0
         for _ in range(24):
             middle = (low + high) / 2
             trial = shrunk(middle)
             low, high = (middle, high) if not trial or self._allowed(structure, trial) else (low, middle)
         fitting = shrunk(low)
-        return structure.resolve(fitting) if fitting else None
+        return resolve(structure, fitting) if fitting else None
 
     def _allowed(self, structure: Structure, counts: Mapping[str, int]) -> bool:
-        sizes = structure.resized(counts)
+        sizes = resized(structure, counts)
         limits = (
             (self.budget.parameters, sizes.parameters[1]),
             (self.budget.flops, sizes.flops[1] / structure.batch),
@@ -314,6 +314,6 @@ def _independent(structure: Structure, axes: Sequence[Axis]) -> list[Axis]:
     """The axes without those that multiply an earlier one (groups and the width of a group grow at different times)."""
     kept: list[Axis] = []
     for axis in axes:
-        if structure.clash([*[other.name for other in kept], axis.name]) is None:
+        if clash(structure, [*[other.name for other in kept], axis.name]) is None:
             kept.append(axis)
     return kept

@@ -20,7 +20,7 @@ from meristem.how.view import Loss
 from meristem.statistics.batches import first_call, growth_batches
 from meristem.statistics.flops import counting
 from meristem.statistics.undisturbed import undisturbed
-from meristem.structure import Structure
+from meristem.structure import Structure, resolve
 from meristem.structure.discover import apply_edits
 from meristem.structure.twin import named_tensors, twin
 from meristem.surgery.exchange import check_free, exchange
@@ -76,15 +76,15 @@ def growable(structure: Structure, patterns: str | Sequence[str] = "*") -> Axes:
     candidates = {**found, **found.ends}
     # Distinct counts keep sizes that must change together from passing by accident.
     together = {name: axis.multiple * (i % 7 + 1) for i, (name, axis) in enumerate(found.items())}
-    plain = bool(together) and structure.resolve(together)
+    plain = bool(together) and resolve(structure, together)
     own = all(_is_layer(structure.model.get_submodule(e.module)) for e in plain.attributes) if plain else False
     for name, axis in candidates.items():
         reason = None
         if not (own and name in found):
-            reason = structure.resolve({name: axis.multiple}).refusal
+            reason = resolve(structure, {name: axis.multiple}).refusal
         if reason is None and axis.norm in ("layer_norm", "rms_norm"):
             try:
-                check_edit(structure, structure.resolve({name: axis.multiple}), [axis])
+                check_edit(structure, resolve(structure, {name: axis.multiple}), [axis])
             except VerificationError:
                 reason = (
                     f"a {axis.norm.replace('_', ' ')} normalises over it, and its producers do not feed it directly"
@@ -331,7 +331,7 @@ def _planned(structure: Structure, wishes: Mapping[str, Any]) -> Plan:
         raise GrowthRefused("no axis was named: pass {axis: count}")
     for name in wishes:
         structure.axes.named(name)
-    return structure.resolve(wishes)
+    return resolve(structure, wishes)
 
 
 def _accepted(plan: Plan) -> Plan:

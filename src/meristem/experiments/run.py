@@ -29,7 +29,7 @@ from meristem.experiments.config import ConfigError, Experiment, built, named, t
 from meristem.grower import Grower
 from meristem.growing import find_axes
 from meristem.how import METHODS
-from meristem.structure import Structure
+from meristem.structure import Structure, flops
 from meristem.values import Budget
 from meristem.where import PLACES
 
@@ -108,7 +108,7 @@ class Run:
     def _forward_flops(self) -> float:
         """Floating-point operations of one forward pass, per example."""
         structure = Structure(self.model, self.example)
-        return structure.flops({}) / structure.batch
+        return flops(structure) / structure.batch
 
     def _sizes(self) -> dict[str, int]:
         return {name: axis.size for name, axis in find_axes(self.model, self.example).items()}

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from meristem.axis import Axis, Place, Slot
 from meristem.errors import DataError
-from meristem.structure import Structure
+from meristem.structure import Structure, resolve
 from meristem.structure.discover import apply_edits
 from meristem.structure.twin import twin
 from meristem.surgery.tensors import grown_tensors, new_units
@@ -136,7 +136,7 @@ class View:
 
     def plan(self, axis: Axis, count: int) -> Plan:
         """The plan that adds `count` units to one axis."""
-        return self.structure.resolve({axis.name: count})
+        return resolve(self.structure, {axis.name: count})
 
     def shapes(self, axis: Axis, count: int) -> dict[Slot, tuple[int, ...]]:
         """The shape of every slot's strip for `count` new units."""

@@ -1,38 +1,28 @@
-"""From one labelled trace to the axes of a model, and from a wish to a plan."""
+"""From one labelled trace to the axes of a model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meristem.axis import Axes, Axis, Kind, Place, Role, Slot
 from meristem.errors import DiscoveryError, GrowthRefused
-from meristem.structure import repair
 from meristem.structure.labels import (
-    Changes,
     Label,
     atoms,
     fresh,
     mark_end,
-    multiply,
     positions,
-    size,
-    sources,
 )
+from meristem.structure.rules import apply_rule
 from meristem.structure.tracer import Dim, ModuleStack, Norm, Traced, Tracer, tensors
 from meristem.structure.twin import Example, as_example, fake_mode, looking, map_tensors, named_tensors, twin
-from meristem.values import AttributeChange, Plan, Sources, TensorChange
+from meristem.values import AttributeChange, Plan, Sources
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule", "ScriptModule")
-
-Amount = int | Sequence[int]
-"""What `resolve` is asked for: units to add (negative: the last ones to drop), or the indices of units to drop."""
 
 
 class Structure:
@@ -61,7 +51,7 @@ class Structure:
                     f"({type(error).__name__}: {error}). Received {_describe(self.example)}. hint: pass the example as "
                     "the model is called: a tensor, a tuple of arguments or a dict of keyword arguments"
                 ) from first
-        self._plans: dict[Any, Plan] = {}
+        self.plans: dict[Any, Plan] = {}
         self._collect()
 
     def _trace(self, fake: bool) -> None:
@@ -70,7 +60,7 @@ class Structure:
         mode = fake_mode(fake)
         copied = self.twin_of_shape({}, (), mode).eval()
         stack = ModuleStack(copied)
-        tracer = Tracer(stack)
+        tracer = Tracer(stack, apply_rule)
         self.labels: dict[str, list[Label]] = {}
         averaged = {
             id(b) for m in copied.modules() if isinstance(m, nn.modules.batchnorm._NormBase) for b in m.buffers(False)
@@ -241,131 +231,16 @@ class Structure:
         buffer = not isinstance(tensor, nn.Parameter)
         return Slot(place.name, place.dim, role, fill, buffer, self._tied(place))
 
-    # -- from a wish to a plan ----------------------------------------------------------------------------------------
-
-    def resolve(self, wishes: Mapping[str, Amount]) -> Plan:
-        """The plan that adds or drops units as wished, or the refusal. Wrong arguments raise. Solved once per wish."""
-        key = tuple((name, amount if isinstance(amount, int) else tuple(amount)) for name, amount in wishes.items())
-        if key not in self._plans:
-            self._plans[key] = self._resolve(wishes)
-        return self._plans[key]
-
-    def resized(self, wishes: Mapping[str, Amount]) -> Plan:
-        """Shapes and costs of a wish alone: no attribute is looked at, nothing is re-traced."""
-        changes = self._changes(wishes)
-        before = {name: self.axes.named(name).size for name in wishes}
-        after = {name: len(changes[self.atoms[name]]) * self.axes.named(name).multiple for name in wishes}
-        return self._lay_out(changes, before, after)
-
-    def _changes(self, wishes: Mapping[str, Amount]) -> dict[Label, Sources]:
-        return {self.atoms[n]: _sources_of(self.axes.named(n), self.atoms[n], a) for n, a in wishes.items()}
-
-    def _resolve(self, wishes: Mapping[str, Amount]) -> Plan:
-        plan, changes = self.resized(wishes), self._changes(wishes)
-        clash = self.clash(list(wishes))
-        if clash is not None:
-            return replace(plan, refusal=f"{clash[0]} and {clash[1]} multiply each other; grow one after the other")
-        edits, refusal = repair.attributes_for(self, plan, changes)
-        rescaled, constants = self._renormalise(wishes, changes)
-        return replace(plan, attributes=(*edits, *constants), rescaled=rescaled, refusal=refusal)
-
-    def clash(self, names: Sequence[str]) -> tuple[str, str] | None:
-        """Two of the named axes that are factors of one dimension, or None."""
-        dims = {label.root for labels in self.labels.values() for label in labels if label.root.kind == "product"}
-        for i, first in enumerate(names):
-            for second in names[i + 1 :]:
-                if any(multiply(label, self.atoms[first], self.atoms[second]) for label in dims):
-                    return first, second
-        return None
-
-    def _renormalise(
-        self, wishes: Mapping[str, Amount], changes: Changes
-    ) -> tuple[dict[str, float], list[AttributeChange]]:
-        """What keeps a layer norm or RMS norm exact when its width goes from C to C': weight x sqrt(C/C'), eps x C/C'."""
-        rescaled: dict[str, float] = {}
-        constants = []
-        for norm in dict.fromkeys(norm for name in wishes for norm in self.norms[name]):
-            ratio = norm.label.root.size / size(norm.label, changes)
-            module = self.model.get_submodule(norm.module)
-            prefix = norm.module + "." if norm.module else ""
-            if prefix + "weight" in self.labels:
-                rescaled[prefix + "weight"] = ratio**0.5
-            eps = getattr(module, "eps", None)
-            if eps is None:
-                eps = torch.finfo(next(module.parameters()).dtype).eps
-            constants.append(AttributeChange(norm.module, "eps", module.eps, eps * ratio))
-        return rescaled, constants
-
-    def _lay_out(self, changes: Changes, before: Mapping[str, int], after: Mapping[str, int]) -> Plan:
-        """The shape changes that follow from `changes`, before any attribute is looked at."""
-        tensors_of = named_tensors(self.model)
-        changed = []
-        for name, labels in self.labels.items():
-            new = tuple(size(label, changes) for label in labels)
-            if not any(atom in changes for label in labels for atom in atoms(label)):
-                continue
-            tensor = tensors_of[name]
-            maps = tuple(sources(label, changes) for label in labels)
-            changed.append(TensorChange(name, tuple(tensor.shape), new, maps, not isinstance(tensor, nn.Parameter)))
-        layout: dict[str, dict[Place, Sources]] = {}
-        for axis_name in after:
-            atom = self.atoms[axis_name]
-            slots = self.axes.named(axis_name).slots
-            layout[axis_name] = {s.place: positions(self.labels[s.name][s.dim], atom, changes) for s in slots}
-        count = sum(p.numel() for p in self.model.parameters())
-        grown = sum(int(np.prod(c.after)) - int(np.prod(c.before)) for c in changed if not c.buffer)
-        flops = (self.flops({}), self.flops(changes))
-        outputs = tuple(tuple(sources(label, changes) for label in labels) for labels in self.outputs)
-        return Plan(
-            before, after, tuple(changed), layout, outputs=outputs, parameters=(count, count + grown), flops=flops
-        )
-
     def layout(self, axis: str) -> dict[Place, Sources]:
         """Where the present units of an axis lie: for each place, an array (units, entries per unit)."""
         slots = self.axes.named(axis).slots
         return {s.place: positions(self.labels[s.name][s.dim], self.atoms[axis], {}) for s in slots}
-
-    def flops(self, changes: Changes) -> int:
-        """Floating-point operations of one forward pass on the example: two per multiply-add of every contraction."""
-        total = 0
-        for factors in self.trace.macs:
-            macs = 1
-            for label in factors:
-                macs *= size(label, changes)
-            total += 2 * macs
-        return total
 
     @property
     def batch(self) -> int:
         """The example's batch size: the leading dimension of its first tensor."""
         first = next(iter(tensors(self.example)), None)
         return int(first.shape[0]) if first is not None and first.dim() else 1
-
-
-def _sources_of(axis: Axis, atom: Label, amount: Amount) -> Sources:
-    present = np.arange(atom.size)
-    if isinstance(amount, bool) or (not isinstance(amount, int) and isinstance(amount, (str, float))):
-        raise TypeError(f"the count for axis {axis.name!r} must be an int; got {amount!r}")
-    if isinstance(amount, int):
-        if amount % axis.multiple:
-            raise GrowthRefused(f"axis {axis.name!r} changes in multiples of {axis.multiple}; got {amount}")
-        entries = amount // axis.multiple
-        if entries > 0:
-            return np.concatenate([present, np.full(entries, -1)])
-        kept = present[: atom.size + entries] if atom.size + entries > 0 else present[:0]
-    else:
-        drop = sorted({int(i) for i in amount})
-        wrong = [i for i in drop if not 0 <= i < axis.size]
-        if wrong or not drop:
-            raise GrowthRefused(f"axis {axis.name!r} has units 0..{axis.size - 1}; got indices {list(amount)}")
-        dropped = sorted({i // axis.multiple for i in drop})
-        whole = [g * axis.multiple + i for g in dropped for i in range(axis.multiple)]
-        if drop != whole:
-            raise GrowthRefused(f"axis {axis.name!r} drops whole groups of {axis.multiple} units; got {drop}")
-        kept = np.setdiff1d(present, np.array(dropped))
-    if not len(kept):
-        raise GrowthRefused(f"axis {axis.name!r} has {axis.size} units; at least {axis.multiple} must stay")
-    return kept
 
 
 def apply_edits(model: nn.Module, edits: Sequence[AttributeChange]) -> None:

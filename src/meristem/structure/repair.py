@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from meristem.structure.discover import Structure
 from meristem.structure.labels import Changes, size
 from meristem.structure.tracer import ModuleStack
 from meristem.structure.twin import fake_mode, looking
 from meristem.values import AttributeChange, Plan
-
-if TYPE_CHECKING:
-    from meristem.structure.discover import Structure
 
 TRIALS = 60
 """Largest number of re-traces that the search for one plan's attributes may cost."""

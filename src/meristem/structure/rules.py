@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,10 +21,9 @@ from meristem.structure.labels import (
     split_sum,
     unify,
 )
-from meristem.structure.tracer import Call, Dim, Norm, Traced, Tracer
+from meristem.structure.tracer import Call, Dim, Norm, Rule, Traced, Tracer
 
 Result = list[Traced] | None
-Rule = Callable[[Tracer, Call], Result]
 
 _POINTWISE_EXTRA = frozenset(
     [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -103,12 +103,16 @@ class ModuleStack:
         return self.running[-1] if self.running else ""
 
 
+Rule = Callable[["Tracer", Call], list[Traced] | None]
+"""Gives the labels of a call's outputs, or None where it does not know the operation."""
+
+
 class Tracer(TorchDispatchMode):
     """Labels dimensions while a model runs. Operations without a rule freeze what they touch and say so."""
 
-    def __init__(self, stack: ModuleStack) -> None:
+    def __init__(self, stack: ModuleStack, rule: Rule) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.stack = stack
+        self.stack, self.rule = stack, rule
         self.trace = Trace()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -121,8 +125,6 @@ class Tracer(TorchDispatchMode):
         return result
 
     def _label(self, func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> None:
-        from meristem.structure.rules import apply_rule
-
         schema = func._schema.arguments
         arguments = {a.name: a.default_value for a in schema if a.has_default_value()}
         arguments.update(zip([a.name for a in schema], args, strict=False))
@@ -133,7 +135,7 @@ class Tracer(TorchDispatchMode):
                 self.trace.order.setdefault(name, len(self.trace.order))
         call = Call(func, func._schema.name.split("::")[1], arguments, inputs, outputs)
         try:
-            traced = apply_rule(self, call)
+            traced = self.rule(self, call)
         except Conflict as conflict:
             traced = self._freeze_all(call, f"{self.place()}: {conflict}")
         if traced is None:

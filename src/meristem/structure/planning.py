@@ -1,0 +1,140 @@
+"""From a wish to a plan: new shapes, the attributes that mirror them, what a norm needs, or the reason of a refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from meristem.axis import Axis, Place
+from meristem.errors import GrowthRefused
+from meristem.structure.discover import Structure
+from meristem.structure.labels import Changes, Label, atoms, multiply, positions, size, sources
+from meristem.structure.repair import attributes_for
+from meristem.structure.twin import named_tensors
+from meristem.values import AttributeChange, Plan, Sources, TensorChange
+
+Amount = int | Sequence[int]
+"""What `resolve` is asked for: units to add (negative: the last ones to drop), or the indices of units to drop."""
+
+
+def resolve(structure: Structure, wishes: Mapping[str, Amount]) -> Plan:
+    """The plan that adds or drops units as wished, or the refusal. Wrong arguments raise. Solved once per wish."""
+    key = tuple((name, amount if isinstance(amount, int) else tuple(amount)) for name, amount in wishes.items())
+    if key not in structure.plans:
+        structure.plans[key] = _resolve(structure, wishes)
+    return structure.plans[key]
+
+
+def resized(structure: Structure, wishes: Mapping[str, Amount]) -> Plan:
+    """Shapes and costs of a wish alone: no attribute is looked at, nothing is re-traced."""
+    changes = _changes(structure, wishes)
+    before = {name: structure.axes.named(name).size for name in wishes}
+    after = {name: len(changes[structure.atoms[name]]) * structure.axes.named(name).multiple for name in wishes}
+    return _lay_out(structure, changes, before, after)
+
+
+def _changes(structure: Structure, wishes: Mapping[str, Amount]) -> dict[Label, Sources]:
+    return {structure.atoms[n]: _sources_of(structure.axes.named(n), structure.atoms[n], a) for n, a in wishes.items()}
+
+
+def _resolve(structure: Structure, wishes: Mapping[str, Amount]) -> Plan:
+    plan, changes = resized(structure, wishes), _changes(structure, wishes)
+    factors = clash(structure, list(wishes))
+    if factors is not None:
+        return replace(plan, refusal=f"{factors[0]} and {factors[1]} multiply each other; grow one after the other")
+    edits, refusal = attributes_for(structure, plan, changes)
+    rescaled, constants = _renormalise(structure, wishes, changes)
+    return replace(plan, attributes=(*edits, *constants), rescaled=rescaled, refusal=refusal)
+
+
+def clash(structure: Structure, names: Sequence[str]) -> tuple[str, str] | None:
+    """Two of the named axes that are factors of one dimension, or None."""
+    dims = {label.root for labels in structure.labels.values() for label in labels if label.root.kind == "product"}
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            if any(multiply(label, structure.atoms[first], structure.atoms[second]) for label in dims):
+                return first, second
+    return None
+
+
+def _renormalise(
+    structure: Structure, wishes: Mapping[str, Amount], changes: Changes
+) -> tuple[dict[str, float], list[AttributeChange]]:
+    """What keeps a layer norm or RMS norm exact when its width goes from C to C': weight x sqrt(C/C'), eps x C/C'."""
+    rescaled: dict[str, float] = {}
+    constants = []
+    for norm in dict.fromkeys(norm for name in wishes for norm in structure.norms[name]):
+        ratio = norm.label.root.size / size(norm.label, changes)
+        module = structure.model.get_submodule(norm.module)
+        prefix = norm.module + "." if norm.module else ""
+        if prefix + "weight" in structure.labels:
+            rescaled[prefix + "weight"] = ratio**0.5
+        eps = getattr(module, "eps", None)
+        if eps is None:
+            eps = torch.finfo(next(module.parameters()).dtype).eps
+        constants.append(AttributeChange(norm.module, "eps", module.eps, eps * ratio))
+    return rescaled, constants
+
+
+def _lay_out(structure: Structure, changes: Changes, before: Mapping[str, int], after: Mapping[str, int]) -> Plan:
+    """The shape changes that follow from `changes`, before any attribute is looked at."""
+    tensors_of = named_tensors(structure.model)
+    changed = []
+    for name, labels in structure.labels.items():
+        new = tuple(size(label, changes) for label in labels)
+        if not any(atom in changes for label in labels for atom in atoms(label)):
+            continue
+        tensor = tensors_of[name]
+        maps = tuple(sources(label, changes) for label in labels)
+        changed.append(TensorChange(name, tuple(tensor.shape), new, maps, not isinstance(tensor, nn.Parameter)))
+    layout: dict[str, dict[Place, Sources]] = {}
+    for axis_name in after:
+        atom = structure.atoms[axis_name]
+        slots = structure.axes.named(axis_name).slots
+        layout[axis_name] = {s.place: positions(structure.labels[s.name][s.dim], atom, changes) for s in slots}
+    count = sum(p.numel() for p in structure.model.parameters())
+    grown = sum(int(np.prod(c.after)) - int(np.prod(c.before)) for c in changed if not c.buffer)
+    costs = (flops(structure), flops(structure, changes))
+    outputs = tuple(tuple(sources(label, changes) for label in labels) for labels in structure.outputs)
+    return Plan(before, after, tuple(changed), layout, outputs=outputs, parameters=(count, count + grown), flops=costs)
+
+
+def flops(structure: Structure, changes: Changes | None = None) -> int:
+    """Floating-point operations of one forward pass on the example: two per multiply-add of every contraction."""
+    total = 0
+    for factors in structure.trace.macs:
+        macs = 1
+        for label in factors:
+            macs *= size(label, changes or {})
+        total += 2 * macs
+    return total
+
+
+def _sources_of(axis: Axis, atom: Label, amount: Amount) -> Sources:
+    present = np.arange(atom.size)
+    if isinstance(amount, bool) or (not isinstance(amount, int) and isinstance(amount, (str, float))):
+        raise TypeError(f"the count for axis {axis.name!r} must be an int; got {amount!r}")
+    if isinstance(amount, int):
+        if amount % axis.multiple:
+            raise GrowthRefused(f"axis {axis.name!r} changes in multiples of {axis.multiple}; got {amount}")
+        entries = amount // axis.multiple
+        if entries > 0:
+            return np.concatenate([present, np.full(entries, -1)])
+        kept = present[: atom.size + entries] if atom.size + entries > 0 else present[:0]
+    else:
+        drop = sorted({int(i) for i in amount})
+        wrong = [i for i in drop if not 0 <= i < axis.size]
+        if wrong or not drop:
+            raise GrowthRefused(f"axis {axis.name!r} has units 0..{axis.size - 1}; got indices {list(amount)}")
+        dropped = sorted({i // axis.multiple for i in drop})
+        whole = [g * axis.multiple + i for g in dropped for i in range(axis.multiple)]
+        if drop != whole:
+            raise GrowthRefused(f"axis {axis.name!r} drops whole groups of {axis.multiple} units; got {drop}")
+        kept = np.setdiff1d(present, np.array(dropped))
+    if not len(kept):
+        raise GrowthRefused(f"axis {axis.name!r} has {axis.size} units; at least {axis.multiple} must stay")
+    return kept
