@@ -256,8 +256,8 @@ def perform(
     live = named_tensors(model)
     new = grown_tensors(view.values, plan, axes, proposals, treatment.scaling)
     check_ownership(owners, {n: live[n] for n in new if live[n].requires_grad})
-    check_edit(structure, plan, axes)
     with counting() as counter:
+        check_edit(structure, plan, axes)
         before = run(model, view.values, (), structure.example)
         after = run(model, {**view.values, **new}, plan.attributes, structure.example)
         change = relative_change(plan, before, after)

@@ -64,7 +64,7 @@ def probe(plan: Plan, axis: Axis, values: Mapping[str, Tensor], generator: torch
         where = new_units(plan, axis.name, slot.place)
         old = values[slot.name]
         shape = [*where.shape, *[n for d, n in enumerate(old.shape) if d != slot.dim]]
-        strip = torch.randn(shape, generator=generator, dtype=torch.float64)
+        strip = torch.randn(shape, generator=generator, dtype=torch.float64).to(old.device)
         if axis.norm in ("layer_norm", "rms_norm"):
             reads = slot.role == "fan_out" and not slot.tied
             strips |= {slot.place: strip} if reads else stream_strip(axis, slot.name, slot.dim, old, where)
@@ -94,7 +94,7 @@ def _random_tensor(tensor: Tensor, generator: torch.Generator) -> Tensor:
         return tensor.detach().clone()
     noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
     if not isinstance(tensor, nn.Parameter):
-        return tensor.detach().double().cpu() + 0.1 * noise
+        return tensor.detach().double() + 0.1 * noise.to(tensor.device)
     fan = max(1, tensor.numel() // max(tensor.shape[0], 1)) if tensor.dim() > 1 else 1
     return (noise / fan**0.5 if tensor.dim() > 1 else 1 + 0.5 * noise).to(tensor.device)
 
@@ -104,7 +104,7 @@ def _silence_dropped(plan: Plan, axis: Axis, values: dict[str, Tensor]) -> None:
         change = next(change for change in plan.tensors if change.name == slot.name)
         kept = change.sources[slot.dim]
         dropped = np.setdiff1d(np.arange(change.before[slot.dim]), kept)
-        values[slot.name] = values[slot.name].index_fill(slot.dim, index(dropped), 0.0)
+        values[slot.name] = values[slot.name].index_fill(slot.dim, index(dropped).to(values[slot.name].device), 0.0)
 
 
 def run(model: nn.Module, values: Mapping[str, Tensor], edits: Sequence[Any], example: Example) -> list[Tensor]:
