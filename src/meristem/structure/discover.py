@@ -30,8 +30,12 @@ class Structure:
 
     Attributes:
         axes: The axes by name, with `ends` and `frozen`.
+        tensors: Parameters and buffers of the model by name.
+        labels: One label for each of their dimensions.
+        atoms: The label that an axis changes, by axis name.
         norms: The layer and RMS norms over an axis, by axis name.
         outputs: Labels of the model's output tensors.
+        plans: What has been resolved so far.
     """
 
     def __init__(self, model: nn.Module, example: Any) -> None:
@@ -52,6 +56,7 @@ class Structure:
                     "the model is called: a tensor, a tuple of arguments or a dict of keyword arguments"
                 ) from first
         self.plans: dict[Any, Plan] = {}
+        self.tensors = named_tensors(model)
         self._collect()
 
     def _trace(self, fake: bool) -> None:
@@ -121,11 +126,12 @@ class Structure:
         frozen: dict[str, str] = {}
         owners = {atom: self._owner(places) for atom, places in found.items()}
         order = sorted(found, key=lambda atom: self.trace.order.get(owners[atom].name, len(self.trace.order)))
+        heads = self._heads()
         for atom in order:
             owner = owners[atom]
             label = self.labels[owner.name][owner.dim]
             reason = self._reason(atom, found[atom])
-            name = self._name(atom, owner, label, {*axes, *ends, *frozen})
+            name = self._name(atom, owner, label, heads, {*axes, *ends, *frozen})
             if reason is not None:
                 if atom.frozen != "a spatial dimension" and atom.size > 1:
                     frozen[name] = reason
@@ -155,7 +161,7 @@ class Structure:
         key = (place.name, place.dim)
         return key in self.trace.consumed and key in self.trace.produced
 
-    def _name(self, atom: Label, owner: Place, label: Label, taken: set[str]) -> str:
+    def _name(self, atom: Label, owner: Place, label: Label, heads: set[Label], taken: set[str]) -> str:
         module_name, _, leaf = owner.name.rpartition(".")
         module = self.model.get_submodule(module_name)
         leaf_module = bool(module_name) and leaf == "weight" and next(module.children(), None) is None
@@ -164,7 +170,6 @@ class Structure:
             return f"{name}:vocabulary"
         if self._role(owner) == "fan_out" and not self._tied(owner):
             name = f"{name}:in"
-        heads = self._heads()
         several = len({a for a in atoms(label) if self._reason(a, []) is None}) > 1
         if atom in heads:
             name = f"{name}:heads"
@@ -225,7 +230,7 @@ class Structure:
         return Axis(name, kind, atom.size * multiple, multiple, slots, norm, atom.end)
 
     def _slot(self, place: Place) -> Slot:
-        tensor = named_tensors(self.model)[place.name]
+        tensor = self.tensors[place.name]
         role = self._role(place)
         fill = self.trace.fills.get(place.name, "draw" if tensor.dim() > 1 or role == "fan_in" else "mean")
         buffer = not isinstance(tensor, nn.Parameter)

@@ -14,7 +14,6 @@ from meristem.errors import GrowthRefused
 from meristem.structure.discover import Structure
 from meristem.structure.labels import Changes, Label, atoms, multiply, positions, size, sources
 from meristem.structure.repair import attributes_for
-from meristem.structure.twin import named_tensors
 from meristem.values import AttributeChange, Plan, Sources, TensorChange
 
 Amount = int | Sequence[int]
@@ -82,13 +81,12 @@ def _renormalise(
 
 def _lay_out(structure: Structure, changes: Changes, before: Mapping[str, int], after: Mapping[str, int]) -> Plan:
     """The shape changes that follow from `changes`, before any attribute is looked at."""
-    tensors_of = named_tensors(structure.model)
     changed = []
     for name, labels in structure.labels.items():
         new = tuple(size(label, changes) for label in labels)
         if not any(atom in changes for label in labels for atom in atoms(label)):
             continue
-        tensor = tensors_of[name]
+        tensor = structure.tensors[name]
         maps = tuple(sources(label, changes) for label in labels)
         changed.append(TensorChange(name, tuple(tensor.shape), new, maps, not isinstance(tensor, nn.Parameter)))
     layout: dict[str, dict[Place, Sources]] = {}
