@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -11,11 +12,12 @@ from uuid import uuid4
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from meristem.errors import CheckpointError
 from meristem.grower import Grower
 from meristem.growing import Optimizers, optimizers
-from meristem.surgery.exchange import LINEAGE, rebuild
+from meristem.surgery.exchange import LINEAGE, check_free, rebuild
 
 MANIFEST = "meristem.json"
 Model = TypeVar("Model", bound=nn.Module)
@@ -56,7 +58,7 @@ def save(
     weights, training = f"weights-{token}.safetensors", f"training-{token}.pt"
     save_file(_unshared(model), folder / weights)
     state = {
-        "optimizers": [one.state_dict() for one in optimizers(optimizer)],
+        "optimizers": [{"kind": type(one).__name__, "state": one.state_dict()} for one in optimizers(optimizer)],
         "grower": grower.state_dict() if grower is not None else None,
         "extra": extra,
     }
@@ -101,14 +103,13 @@ def load(
     targets = model.state_dict(keep_vars=True)
     _check_names(set(targets), set(weights), type(model).__name__)
     given = optimizers(optimizer)
-    if given and len(given) != len(state["optimizers"]):
-        raise CheckpointError(f"{len(state['optimizers'])} optimizers were saved; got {len(given)}")
+    _check_shapes(targets, weights, manifest["lineage"], type(model).__name__)
+    _check_state(given, state, grower)
+    check_free({name: targets[name] for name in targets if targets[name].shape != weights[name].shape})
     rebuild(model, targets, weights, manifest["lineage"])
     for one, saved in zip(given, state["optimizers"], strict=False):
-        one.load_state_dict(saved)
+        one.load_state_dict(saved["state"])
     if grower is not None:
-        if state["grower"] is None:
-            raise CheckpointError("no grower was saved in this checkpoint")
         grower.load_state_dict(state["grower"])
     return model
 
@@ -129,6 +130,33 @@ def _manifest(folder: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{folder / MANIFEST} is not readable: {error}") from None
     return manifest
+
+
+def _check_shapes(have: dict[str, Tensor], saved: dict[str, Tensor], lineage: list[Any], kind: str) -> None:
+    """Raise unless the lineage explains every difference of shape."""
+    grown = {name: tuple(shape) for growth in lineage for name, shape in growth["shapes"].items()}
+    for name, tensor in have.items():
+        shape = tuple(saved[name].shape)
+        aliases = [other for other in have if have[other] is tensor]
+        if shape != tuple(tensor.shape) and shape not in [grown.get(alias) for alias in aliases]:
+            raise CheckpointError(
+                f"the checkpoint does not belong to this {kind}: {name} was saved as {shape}, here it is "
+                f"{tuple(tensor.shape)}, and no growth of the checkpoint explains that"
+            )
+
+
+def _check_state(given: Sequence[Optimizer], state: dict[str, Any], grower: Grower | None) -> None:
+    if given and len(given) != len(state["optimizers"]):
+        raise CheckpointError(f"{len(state['optimizers'])} optimizers were saved; got {len(given)}")
+    for one, saved in zip(given, state["optimizers"], strict=False):
+        sizes = [len(group["params"]) for group in saved["state"]["param_groups"]]
+        if saved["kind"] != type(one).__name__ or sizes != [len(group["params"]) for group in one.param_groups]:
+            raise CheckpointError(
+                f"a {saved['kind']} over parameter groups of sizes {sizes} was saved; got a {type(one).__name__} over "
+                f"{[len(group['params']) for group in one.param_groups]}"
+            )
+    if grower is not None and state["grower"] is None:
+        raise CheckpointError("no grower was saved in this checkpoint")
 
 
 def _check_names(have: set[str], saved: set[str], kind: str) -> None:

@@ -15,8 +15,8 @@ from meristem.care import Care
 from meristem.errors import DataError, GrowthRefused
 from meristem.growing import (
     Optimizers,
-    as_call,
     cares,
+    check_parts,
     growable,
     optimizers,
     perform,
@@ -24,9 +24,9 @@ from meristem.growing import (
 )
 from meristem.how import How, View
 from meristem.how.view import Loss
-from meristem.statistics.batches import check_reiterable, first_call, growth_batches
-from meristem.statistics.undisturbed import undisturbed
+from meristem.statistics.batches import check_reiterable, first_call, growth_batches, length
 from meristem.structure import Structure, clash, resized, resolve
+from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.optimizers import check_ownership
 from meristem.values import Budget, Growth, Plan, Proposal
 from meristem.when import Clock, When
@@ -114,11 +114,9 @@ class Grower:
         self.metrics: list[tuple[int, float]] = []
         self.done = False
         self.reason = ""
-        try:
-            self._epoch_length: int | None = len(data)  # type: ignore[arg-type]
-        except TypeError:
-            self._epoch_length = None
+        self._epoch_length = length(data)
         self._example = example
+        check_parts(how, self.care)
         self._check()
 
     @property
@@ -127,9 +125,16 @@ class Grower:
 
     def _check(self) -> None:
         """Find out now, not at the first growth, whether the model and the optimizer will do."""
+        for amount in _amounts(self.amount):
+            if not isinstance(amount, (int, float)) or isinstance(amount, bool) or amount <= 0:
+                raise ValueError(f"amount must be positive: units, or a fraction of the present widths; got {amount!r}")
+        if self.round_to < 1:
+            raise ValueError(f"round_to must be an int in [1, inf); got {self.round_to}")
         with undisturbed():
             structure = self._structure()
             found = growable(structure, self.axes)
+        for name in self.budget.sizes:
+            structure.axes.named(name)
         named = set(self.amount) if isinstance(self.amount, Mapping) else set(found)
         for name in named:
             found.named(name)
@@ -145,7 +150,7 @@ class Grower:
             state = self.generator.get_state()
             (batch,) = growth_batches(self.data, 1, self.generator)
             self.generator.set_state(state)
-            self._example = as_call(first_call(self.model, self.loss, batch))
+            self._example = first_call(self.model, self.loss, batch)
         return Structure(self.model, self._example)
 
     def step(self, loss: Tensor | float | None = None) -> Growth | None:
@@ -199,7 +204,10 @@ class Grower:
         if isinstance(self.amount, Mapping):
             axes = [structure.axes.named(name) for name in self.amount]
         else:
-            axes = _independent(structure, list(growable(structure, self.axes).values()))
+            axes = self._open(structure)
+            if not axes:
+                self._finish("every axis has reached the largest size that the budget allows")
+                return None
         batches = growth_batches(self.data, max(self.how.batches, 1), self.generator)
         view = View(structure, self.generator, self.loss, batches)
         total = self._total(axes)
@@ -215,7 +223,11 @@ class Grower:
             counts = self.where.share(Choice(axes, total, len(self.history), offered, per_unit))
         planned = self._fitting(structure, {axis.name: axis for axis in axes}, counts)
         if planned is None:
-            self._finish("the budget leaves no room for another unit")
+            self._finish(
+                "the budget leaves no room for another unit"
+                if self.budget != Budget()
+                else f"an amount of {total} is less than one step of any axis (multiples, round_to={self.round_to})"
+            )
             return None
         if planned.refusal is not None:
             raise GrowthRefused(f"{', '.join(planned.after)} cannot grow together: {planned.refusal}")
@@ -227,6 +239,15 @@ class Grower:
         growth = perform(view, planned, proposals, self.how, self.care, self.optimizers)
         growth.flops += sum(p.flops for name, p in offered.items() if name not in planned.after)
         return growth
+
+    def _open(self, structure: Structure) -> list[Axis]:
+        """The axes that may still grow, without those that multiply an earlier one (groups, and the width of a group)."""
+        kept: list[Axis] = []
+        for axis in growable(structure, self.axes).values():
+            room = self.budget.sizes.get(axis.name, axis.size + axis.multiple) - axis.size
+            if room >= axis.multiple and clash(structure, [*[other.name for other in kept], axis.name]) is None:
+                kept.append(axis)
+        return kept
 
     def _total(self, axes: Sequence[Axis]) -> int | None:
         """Units to give away at this growth, or None where the list of amounts has ended."""
@@ -310,10 +331,7 @@ class Grower:
         self.generator.set_state(state["generator"])
 
 
-def _independent(structure: Structure, axes: Sequence[Axis]) -> list[Axis]:
-    """The axes without those that multiply an earlier one (groups and the width of a group grow at different times)."""
-    kept: list[Axis] = []
-    for axis in axes:
-        if clash(structure, [*[other.name for other in kept], axis.name]) is None:
-            kept.append(axis)
-    return kept
+def _amounts(amount: Amount) -> list[Any]:
+    if isinstance(amount, Mapping):
+        return list(amount.values())
+    return list(amount) if isinstance(amount, Sequence) else [amount]

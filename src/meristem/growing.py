@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import operator
 import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,13 +17,13 @@ from meristem.axis import Axes, Axis
 from meristem.care import Care, WarmMoments
 from meristem.errors import DataError, GrowthRefused, VerificationError
 from meristem.how import How, Random, View
-from meristem.how.view import Loss
+from meristem.how.view import Loss, measured
 from meristem.statistics.batches import first_call, growth_batches
 from meristem.statistics.flops import counting
-from meristem.statistics.undisturbed import undisturbed
-from meristem.structure import Structure, resolve
+from meristem.structure import Structure, clash, resolve
 from meristem.structure.discover import apply_edits
 from meristem.structure.twin import named_tensors, twin
+from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.exchange import check_free, exchange
 from meristem.surgery.optimizers import check_ownership, grown_state
 from meristem.surgery.tensors import grown_tensors, new_units
@@ -79,21 +80,49 @@ def growable(structure: Structure, patterns: str | Sequence[str] = "*") -> Axes:
     plain = bool(together) and resolve(structure, together)
     own = all(_is_layer(structure.model.get_submodule(e.module)) for e in plain.attributes) if plain else False
     for name, axis in candidates.items():
-        reason = None
-        if not (own and name in found):
+        reason = _held(structure, axis)
+        if reason is None and not (own and name in found):
             reason = resolve(structure, {name: axis.multiple}).refusal
-        if reason is None and axis.norm in ("layer_norm", "rms_norm"):
-            try:
-                check_edit(structure, resolve(structure, {name: axis.multiple}), [axis])
-            except VerificationError:
-                reason = (
-                    f"a {axis.norm.replace('_', ' ')} normalises over it, and its producers do not feed it directly"
-                )
         if reason is not None:
             refused[name] = reason
+    refused |= _inexact(structure, {name: axis for name, axis in candidates.items() if name not in refused})
     kept = {name: axis for name, axis in found.items() if name not in refused and matches(name, patterns)}
     ends = {name: axis for name, axis in found.ends.items() if name not in refused}
     return Axes(kept, ends, refused)
+
+
+def _held(structure: Structure, axis: Axis) -> str | None:
+    for slot in axis.slots:
+        if weakref.getweakrefs(structure.tensors[slot.name]):
+            return f"{slot.name} is held by a weak reference (as in nn.GRU), which would keep the old tensor"
+    return None
+
+
+def _inexact(structure: Structure, axes: Mapping[str, Axis]) -> dict[str, str]:
+    """Reasons of the axes whose growth would change the function: tried all at once, one by one only if that fails."""
+
+    def changes(chosen: Sequence[Axis]) -> bool:
+        planned = resolve(structure, {axis.name: axis.multiple for axis in chosen})
+        try:
+            check_edit(structure, planned, chosen)
+        except VerificationError:
+            return True
+        return False
+
+    listed = list(axes.values())
+    together = clash(structure, list(axes)) is None and resolve(structure, {a.name: a.multiple for a in listed})
+    if listed and together and not changes(listed):
+        return {}
+    reasons = {}
+    for axis in listed:
+        if changes([axis]):
+            streamed = axis.norm in ("layer_norm", "rms_norm")
+            reasons[axis.name] = (
+                f"a {axis.norm.replace('_', ' ')} normalises over it, and its producers do not feed it directly"
+                if streamed and axis.norm is not None
+                else "the model's code depends on its size: the outputs would change"
+            )
+    return reasons
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -136,7 +165,7 @@ def plan(model: nn.Module, counts: Mapping[str, int], example: Any) -> Plan:
         parameters: 58 -> 72; forward FLOPs: 288 -> 360
     """
     with undisturbed():
-        return _planned(Structure(model, example), _positive(counts))
+        return _planned(Structure(model, example), _counts(counts))
 
 
 def grow_(
@@ -186,6 +215,8 @@ def grow_(
     """
     generator = generator if generator is not None else private_generator(model)
     how = how if how is not None else Random()
+    counts = _counts(counts)
+    check_parts(how, cares(care))
     state = generator.get_state()
     try:
         with undisturbed():
@@ -193,9 +224,9 @@ def grow_(
             if example is None:
                 if loss is None or not batches:
                     raise DataError("grow_ needs an example input, or loss= and data= to find one")
-                example = as_call(first_call(model, loss, batches[0]))
+                example = first_call(model, loss, batches[0])
             structure = Structure(model, example)
-            planned = _accepted(_planned(structure, _positive(counts)))
+            planned = _accepted(_planned(structure, counts))
             view = View(structure, generator, loss, batches)
             proposals = [how.propose(view, structure.axes.named(name), count) for name, count in counts.items()]
             return perform(view, planned, proposals, how, cares(care), optimizers(optimizer))
@@ -233,8 +264,7 @@ def narrow_(
     """
     with undisturbed():
         structure = Structure(model, example)
-        wishes = {name: -amount if isinstance(amount, int) else amount for name, amount in _positive(units).items()}
-        planned = _accepted(_planned(structure, wishes))
+        planned = _accepted(_planned(structure, _drops(units)))
         view = View(structure, torch.Generator())
         return perform(view, planned, [], None, (), optimizers(optimizer))
 
@@ -305,11 +335,10 @@ def _health(view: View, plan: Plan, axes: Sequence[Axis], new: Mapping[str, Tens
     """The share of new units, by axis, that receive gradient on the first growth batch; empty without loss and data."""
     if view.loss is None or not view.batches:
         return {}
+    call, batch = view.loss, view.batches[0]
     copied = twin(view.structure.model, lambda name, _: new.get(name, view.values[name]).detach().clone()).eval()
     apply_edits(copied, plan.attributes)
-    loss = view.loss(copied, view.batches[0])
-    if not bool(torch.isfinite(loss)):
-        raise DataError(f"the loss of a growth batch is {loss.item()}; nothing was grown")
+    loss = measured(lambda: call(copied, batch))
     loss.backward()
     gradients = {name: p.grad for name, p in copied.named_parameters() if p.grad is not None}
     receiving = {}
@@ -340,23 +369,46 @@ def _accepted(plan: Plan) -> Plan:
     return plan
 
 
-def _positive(counts: Mapping[str, Any]) -> Mapping[str, Any]:
+def _counts(counts: Mapping[str, Any]) -> dict[str, int]:
+    """Checked counts, as Python ints."""
     if not isinstance(counts, Mapping):
         raise TypeError(f"counts must be a dict {{axis: count}}; got {type(counts).__name__}")
+    checked = {}
     for name, count in counts.items():
-        if isinstance(count, bool) or (not isinstance(count, (int, Sequence)) and not hasattr(count, "__index__")):
+        if not isinstance(name, str):
+            raise TypeError(f"an axis is named by a string; got {name!r}")
+        if isinstance(count, bool) or not hasattr(count, "__index__"):
             raise TypeError(f"the count for axis {name!r} must be an int; got {count!r}")
-        if isinstance(count, int) and count <= 0:
+        checked[name] = operator.index(count)
+        if checked[name] <= 0:
             raise GrowthRefused(f"the count for axis {name!r} must be an int in [1, inf); got {count}")
-    return counts
+    return checked
 
 
-def as_call(example: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
-    """An example from recorded arguments."""
-    args, kwargs = example
-    if kwargs and args:
-        raise DataError("the loss calls the model with positional and keyword arguments; pass example= as one of both")
-    return kwargs if kwargs else args
+def _drops(units: Mapping[str, Any]) -> dict[str, int | list[int]]:
+    """Checked wishes of `narrow_`: negative counts, or lists of indices."""
+    if not isinstance(units, Mapping):
+        raise TypeError(f"units must be a dict {{axis: count or indices}}; got {type(units).__name__}")
+    wishes: dict[str, int | list[int]] = {}
+    for name, amount in units.items():
+        if isinstance(amount, Iterable) and not isinstance(amount, str):
+            listed = list(amount)
+            wrong = [i for i in listed if isinstance(i, bool) or not hasattr(i, "__index__")]
+            if wrong:
+                raise TypeError(f"units of axis {name!r} are named by int indices; got {wrong[0]!r}")
+            wishes[name] = [operator.index(i) for i in listed]
+        else:
+            wishes[name] = -_counts({name: amount})[name]
+    return wishes
+
+
+def check_parts(how: Any, care: Sequence[Any]) -> None:
+    """Raise unless a method and cares are what they should be."""
+    if not isinstance(how, How) or isinstance(how, type):
+        raise TypeError(f"how must be a method such as meristem.how.Random(); got {how!r}")
+    for one in care:
+        if not hasattr(one, "treat") or isinstance(one, type):
+            raise TypeError(f"care must be made of cares such as meristem.care.WarmMoments(); got {one!r}")
 
 
 def cares(care: Care | Sequence[Care] | None) -> tuple[Care, ...]:

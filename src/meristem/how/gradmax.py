@@ -56,7 +56,7 @@ class GradMax:
 
     Args:
         zero: The side that is zero; "auto" takes "fan_in", and "fan_out" where a norm sits on the axis or where the
-            fan-in cannot reach the loss to first order (gated units).
+            fan-in cannot reach the loss to first order (gated units), and in 16-bit floats.
         scale: Norm of the new weights over the mean norm of the present units'.
         steps: Steps of the climb, with zero fan-out.
         batches: Growth batches that M is averaged over.
@@ -103,7 +103,8 @@ class GradMax:
         )
 
     def _fan_in_first(self, space: _Space) -> Proposal:
-        if self.zero == "auto" and space.axis.norm is not None:
+        coarse = torch.finfo(space.like.dtype).eps > 1e-5  # an opening step of rounding size would show
+        if self.zero == "auto" and (space.axis.norm is not None or coarse):
             return space.zero_fan_out()
         proposal = space.zero_fan_in()
         if self.zero == "auto" and max(proposal.gains, default=0.0) == 0.0:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from meristem.axis import Axis, Place, Slot
-from meristem.errors import DataError
+from meristem.errors import DataError, GrowthRefused
 from meristem.structure import Structure, resolve
 from meristem.structure.discover import apply_edits
 from meristem.structure.twin import twin
@@ -50,6 +50,20 @@ class _LossModule(nn.Module):
         return self.loss(self.model, batch)
 
 
+def measured(call: Callable[[], Tensor]) -> Tensor:
+    """The loss that `call` gives on a grown copy; raises our own errors where it fails or is not finite."""
+    try:
+        loss = call()
+    except Exception as error:
+        raise GrowthRefused(
+            f"the loss fails on a grown copy of the model in eval mode ({type(error).__name__}: {error}); nothing was "
+            "changed. hint: a weight that only the loss uses does not grow; let the model's forward use it"
+        ) from error
+    if not bool(torch.isfinite(loss)):
+        raise DataError(f"the loss of a growth batch is {loss.item()}; nothing was grown")
+    return loss
+
+
 @dataclass
 class Sandbox:
     """A widened copy of the model; weights of the new units go in, losses come out. The model itself is not touched.
@@ -68,10 +82,7 @@ class Sandbox:
         grown = grown_tensors(self.values, self.plan, [self.axis], [proposal], Scaling())
         tensors = {f"model.{name}": value for name, value in {**self.values, **grown}.items()}
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            loss: Tensor = functional_call(self.module, tensors, (batch,))
-        if not bool(torch.isfinite(loss)):
-            raise DataError(f"the loss of a growth batch is {loss.item()}; nothing was grown")
-        return loss
+            return measured(lambda: functional_call(self.module, tensors, (batch,)))
 
     def lift(self, offset: float) -> bool:
         """Add a constant to the new units where the first producer makes them; False where no layer can be told."""

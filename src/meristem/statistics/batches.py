@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
+from torch.utils.data import DataLoader, IterableDataset
 
 from meristem.errors import DataError
-from meristem.statistics.undisturbed import undisturbed
 from meristem.structure.twin import Example, twin
+from meristem.structure.undisturbed import undisturbed
 
 
 def check_reiterable(data: Iterable[Any]) -> None:
@@ -24,34 +25,63 @@ def check_reiterable(data: Iterable[Any]) -> None:
         )
     if not isinstance(data, Iterable):
         raise DataError(f"data must be a DataLoader or a re-iterable of batches; got {type(data).__name__}")
-    if isinstance(data, Sized) and len(data) == 0:
+    if length(data) == 0:
         raise DataError("data is empty: growth needs at least one batch")
 
 
+def length(data: Iterable[Any]) -> int | None:
+    """The number of batches, or None where it is not known (an iterable dataset)."""
+    try:
+        return len(data) if isinstance(data, Sized) else None
+    except TypeError:
+        return None
+
+
 def growth_batches(data: Iterable[Any], count: int, generator: torch.Generator) -> list[Any]:
-    """`count` batches of `data`, fewer where it has fewer. From a DataLoader: drawn by a loader of our own over the same
-    dataset and collate function; from another re-iterable: its first ones."""
+    """`count` batches of `data`, fewer where it has fewer.
+
+    From a DataLoader: by a loader of our own over the same dataset, sampler and collate function, whose generators are
+    borrowed and put back. From another re-iterable: its first ones.
+    """
     check_reiterable(data)
-    with undisturbed():
-        batches = list(itertools.islice(_own_loader(data, generator), count))
+    seed = int(torch.randint(2**62, (), generator=generator))
+    with undisturbed(), _borrowed(data, seed):
+        torch.manual_seed(seed)
+        batches = list(itertools.islice(_own_loader(data), count))
     if not batches and count:
         raise DataError("data is empty: growth needs at least one batch")
     return batches
 
 
-def _own_loader(data: Iterable[Any], generator: torch.Generator) -> Iterable[Any]:
+def _own_loader(data: Iterable[Any]) -> Iterable[Any]:
     if not isinstance(data, DataLoader):
         return data
-    dataset = data.dataset
-    if isinstance(dataset, IterableDataset):
-        return DataLoader(dataset, batch_size=data.batch_size, collate_fn=data.collate_fn)
-    shuffled = RandomSampler(dataset, generator=generator)  # type: ignore[arg-type]
-    if data.batch_size is None and data.batch_sampler is None:
-        size = getattr(data.sampler, "batch_size", None)
-        sampler = BatchSampler(shuffled, size, drop_last=False) if size else shuffled
-        return DataLoader(dataset, batch_size=None, sampler=sampler, collate_fn=data.collate_fn)
-    size = data.batch_size or getattr(data.batch_sampler, "batch_size", 1)
-    return DataLoader(dataset, batch_size=size, sampler=shuffled, collate_fn=data.collate_fn)
+    if isinstance(data.dataset, IterableDataset):
+        return DataLoader(data.dataset, batch_size=data.batch_size, collate_fn=data.collate_fn)
+    if data.batch_sampler is None:
+        return DataLoader(data.dataset, batch_size=None, sampler=data.sampler, collate_fn=data.collate_fn)
+    return DataLoader(data.dataset, batch_sampler=data.batch_sampler, collate_fn=data.collate_fn)
+
+
+@contextlib.contextmanager
+def _borrowed(data: Any, seed: int) -> Iterator[None]:
+    """Seed the generators of a loader and its samplers for our own pass, and restore their state."""
+    generators: dict[int, torch.Generator] = {}
+    holders = [data]
+    while holders:
+        holder = holders.pop()
+        found = getattr(holder, "generator", None)
+        if isinstance(found, torch.Generator):
+            generators[id(found)] = found
+        holders += [part for name in ("sampler", "batch_sampler") if (part := getattr(holder, name, None)) is not None]
+    states = [(one, one.get_state()) for one in generators.values()]
+    try:
+        for one, _ in states:
+            one.manual_seed(seed)
+        yield
+    finally:
+        for one, state in states:
+            one.set_state(state)
 
 
 class _Called(Exception):
@@ -71,7 +101,7 @@ def first_call(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batch
             loss(copied, batch)
         except _Called as called:
             args, kwargs = called.args
-            return args, kwargs
+            return Example(args, kwargs)
     raise DataError(
         "loss(model, batch) never calls the model, so no example input is known. hint: pass example=, or call model(...) "
         "inside the loss"

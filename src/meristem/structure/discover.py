@@ -20,6 +20,7 @@ from meristem.structure.labels import (
 from meristem.structure.rules import apply_rule
 from meristem.structure.tracer import Dim, ModuleStack, Norm, Traced, Tracer, tensors
 from meristem.structure.twin import Example, as_example, fake_mode, looking, map_tensors, named_tensors, twin
+from meristem.structure.undisturbed import undisturbed
 from meristem.values import AttributeChange, Plan, Sources
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule", "ScriptModule")
@@ -86,9 +87,27 @@ class Structure:
             output = copied(*args, **kwargs)
         self.trace = tracer.trace
         self.outputs = [[dim.label for dim in tracer.dims(tensor)] for tensor in tensors(output)]
-        for labels in self.outputs:
+        trained = self._train_mode(copied, tracer, mode)
+        for labels in [*self.outputs, *trained]:
             for label in labels:
                 mark_end(label, "output")
+
+    def _train_mode(self, copied: nn.Module, tracer: Tracer, mode: FakeTensorMode | None) -> list[list[Label]]:
+        """Label what runs only while training (auxiliary heads, drop paths) too; returns the outputs' labels.
+
+        A train-mode forward that fails on the example, as batch norm does on one row, has nothing to tell.
+        """
+        args, kwargs = self.example_for(mode)
+        for tensor in tensors((args, kwargs)):
+            tensor._meristem = Traced([Dim(fresh(n, "an input of the model")) for n in tensor.shape])  # type: ignore[attr-defined]
+        copied.train()
+        tracer.recording = False
+        try:
+            with undisturbed(), looking(mode), tracer:
+                output = copied(*args, **kwargs)
+        except Exception:
+            return []
+        return [[dim.label for dim in tracer.dims(tensor)] for tensor in tensors(output)]
 
     def twin_of_shape(
         self, shapes: Mapping[str, Sequence[int]], edits: Sequence[AttributeChange], mode: FakeTensorMode | None
@@ -106,10 +125,10 @@ class Structure:
         return copied
 
     def example_for(self, mode: FakeTensorMode | None) -> Example:
-        args, kwargs = map_tensors(
+        example: Example = map_tensors(
             self.example, lambda t: mode.from_tensor(t.detach()) if mode is not None else t.detach().clone()
         )
-        return args, kwargs
+        return example
 
     # -- from labels to axes ------------------------------------------------------------------------------------------
 
@@ -133,7 +152,8 @@ class Structure:
             reason = self._reason(atom, found[atom])
             name = self._name(atom, owner, label, heads, {*axes, *ends, *frozen})
             if reason is not None:
-                if atom.frozen != "a spatial dimension" and atom.size > 1:
+                hidden = self._role(owner) == "fan_in" or atom.frozen != "a spatial dimension"
+                if hidden and atom.size > 1:
                     frozen[name] = reason
                 continue
             axis = self._axis(name, atom, label, found[atom])

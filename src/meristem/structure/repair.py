@@ -64,7 +64,7 @@ def attributes_for(
     """The attribute changes that make a re-trace follow the plan, and None; or what was tried, and the refusal."""
     shapes = {change.name: change.after for change in plan.tensors}
     expected = [
-        (name, [tuple(size(x, changes) for x in dims) for dims in outputs]) for name, outputs, _ in structure.trace.laws
+        (name, [tuple(size(x, changes) for x in dims) for dims in outputs]) for name, outputs in structure.trace.laws
     ]
     resized = _resized(structure, changes)
     edits = list(leaf_attributes(structure, shapes, changes))
@@ -138,7 +138,7 @@ def _resized(structure: Structure, changes: Changes) -> dict[int, set[int]]:
     """Old size -> new sizes, over every dimension that the trace saw change."""
     table: dict[int, set[int]] = {}
     labels = [label for dims in structure.labels.values() for label in dims]
-    labels += [label for _, outputs, _ in structure.trace.laws for dims in outputs for label in dims]
+    labels += [label for _, outputs in structure.trace.laws for dims in outputs for label in dims]
     for label in {label.root for label in labels}:
         new = size(label, changes)
         if new != label.size:

@@ -326,7 +326,7 @@ def _matmul(tracer: Tracer, call: Call) -> Result:
     rows = [Dim(x.label) for x in a[len(batch) : -1]]
     columns = [Dim(b[-1].label)] if second.dim() > 1 else []
     known = Traced([*batch, *rows, *columns])
-    tracer.trace.macs.append([dim.label for dim in known.dims] + [a[-1].label])
+    tracer.count([dim.label for dim in known.dims] + [a[-1].label])
     if len(call.inputs) == 3:
         bias = call.inputs[0]
         tracer.fill(bias, "bias")
@@ -356,7 +356,7 @@ def _convolution(tracer: Tracer, call: Call) -> Result:
     result = [Dim(data[0].label), Dim(channels), *_unknown(out.shape[2:], "a spatial dimension")]
     volume = [Label(n) for n in weight.shape[2:]]
     positions = data[2:] if call.arguments["transposed"] else result[2:]
-    tracer.trace.macs.append([data[0].label, *[p.label for p in positions], kernel[0].label, kernel[1].label, *volume])
+    tracer.count([data[0].label, *[p.label for p in positions], kernel[0].label, kernel[1].label, *volume])
     return [Traced(result)]
 
 
@@ -394,8 +394,8 @@ def _attention(tracer: Tracer, call: Call) -> Result:
         for dim, other in zip(reversed(tracer.dims(mask)), (k[2], q[2], q[1], q[0]), strict=False):
             if dim.label is not UNIT:
                 unify(dim.label, other.label)
-    tracer.trace.macs.append([q[i].label for i in (0, 1, 2, 3)] + [k[2].label])
-    tracer.trace.macs.append([q[i].label for i in (0, 1, 2)] + [k[2].label, v[3].label])
+    tracer.count([q[i].label for i in (0, 1, 2, 3)] + [k[2].label])
+    tracer.count([q[i].label for i in (0, 1, 2)] + [k[2].label, v[3].label])
     main = Traced([Dim(q[0].label), Dim(q[1].label), Dim(q[2].label), Dim(v[3].label)])
     return [main, *[_like(t, [Dim(x.label) for x in q[:3]]) for t in call.outputs[1:]]]
 

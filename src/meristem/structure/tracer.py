@@ -46,7 +46,7 @@ class Norm:
 class Trace:
     """Everything that one forward pass told: shape laws of the operations, roles of the parameters, costs."""
 
-    laws: list[tuple[str, list[list[Label]], str]] = field(default_factory=list)
+    laws: list[tuple[str, list[list[Label]]]] = field(default_factory=list)
     consumed: set[tuple[str, int]] = field(default_factory=set)
     produced: set[tuple[str, int]] = field(default_factory=set)
     order: dict[str, int] = field(default_factory=dict)
@@ -114,6 +114,7 @@ class Tracer(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.stack, self.rule = stack, rule
         self.trace = Trace()
+        self.recording = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -142,7 +143,8 @@ class Tracer(TorchDispatchMode):
             traced = self._freeze_all(call, f"{self.place()}: no rule for the operation {call.name!r}")
         for tensor, known in zip(outputs, traced, strict=True):
             tensor._meristem = known  # type: ignore[attr-defined]
-        self.trace.laws.append((call.name, [[d.label for d in known.dims] for known in traced], self.stack.innermost))
+        if self.recording:
+            self.trace.laws.append((call.name, [[d.label for d in known.dims] for known in traced]))
 
     def _freeze_all(self, call: Call, reason: str) -> list[Traced]:
         for tensor in call.inputs:
@@ -170,6 +172,11 @@ class Tracer(TorchDispatchMode):
         self.trace.consumed |= first.origin | second.origin
         if not first.origin and not second.origin:
             mix(first.label, f"{self.place()} multiplies two computed tensors along it")
+
+    def count(self, factors: list[Label]) -> None:
+        """Record the multiply-adds of a contraction: the product of the sizes of `factors`."""
+        if self.recording:
+            self.trace.macs.append(factors)
 
     def produce(self, dims: Iterable[Dim]) -> None:
         """Record the dimensions along which a weight makes units."""

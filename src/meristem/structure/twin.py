@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +15,28 @@ from torch.utils import _pytree as pytree
 
 from meristem.errors import DiscoveryError
 
-Example = tuple[tuple[Any, ...], dict[str, Any]]
+
+class Example(NamedTuple):
+    """The arguments of one call of a model."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 Convert = Callable[[str, Tensor], Tensor]
 
 
 def as_example(example: Any) -> Example:
     """The (args, kwargs) of a call, from a tensor, a tuple of arguments or a dict of keyword arguments."""
+    if isinstance(example, Example):
+        return example
     if isinstance(example, dict):
-        return (), dict(example)
+        return Example((), dict(example))
     if isinstance(example, tuple):
-        return example, {}
+        return Example(example, {})
     if example is None:
         raise TypeError("an example input is needed: a tensor, a tuple of arguments or a dict of keyword arguments")
-    return (example,), {}
+    return Example((example,), {})
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

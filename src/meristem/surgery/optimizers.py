@@ -63,7 +63,8 @@ def rule_for(optimizer: Optimizer, key: str) -> Moment:
             return STATE_RULES[kind][key]
     raise OptimizerError(
         f"no rule says how the state {key!r} of {type(optimizer).__name__} grows. hint: register one, for example "
-        f"meristem.STATE_RULES[{type(optimizer).__name__}] = {{{key!r}: 'first'}}"
+        f"meristem.STATE_RULES[{type(optimizer).__name__}] = {{{key!r}: 'first'}}, or 'second' if it scales like the square "
+        "of a gradient"
     )
 
 

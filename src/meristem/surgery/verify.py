@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from meristem.axis import Axis, Place
 from meristem.errors import VerificationError
-from meristem.statistics.undisturbed import undisturbed
 from meristem.structure import Structure
 from meristem.structure.discover import apply_edits
 from meristem.structure.tracer import tensors
 from meristem.structure.twin import Example, looking, map_tensors, named_tensors, twin
+from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.tensors import grown_tensors, new_units
 from meristem.values import Plan, Proposal, Scaling, index
 
