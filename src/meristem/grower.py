@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -325,7 +324,7 @@ class Grower:
         if missing:
             raise DataError(f"this is not the state of a Grower: {', '.join(sorted(missing))} missing")
         self.clock = Clock(**state["clock"])
-        self.history = [Growth(**json.loads(json.dumps(entry))) for entry in state["history"]]
+        self.history = [Growth(**entry | {"parameters": tuple(entry["parameters"])}) for entry in state["history"]]
         self.metrics = [(int(step), float(value)) for step, value in state["metrics"]]
         self.done, self.reason = bool(state["done"]), str(state["reason"])
         self.generator.set_state(state["generator"])

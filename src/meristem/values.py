@@ -145,7 +145,7 @@ class Growth:
     Attributes:
         added: Units added (or, for `narrow_`, removed: negative) by axis.
         before, after: Sizes by axis.
-        parameters_before, parameters_after: Counts over the whole model.
+        parameters: Count over the whole model, before and after.
         max_change: Largest change of an output on the example, in eval mode, relative to the largest output.
         seconds: What the growth took.
         flops: What measuring and verifying cost, in floating-point operations.
@@ -157,8 +157,7 @@ class Growth:
     added: dict[str, int]
     before: dict[str, int]
     after: dict[str, int]
-    parameters_before: int
-    parameters_after: int
+    parameters: tuple[int, int]
     max_change: float
     seconds: float
     flops: int = 0

@@ -107,6 +107,23 @@ def test_cares_that_move_old_weights() -> None:
         ms.care.Shrink(1.5)
 
 
+def test_variance_transfer_scales_only_the_grown_axis_of_a_concatenation() -> None:
+    model, x = make("unet")
+    old = model.merge.weight.detach().clone()
+    ms.grow_(model, {"down1": 5}, x, care=ms.care.VarianceTransfer())
+    torch.testing.assert_close(model.merge.weight[:, :5], old[:, :5] * 0.5**0.5)
+    assert torch.equal(model.merge.weight[:, 10:], old[:, 5:])
+
+
+def test_net2net_noise_moves_only_the_copies() -> None:
+    model, x = MLP(), torch.randn(3, 10)
+    old = model.fc1.weight.detach().clone()
+    growth = ms.grow_(model, {"fc1": 12}, x, how=ms.how.Net2Net(noise=0.01))
+    assert torch.equal(model.fc1.weight[:12], old)
+    assert 0 < growth.max_change < 0.1
+    assert not any((model.fc1.weight[12 + i] == old).all(1).any() for i in range(12))
+
+
 def test_attributes_of_the_users_own_follow() -> None:
     class Own(nn.Module):
         def __init__(self) -> None:

@@ -91,7 +91,7 @@ class Train(_Strict):
     batch_size: int = Field(128, ge=1)
     optimizer: Choice = "adamw"
     schedule: Choice = "constant"
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Literal["no", "bf16"] = "no"
 
     @field_validator("optimizer")
     @classmethod

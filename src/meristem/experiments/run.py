@@ -62,6 +62,8 @@ class Run:
     def __init__(self, experiment: Experiment, report: Report = lambda progress: None) -> None:
         self.experiment, self.report = experiment, report
         self.accelerator = Accelerator(mixed_precision=experiment.train.precision)
+        if self.accelerator.num_processes > 1:
+            raise ConfigError("a run takes one process so far; hint: start it without torchrun or accelerate launch")
         self.data = datasets.load(experiment.data)
         torch.manual_seed(experiment.seed)
         self.model = models.build(experiment.model, self.data).to(self.accelerator.device)

@@ -43,40 +43,52 @@ def grown_tensors(
     tensors: Mapping[str, Tensor], plan: Plan, axes: Sequence[Axis], proposals: Sequence[Proposal], scaling: Scaling
 ) -> dict[str, Tensor]:
     """Every changed or rescaled tensor at its new size and values: old entries carried, scaled, new ones filled."""
-    result = {}
     by_axis = {proposal.axis: proposal for proposal in proposals}
-    changes = {change.name: change for change in plan.tensors}
-    for name, change in changes.items():
-        old = tensors[name] * scaling.tensors[name] if name in scaling.tensors else tensors[name]
-        copied = copied_slots(axes, by_axis, name)
-        for place, factor in scaling.places.items():
-            if place.name == name:
-                old = old * factor
-        grown = carry(old, sources_with_copies(plan, change, copied))
-        for axis, slot, copies in copied:
-            if slot.role == "fan_out":
-                grown = shared(grown, plan, axis, slot, copies.share)
-        copied_dims = {slot.dim for _, slot, _ in copied}
+    scaled = {name: tensors[name] * factor for name, factor in scaling.tensors.items()}
+    for change in plan.tensors:
         for axis in axes:
             for slot in axis.slots:
-                if slot.name != name:
-                    continue
-                where = new_units(plan, axis.name, slot.place)
-                strip = by_axis[axis.name].strips.get(slot.place) if axis.name in by_axis else None
-                if slot.dim in copied_dims and strip is not None:
-                    grown = grown + place_strip(torch.zeros_like(grown), strip, change, slot.dim, where)
-                if not len(where) or slot.dim in copied_dims:
-                    continue
-                if strip is None:
-                    strip = _filled(tensors[name], slot.fill, slot.dim, where)
-                grown = place_strip(grown, strip, change, slot.dim, where)
-        result[name] = grown
-    for name, factor in scaling.tensors.items():
-        if name not in result:
-            result[name] = tensors[name] * factor
+                if slot.name == change.name and slot.place in scaling.places:
+                    old = scaled.get(change.name, tensors[change.name])
+                    scaled[change.name] = _scaled_units(old, plan, change, axis, slot, scaling.places[slot.place])
+    result = dict(scaled)
+    for change in plan.tensors:
+        result[change.name] = _grown(scaled.get(change.name, tensors[change.name]), plan, change, axes, by_axis)
     for name, factor in plan.rescaled.items():
         result[name] = result.get(name, tensors[name]) * factor
     return result
+
+
+def _scaled_units(old: Tensor, plan: Plan, change: TensorChange, axis: Axis, slot: Slot, factor: float) -> Tensor:
+    """`old` with the entries of one axis' old units multiplied along a slot's dimension; others may share that dimension."""
+    places = change.sources[slot.dim][plan.layout[axis.name][slot.place]]
+    factors = torch.ones(old.shape[slot.dim])
+    factors[index(places[places >= 0])] = factor
+    return old * _along(factors, old, slot.dim)
+
+
+def _grown(
+    old: Tensor, plan: Plan, change: TensorChange, axes: Sequence[Axis], proposals: Mapping[str, Proposal]
+) -> Tensor:
+    """One tensor: carried, copies placed and shared, then every slot's strip or fill written in."""
+    copied = copied_slots(axes, proposals, change.name)
+    grown = carry(old, sources_with_copies(plan, change, copied))
+    for axis, slot, copies in copied:
+        if slot.role == "fan_out":
+            grown = shared(grown, plan, axis, slot, copies.share)
+    for axis in axes:
+        copies_it = axis.name in proposals and proposals[axis.name].copies is not None
+        for slot in axis.slots:
+            where = new_units(plan, axis.name, slot.place) if slot.name == change.name else None
+            if where is None or not len(where):
+                continue
+            strip = proposals[axis.name].strips.get(slot.place) if axis.name in proposals else None
+            if not copies_it:
+                strip = _filled(old, slot.fill, slot.dim, where) if strip is None else strip
+                grown = place_strip(grown, strip, change, slot.dim, where)
+            elif strip is not None:
+                grown = grown + place_strip(torch.zeros_like(grown), strip, change, slot.dim, where)
+    return grown
 
 
 def sources_with_copies(plan: Plan, change: TensorChange, copied: Sequence[tuple[Axis, Slot, Copies]]) -> list[Sources]:
@@ -104,7 +116,12 @@ def shared(tensor: Tensor, plan: Plan, axis: Axis, slot: Slot, share: Tensor) ->
     layout = plan.layout[axis.name][slot.place]
     factors = torch.ones(tensor.shape[slot.dim], dtype=share.dtype)
     factors[index(layout)] = share[:, None].expand(layout.shape)
-    return tensor * factors.to(tensor).reshape([-1 if d == slot.dim else 1 for d in range(tensor.dim())])
+    return tensor * _along(factors, tensor, slot.dim)
+
+
+def _along(factors: Tensor, tensor: Tensor, dim: int) -> Tensor:
+    """A vector shaped to multiply `tensor` along `dim`."""
+    return factors.to(tensor).reshape([-1 if d == dim else 1 for d in range(tensor.dim())])
 
 
 def _filled(old: Tensor, fill: str, dim: int, where: Sources) -> Tensor:
