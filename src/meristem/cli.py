@@ -33,6 +33,9 @@ def main() -> None:
     except Interrupted as stopped:
         _err.print(f"interrupted: {stopped}\nhint: run the same command again to resume", markup=False)
         sys.exit(130)
+    except KeyboardInterrupt:
+        _err.print("interrupted before training began")
+        sys.exit(130)
     except (MeristemError, ValueError, TypeError) as error:
         message, _, hint = str(error).partition(" hint: ")
         _err.print(f"error: {message}" + (f"\nhint: {hint}" if hint else ""), markup=False, soft_wrap=True)

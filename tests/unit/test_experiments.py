@@ -202,8 +202,15 @@ def test_downloads_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_command_runs_and_resumes_after_a_kill(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import pathlib, torch\n"
+        "def net():\n"
+        "    pathlib.Path('started').touch()\n"
+        "    layers = [torch.nn.Linear(64, 16), torch.nn.ReLU(), torch.nn.Linear(16, 16), torch.nn.ReLU()]\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), *layers, torch.nn.Linear(16, 10))\n"
+    )
     lines = """
-model = { mlp = { hidden = [16, 16] } }
+model = "mine:net"
 data = "digits"
 [train]
 epochs = 60
@@ -216,7 +223,11 @@ amount = 8
     (tmp_path / "long.toml").write_text(lines)
     words = [sys.executable, "-m", "meristem.cli", "run", "long.toml"]
     process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    time.sleep(8)
+    for _ in range(600):
+        if (tmp_path / "started").exists():
+            break
+        time.sleep(0.1)
+    time.sleep(2)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     if process.returncode != 0:  # a fast machine may have finished
