@@ -64,6 +64,11 @@ class Axis:
     norm: str | None = None
     end: str | None = None
 
+    @property
+    def streamed(self) -> bool:
+        """Whether a layer or RMS norm runs over the axis: its producers then follow the rule of a normalised stream."""
+        return self.norm in ("layer_norm", "rms_norm")
+
     def places(self, role: Role) -> tuple[Slot, ...]:
         """The slots of one role, in forward order."""
         return tuple(slot for slot in self.slots if slot.role == role)

@@ -265,7 +265,7 @@ class Grower:
         }
 
     def _flops_per_unit(self, structure: Structure, axis: Axis) -> float:
-        before, after = resolve(structure, {axis.name: axis.multiple}).flops
+        before, after = resized(structure, {axis.name: axis.multiple}).flops
         return max(after - before, 1) / axis.multiple
 
     def _fitting(self, structure: Structure, axes: Mapping[str, Axis], counts: Mapping[str, int]) -> Plan | None:

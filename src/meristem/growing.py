@@ -116,10 +116,9 @@ def _inexact(structure: Structure, axes: Mapping[str, Axis]) -> dict[str, str]:
     reasons = {}
     for axis in listed:
         if changes([axis]):
-            streamed = axis.norm in ("layer_norm", "rms_norm")
             reasons[axis.name] = (
                 f"a {axis.norm.replace('_', ' ')} normalises over it, and its producers do not feed it directly"
-                if streamed and axis.norm is not None
+                if axis.streamed and axis.norm is not None
                 else "the model's code depends on its size: the outputs would change"
             )
     return reasons

@@ -61,6 +61,10 @@ class Plan:
     def __bool__(self) -> bool:
         return self.refusal is None
 
+    def change(self, name: str) -> TensorChange:
+        """What happens to one tensor."""
+        return next(change for change in self.tensors if change.name == name)
+
     def __repr__(self) -> str:
         lines = [f"{name}: {self.before[name]} -> {self.after[name]}" for name in self.after]
         if self.refusal is not None:

@@ -9,7 +9,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from meristem.care import CARES
 from meristem.errors import MeristemError, nearest
@@ -140,16 +140,12 @@ class Grow(_Strict):
         trigger(value)
         return value
 
-    @field_validator("how")
+    @field_validator("how", "where")
     @classmethod
-    def _how(cls, value: Choice) -> Choice:
-        built(value, METHODS, "how")
-        return value
-
-    @field_validator("where")
-    @classmethod
-    def _where(cls, value: Choice) -> Choice:
-        built(value, PLACES, "where")
+    def _part(cls, value: Choice, info: ValidationInfo) -> Choice:
+        known: dict[str, Mapping[str, Any]] = {"how": METHODS, "where": PLACES}
+        key = str(info.field_name)
+        built(value, known[key], key)
         return value
 
     @field_validator("care")

@@ -25,7 +25,7 @@ from meristem import checkpoint
 from meristem.care import CARES
 from meristem.experiments import data as datasets
 from meristem.experiments import models
-from meristem.experiments.config import ConfigError, Experiment, built, named, trigger
+from meristem.experiments.config import OPTIMIZERS, SCHEDULES, ConfigError, Experiment, built, named, trigger
 from meristem.grower import Grower
 from meristem.growing import find_axes
 from meristem.how import METHODS
@@ -268,7 +268,7 @@ def run(experiment: Experiment, out: Path, name: str, report: Report = lambda pr
 
 def rate(experiment: Experiment, progress: float) -> float:
     """The learning rate at a fraction of training, as a multiple of its peak."""
-    name, parameters = named(experiment.train.schedule, ("constant", "cosine", "wsd"), "schedule")
+    name, parameters = named(experiment.train.schedule, SCHEDULES, "schedule")
     warmup: float = parameters.get("warmup", 0.0)
     if progress < warmup:
         return max(progress / warmup, 1e-3)
@@ -279,7 +279,7 @@ def rate(experiment: Experiment, progress: float) -> float:
 
 
 def _optimizer(experiment: Experiment, model: nn.Module) -> Optimizer:
-    name, parameters = named(experiment.train.optimizer, ("sgd", "adam", "adamw"), "optimizer")
+    name, parameters = named(experiment.train.optimizer, OPTIMIZERS, "optimizer")
     kinds: dict[str, Callable[..., Optimizer]] = {
         "sgd": torch.optim.SGD,
         "adam": torch.optim.Adam,

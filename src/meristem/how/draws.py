@@ -26,15 +26,14 @@ def drawn(view: View, axis: Axis, count: int, zero: Side | None, scale: float = 
     """
     strips: dict[Place, Tensor] = {}
     plan = view.plan(axis, count)
-    streamed = axis.norm in ("layer_norm", "rms_norm")
     producers = axis.places("fan_in") or axis.places("fan_out")
     for slot, shape in view.shapes(axis, count).items():
         old = view.values[slot.name]
-        if streamed and (slot.tied or slot.role != "fan_out"):
+        if axis.streamed and (slot.tied or slot.role != "fan_out"):
             strips |= stream_strip(axis, slot.name, slot.dim, old, new_units(plan, axis.name, slot.place))
         elif slot.role == "fan_out":
-            widened = next(c for c in plan.tensors if c.name == slot.name).after[slot.dim]
-            silent = zero == "fan_out" and not streamed
+            widened = plan.change(slot.name).after[slot.dim]
+            silent = zero == "fan_out" and not axis.streamed
             strips[slot.place] = view.uniform(shape, 0.0 if silent else scale * bound(view, slot, widened), old)
         elif slot.fill == "draw":
             silent = zero == "fan_in" and slot.role == "fan_in"

@@ -31,7 +31,7 @@ from torch import Tensor
 from meristem.axis import Axis, Place, Slot
 from meristem.errors import DataError, GrowthRefused
 from meristem.how.draws import flat_size, mean_norm, unflatten
-from meristem.how.view import Sandbox, View
+from meristem.how.view import View
 from meristem.statistics.flops import counting
 from meristem.values import Proposal
 
@@ -88,7 +88,7 @@ class GradMax:
         """The `count` best units, the one with the largest predicted gain first."""
         if not view.batches:
             raise DataError("GradMax measures gradients: pass loss= and data=")
-        if axis.norm in ("layer_norm", "rms_norm") or axis.end or not axis.places("fan_in"):
+        if axis.streamed or axis.end or not axis.places("fan_in"):
             raise GrowthRefused(f"GradMax has no zero side on axis {axis.name!r}. hint: how.Random grows it")
         with counting() as counter:
             space = _Space(view, axis, count, self)
@@ -128,9 +128,9 @@ class _Space:
         self.like = view.values[self.inward[0].name]
         self.batches = list(view.batches)[: method.batches]
 
-    def strips(self, sandbox: Sandbox, inward: Tensor, outward: Tensor) -> dict[Place, Tensor]:
-        """Trial strips of a sandbox from one fan-in and one fan-out vector per unit; depthwise kernels are drawn."""
-        shapes = {slot: sandbox.shape(slot) for slot in self.axis.slots}
+    def strips(self, inward: Tensor, outward: Tensor) -> dict[Place, Tensor]:
+        """Strips from one fan-in and one fan-out vector per unit; depthwise kernels are the mean of the present ones."""
+        shapes = self.view.shapes(self.axis, len(inward) * self.axis.multiple)
         carried = {
             slot.place: self.kernel(slot, shapes[slot]) for slot in self.axis.places("carried") if slot.fill == "draw"
         }
@@ -149,7 +149,7 @@ class _Space:
         for batch in self.batches:
             inward = self.like.new_zeros(self.trials, self.width_in).requires_grad_()
             outward = self.like.new_zeros(self.trials, self.width_out).requires_grad_()
-            loss = sandbox.loss(self.strips(sandbox, inward, outward), batch)
+            loss = sandbox.loss(self.strips(inward, outward), batch)
             to_in, to_out = torch.autograd.grad(loss, (inward, outward), create_graph=True)
             parts.append((inward, outward, to_in, to_out))
         if offset:
@@ -228,7 +228,7 @@ class _Space:
             norms, way = [], []
             for _ in range(4):
                 trial = trial.detach().requires_grad_()
-                loss = sandbox.loss(self.strips(sandbox, trial, (sign * outward).to(self.like)), self.batches[0])
+                loss = sandbox.loss(self.strips(trial, (sign * outward).to(self.like)), self.batches[0])
                 gradient = torch.autograd.grad(loss, trial)[0]
                 norm = gradient.norm(dim=1, keepdim=True)
                 norms.append(norm)
@@ -250,7 +250,7 @@ class _Space:
         outward = self.like.new_zeros(self.units, self.width_out).requires_grad_()
 
         def gradient(inward: Tensor, create_graph: bool) -> Tensor:
-            strips = self.strips(sandbox, inward, outward)
+            strips = self.strips(inward, outward)
             loss = sum(sandbox.loss(strips, batch) for batch in self.batches)
             assert isinstance(loss, Tensor)
             return torch.autograd.grad(loss / len(self.batches), outward, create_graph=create_graph)[0]
@@ -272,7 +272,7 @@ class _Space:
         best = torch.where(better, inward.detach(), best)
         gains = torch.maximum(reached, best_norms)
         order = gains.argsort(descending=True)
-        strips = {place: strip[order] for place, strip in self.strips(sandbox, best, outward.detach()).items()}
+        strips = {place: strip[order] for place, strip in self.strips(best, outward.detach()).items()}
         note = "zero fan-out" + self.shortfall(values)
         return Proposal(self.axis.name, self.count, strips, gains=tuple(gains[order].tolist()), note=note)
 
@@ -281,8 +281,7 @@ class _Space:
         return f"; the gradient has rank {len(values) - missing}, {missing} units are random" if missing else ""
 
     def proposal(self, inward: Tensor, outward: Tensor, gains: tuple[float, ...], note: str) -> Proposal:
-        sandbox = self.view.sandbox(self.axis, self.count)
-        strips = self.strips(sandbox, inward.to(self.like), outward.to(self.like))
+        strips = self.strips(inward.to(self.like), outward.to(self.like))
         return Proposal(self.axis.name, self.count, strips, gains=gains, note=note)
 
 

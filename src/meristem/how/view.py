@@ -109,16 +109,6 @@ class Sandbox:
         """Take the constant of `lift` away."""
         self._hook.remove()
 
-    def shape(self, slot: Slot) -> tuple[int, ...]:
-        """The shape of a slot's strip."""
-        return strip_shape(self.plan, self.axis.name, slot, self.values[slot.name])
-
-
-def strip_shape(plan: Plan, axis: str, slot: Slot, old: Tensor) -> tuple[int, ...]:
-    """(new units, entries per unit, *the other dimensions of the tensor)."""
-    rest = [n for d, n in enumerate(old.shape) if d != slot.dim]
-    return (*new_units(plan, axis, slot.place).shape, *rest)
-
 
 @dataclass
 class View:
@@ -150,9 +140,13 @@ class View:
         return resolve(self.structure, {axis.name: count})
 
     def shapes(self, axis: Axis, count: int) -> dict[Slot, tuple[int, ...]]:
-        """The shape of every slot's strip for `count` new units."""
+        """The shape of every slot's strip: (new units, entries per unit, *the other dimensions of the tensor)."""
         plan = self.plan(axis, count)
-        return {slot: strip_shape(plan, axis.name, slot, self.values[slot.name]) for slot in axis.slots}
+        shapes = {}
+        for slot in axis.slots:
+            rest = [n for d, n in enumerate(self.values[slot.name].shape) if d != slot.dim]
+            shapes[slot] = (*new_units(plan, axis.name, slot.place).shape, *rest)
+        return shapes
 
     def units(self, slot: Slot, axis: Axis) -> Tensor:
         """The present entries of a slot, unit by unit: (units, entries per unit, *other dimensions)."""

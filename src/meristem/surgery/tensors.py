@@ -35,8 +35,7 @@ def place_strip(grown: Tensor, strip: Tensor, change: TensorChange, dim: int, wh
 def new_units(plan: Plan, axis: str, place: Place) -> Sources:
     """Where the new units of an axis lie along a place's dimension: an array (new units, entries per unit)."""
     layout = plan.layout[axis][place]
-    change = next(change for change in plan.tensors if change.name == place.name)
-    return layout[(change.sources[place.dim][layout] < 0).any(axis=1)]
+    return layout[(plan.change(place.name).sources[place.dim][layout] < 0).any(axis=1)]
 
 
 def grown_tensors(

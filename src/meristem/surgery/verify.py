@@ -38,7 +38,7 @@ def check_edit(structure: Structure, plan: Plan, axes: Sequence[Axis]) -> None:
     for axis in axes:
         if plan.after[axis.name] > plan.before[axis.name]:
             proposals.append(probe(plan, axis, old, generator))
-        elif axis.norm in ("layer_norm", "rms_norm"):
+        elif axis.streamed:
             return
         else:
             _silence_dropped(plan, axis, old)
@@ -65,7 +65,7 @@ def probe(plan: Plan, axis: Axis, values: Mapping[str, Tensor], generator: torch
         old = values[slot.name]
         shape = [*where.shape, *[n for d, n in enumerate(old.shape) if d != slot.dim]]
         strip = torch.randn(shape, generator=generator, dtype=torch.float64).to(old.device)
-        if axis.norm in ("layer_norm", "rms_norm"):
+        if axis.streamed:
             reads = slot.role == "fan_out" and not slot.tied
             strips |= {slot.place: strip} if reads else stream_strip(axis, slot.name, slot.dim, old, where)
         elif slot.role == "fan_out":
@@ -101,7 +101,7 @@ def _random_tensor(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 def _silence_dropped(plan: Plan, axis: Axis, values: dict[str, Tensor]) -> None:
     for slot in axis.places("fan_out"):
-        change = next(change for change in plan.tensors if change.name == slot.name)
+        change = plan.change(slot.name)
         kept = change.sources[slot.dim]
         dropped = np.setdiff1d(np.arange(change.before[slot.dim]), kept)
         values[slot.name] = values[slot.name].index_fill(slot.dim, index(dropped).to(values[slot.name].device), 0.0)
