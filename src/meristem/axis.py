@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -130,3 +131,11 @@ class Axes(Mapping[str, Axis]):
 def _slots(axis: Axis) -> str:
     shown = [f"{slot.name}[{slot.dim}]" for slot in axis.slots if not slot.buffer]
     return ", ".join(shown[:4]) + (f", ... ({len(shown)})" if len(shown) > 4 else "")
+
+
+def matches(name: str, patterns: str | Sequence[str]) -> bool:
+    """Whether a name fits glob patterns, of which those with a leading "!" exclude."""
+    listed = [patterns] if isinstance(patterns, str) else list(patterns)
+    wanted = [p for p in listed if not p.startswith("!")] or ["*"]
+    barred = [p[1:] for p in listed if p.startswith("!")]
+    return any(fnmatch.fnmatchcase(name, p) for p in wanted) and not any(fnmatch.fnmatchcase(name, p) for p in barred)

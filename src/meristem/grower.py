@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from meristem.axis import Axis
 from meristem.care import Care
-from meristem.errors import DataError, GrowthRefused
+from meristem.errors import DataError, GrowthRefused, MeristemError
 from meristem.growing import (
+    HEALTH_BATCHES,
     Optimizers,
     cares,
     check_parts,
@@ -20,16 +22,26 @@ from meristem.growing import (
     optimizers,
     perform,
     private_generator,
+    proposed,
 )
-from meristem.how import How, View
-from meristem.how.view import Loss
+from meristem.how import How
 from meristem.statistics.batches import check_reiterable, first_call, growth_batches, length
+from meristem.statistics.flops import counting
+from meristem.statistics.health import measure
+from meristem.statistics.losses import Loss
 from meristem.structure import Structure, clash, resized, resolve
+from meristem.structure.twin import twin
 from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.optimizers import check_ownership
-from meristem.values import Budget, Growth, Plan, Proposal
+from meristem.values import Budget, Growth, Plan, Proposal, Share
+from meristem.view import Progress, View
 from meristem.when import Clock, When
 from meristem.where import Choice, Uniform, Where
+
+MOMENTS = (1, 10, 100, 1000)
+"""Steps after a growth at which the health of its units is measured."""
+BEFORE, RECOVERY = 20, 200
+"""Steps that the loss before a growth is averaged over, and steps after it in which a spike is looked for."""
 
 Amount = int | float | Sequence[int | float] | Mapping[str, int]
 
@@ -53,11 +65,12 @@ class Grower:
         round_to: Grown sizes are rounded down to a multiple of this.
         example: The example input; by default the model's first call inside `loss` on the first batch.
         generator: The source of randomness; by default a private one of the model.
+        progress: Called as `progress(phase, done, total)` while a method trains on the side.
 
     Attributes:
         history: Every `Growth` so far.
         done: True once nothing more can grow; `reason` says why.
-        flops: Floating-point operations that all growths cost together.
+        flops: Floating-point operations that all growths cost together, later looks at their health included.
 
     Raises:
         GrowthRefused: The model is wrapped, or nothing in it can grow.
@@ -97,6 +110,7 @@ class Grower:
         round_to: int = 1,
         example: Any = None,
         generator: torch.Generator | None = None,
+        progress: Progress | None = None,
     ) -> None:
         check_reiterable(data)
         self.model, self.loss, self.data = model, loss, data
@@ -111,6 +125,8 @@ class Grower:
         self.clock = Clock()
         self.history: list[Growth] = []
         self.metrics: list[tuple[int, float]] = []
+        self.progress = progress
+        self._losses: deque[Tensor | float] = deque(maxlen=BEFORE + RECOVERY)
         self.done = False
         self.reason = ""
         self._epoch_length = length(data)
@@ -162,6 +178,8 @@ class Grower:
             PendingBackward: A graph still holds the weights. Nothing has changed.
             DataError: The loss of a growth batch is not finite. Nothing has changed.
         """
+        if loss is not None:
+            self._losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
         ended = self._epoch_length is not None and (self.clock.step + 1) % self._epoch_length == 0
         self.clock = replace(
             self.clock, step=self.clock.step + 1, epoch=self.clock.epoch + int(ended), epoch_ended=ended
@@ -204,23 +222,23 @@ class Grower:
             axes = [structure.axes.named(name) for name in self.amount]
         else:
             axes = self._open(structure)
-            if not axes:
-                self._finish("every axis has reached the largest size that the budget allows")
-                return None
-        batches = growth_batches(self.data, max(self.how.batches, 1), self.generator)
-        view = View(structure, self.generator, self.loss, batches)
+        if not axes:
+            self._finish("every axis has reached the largest size that the budget allows")
+            return None
         total = self._total(axes)
         if total is None:
             self._finish("the list of amounts is used up")
             return None
+        batches = growth_batches(self.data, max(self.how.batches, HEALTH_BATCHES), self.generator)
+        view = View(structure, self.generator, self.loss, batches, self.data, self.progress)
         offered: dict[str, Proposal] = {}
         if isinstance(self.amount, Mapping):
-            counts = dict(self.amount)
+            share = Share(dict(self.amount))
         else:
             offered = self._offers(view, axes, total) if self.where.reads_gains else {}
-            per_unit = {axis.name: self._flops_per_unit(structure, axis) for axis in axes} if offered else {}
-            counts = self.where.share(Choice(axes, total, len(self.history), offered, per_unit))
-        planned = self._fitting(structure, {axis.name: axis for axis in axes}, counts)
+            per_unit = {axis.name: self._flops_per_unit(structure, axis) for axis in axes}
+            share = self.where.share(Choice(axes, total, len(self.history), offered, per_unit, view))
+        planned = self._fitting(structure, {axis.name: axis for axis in axes}, share.counts)
         if planned is None:
             self._finish(
                 "the budget leaves no room for another unit"
@@ -230,13 +248,13 @@ class Grower:
             return None
         if planned.refusal is not None:
             raise GrowthRefused(f"{', '.join(planned.after)} cannot grow together: {planned.refusal}")
-        proposals = []
-        for name in planned.after:
-            count = planned.after[name] - planned.before[name]
-            axis = structure.axes.named(name)
-            proposals.append(offered[name].best(count) if name in offered else self.how.propose(view, axis, count))
+        if offered:
+            proposals = [offered[name].best(planned.after[name] - planned.before[name]) for name in planned.after]
+        else:
+            proposals = proposed(view, planned, self.how)
         growth = perform(view, planned, proposals, self.how, self.care, self.optimizers)
-        growth.flops += sum(p.flops for name, p in offered.items() if name not in planned.after)
+        growth.flops += share.flops + sum(p.flops for name, p in offered.items() if name not in planned.after)
+        growth.votes = share.votes
         return growth
 
     def _open(self, structure: Structure) -> list[Axis]:
@@ -307,6 +325,33 @@ class Grower:
     def _finish(self, reason: str) -> None:
         self.done, self.reason = True, reason
 
+    def _complete_health(self) -> None:
+        """Measure the units of earlier growths where one of the moments has come. Never stops the user's training."""
+        now = self.clock.step
+        for growth in self.history:
+            age = now - growth.step if growth.step is not None else 0
+            if age in MOMENTS:
+                self._measure(growth, str(age))
+            if age == RECOVERY and len(self._losses) == self._losses.maxlen:
+                growth.health["loss"] = _spike([float(loss) for loss in self._losses])
+
+    def _measure(self, growth: Growth, moment: str) -> None:
+        state = self.generator.get_state()
+        try:
+            with undisturbed(), counting() as counter:
+                structure = self._structure()
+                axes = [structure.axes.named(name) for name in growth.added]
+                copied = twin(self.model, lambda _, tensor: tensor.detach().clone())
+                layouts = {axis.name: structure.layout(axis.name) for axis in axes}
+                batches = growth_batches(self.data, HEALTH_BATCHES, self.generator)
+                units = {name: range(growth.before[name], growth.after[name]) for name in growth.added}
+                growth.health[moment] = measure(copied, axes, layouts, self.loss, batches, units)
+        except MeristemError as error:
+            growth.health[moment] = {"error": str(error)}
+        finally:
+            self.generator.set_state(state)
+        growth.flops += counter.get_total_flops()
+
     def state_dict(self) -> dict[str, Any]:
         """Clock, history, metrics and generator: what a resumed run needs to grow as if it had never stopped."""
         return {
@@ -315,18 +360,20 @@ class Grower:
             "metrics": [list(entry) for entry in self.metrics],
             "done": self.done,
             "reason": self.reason,
+            "losses": [float(loss) for loss in self._losses],
             "generator": self.generator.get_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken; the model and optimizer are loaded separately (see `meristem.load`)."""
-        missing = {"clock", "history", "metrics", "done", "reason", "generator"} - set(state)
+        missing = {"clock", "history", "metrics", "done", "reason", "losses", "generator"} - set(state)
         if missing:
             raise DataError(f"this is not the state of a Grower: {', '.join(sorted(missing))} missing")
         self.clock = Clock(**state["clock"])
         self.history = [Growth(**entry | {"parameters": tuple(entry["parameters"])}) for entry in state["history"]]
         self.metrics = [(int(step), float(value)) for step, value in state["metrics"]]
         self.done, self.reason = bool(state["done"]), str(state["reason"])
+        self._losses.extend(float(loss) for loss in state["losses"])
         self.generator.set_state(state["generator"])
 
 
@@ -334,3 +381,12 @@ def _amounts(amount: Amount) -> list[Any]:
     if isinstance(amount, Mapping):
         return list(amount.values())
     return list(amount) if isinstance(amount, Sequence) else [amount]
+
+
+def _spike(losses: Sequence[float]) -> dict[str, float | None]:
+    """The loss before a growth, how far above it the running mean of ten steps rose, and the step that met it again."""
+    before = sum(losses[:BEFORE]) / BEFORE
+    after = losses[BEFORE:]
+    means = [sum(after[i : i + 10]) / 10 for i in range(len(after) - 9)]
+    recovered = next((i + 10 for i, mean in enumerate(means) if mean <= before), None)
+    return {"before": before, "spike": max(means) - before, "steps_to_recover": recovered}

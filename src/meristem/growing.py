@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import operator
 import time
 import weakref
@@ -13,28 +12,33 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from meristem.axis import Axes, Axis
+from meristem.axis import Axes, Axis, matches
 from meristem.care import Care, WarmMoments
 from meristem.errors import DataError, GrowthRefused, VerificationError
-from meristem.how import How, Random, View
-from meristem.how.view import Loss, measured
+from meristem.how import How, Random, Settles
+from meristem.sandbox import Sandbox
 from meristem.statistics.batches import first_call, growth_batches
 from meristem.statistics.flops import counting
+from meristem.statistics.health import Figures, measure
+from meristem.statistics.losses import Loss
 from meristem.structure import Structure, clash, resolve
 from meristem.structure.discover import apply_edits
 from meristem.structure.twin import named_tensors, twin
 from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.exchange import check_free, exchange
 from meristem.surgery.optimizers import check_ownership, grown_state
-from meristem.surgery.tensors import grown_tensors, new_units
+from meristem.surgery.tensors import grown_tensors
 from meristem.surgery.verify import check_edit, relative_change, rounding_gap, run
-from meristem.values import Growth, Plan, Proposal, Treatment
+from meristem.values import Growth, Plan, Proposal, Settled, Treatment
+from meristem.view import Progress, View
 
 _GENERATORS: weakref.WeakKeyDictionary[nn.Module, torch.Generator] = weakref.WeakKeyDictionary()
 
 Optimizers = Optimizer | Sequence[Optimizer] | None
 TOLERANCE = 1e-5
 """Largest relative change of an output, in float32, that still counts as the same function."""
+HEALTH_BATCHES = 4
+"""Growth batches that the health of new units is measured on."""
 
 
 def private_generator(model: nn.Module) -> torch.Generator:
@@ -128,14 +132,6 @@ def _is_layer(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.")
 
 
-def matches(name: str, patterns: str | Sequence[str]) -> bool:
-    """Whether a name fits glob patterns, of which those with a leading "!" exclude."""
-    listed = [patterns] if isinstance(patterns, str) else list(patterns)
-    wanted = [p for p in listed if not p.startswith("!")] or ["*"]
-    barred = [p[1:] for p in listed if p.startswith("!")]
-    return any(fnmatch.fnmatchcase(name, p) for p in wanted) and not any(fnmatch.fnmatchcase(name, p) for p in barred)
-
-
 def plan(model: nn.Module, counts: Mapping[str, int], example: Any) -> Plan:
     """The dry run of `grow_`: every shape and attribute that would change, or the refusal and its reason.
 
@@ -178,6 +174,7 @@ def grow_(
     loss: Loss | None = None,
     data: Iterable[Any] | None = None,
     generator: torch.Generator | None = None,
+    progress: Progress | None = None,
 ) -> Growth:
     """Grow a model now, in place, all or nothing.
 
@@ -193,9 +190,10 @@ def grow_(
         how: The method; random fan-in and zero fan-out by default.
         care: What the optimizer and the old weights get; by default the new slices get a warm second moment.
         optimizer: The optimizer, or all of them, whose state follows.
-        loss: For methods that measure: `loss(model, batch)`, a mean over the batch.
+        loss: For methods that measure or train: `loss(model, batch)`, a mean over the batch.
         data: A DataLoader or a re-iterable of batches, for `loss`.
         generator: The source of randomness; by default a private one of this model.
+        progress: Called as `progress(phase, done, total)` by methods that train on the side.
 
     Returns:
         What was done.
@@ -219,16 +217,15 @@ def grow_(
     state = generator.get_state()
     try:
         with undisturbed():
-            batches = growth_batches(data, max(how.batches, 1), generator) if data is not None else []
+            batches = growth_batches(data, max(how.batches, HEALTH_BATCHES), generator) if data is not None else []
             if example is None:
                 if loss is None or not batches:
                     raise DataError("grow_ needs an example input, or loss= and data= to find one")
                 example = first_call(model, loss, batches[0])
             structure = Structure(model, example)
             planned = _accepted(_planned(structure, counts))
-            view = View(structure, generator, loss, batches)
-            proposals = [how.propose(view, structure.axes.named(name), count) for name, count in counts.items()]
-            return perform(view, planned, proposals, how, cares(care), optimizers(optimizer))
+            view = View(structure, generator, loss, batches, data, progress)
+            return perform(view, planned, proposed(view, planned, how), how, cares(care), optimizers(optimizer))
     except BaseException:
         generator.set_state(state)
         raise
@@ -268,6 +265,14 @@ def narrow_(
         return perform(view, planned, [], None, (), optimizers(optimizer))
 
 
+def proposed(view: View, plan: Plan, how: How) -> list[Proposal]:
+    """What a method offers for every axis of a plan; nothing from one that settles its units in on a sandbox."""
+    if isinstance(how, Settles):
+        return []
+    added = {name: plan.after[name] - plan.before[name] for name in plan.after}
+    return [how.propose(view, view.structure.axes.named(name), count) for name, count in added.items()]
+
+
 def perform(
     view: View,
     plan: Plan,
@@ -283,16 +288,25 @@ def perform(
     axes = [structure.axes.named(name) for name in plan.after]
     treatment = sum((c.treat(model, plan, axes) for c in care), Treatment())
     live = named_tensors(model)
-    new = grown_tensors(view.values, plan, axes, proposals, treatment.scaling)
-    check_ownership(owners, {n: live[n] for n in new if live[n].requires_grad})
-    with counting() as counter:
+    settled = None
+    changing = {change.name: live[change.name] for change in plan.tensors}
+    check_ownership(owners, {name: tensor for name, tensor in changing.items() if tensor.requires_grad})
+    check_free(changing)  # before anything is measured or trained; again below, where every tensor is known
+    with counting() as checking:
         check_edit(structure, plan, axes)
+    if isinstance(how, Settles):
+        settled = _settled(view, plan, how, treatment)
+        grows = {change.name for change in plan.tensors}
+        new = {n: t for n, t in settled.tensors.items() if n in grows or not torch.equal(t, view.values[n])}
+    else:
+        new = grown_tensors(view.values, plan, axes, proposals, treatment.scaling)
+    with counting() as counter:
         before = run(model, view.values, (), structure.example)
         after = run(model, {**view.values, **new}, plan.attributes, structure.example)
         change = relative_change(plan, before, after)
         if how is not None and how.preserves and not treatment.scaling.tensors and not treatment.scaling.places:
             _check_preserved(view, before, change, how)
-        health = _health(view, plan, axes, new)
+        health = settled.health if settled is not None else _health(view, plan, axes, new)
     states = []
     for optimizer in owners:
         for tensor_change in plan.tensors:
@@ -309,10 +323,23 @@ def perform(
         parameters=plan.parameters,
         max_change=change,
         seconds=time.perf_counter() - started,
-        flops=counter.get_total_flops() + sum(proposal.flops for proposal in proposals),
-        health=health,
-        notes={proposal.axis: proposal.note for proposal in proposals if proposal.note},
+        flops=checking.get_total_flops()
+        + counter.get_total_flops()
+        + sum(p.flops for p in proposals)
+        + (settled.flops if settled else 0),
+        health={moment: dict(figures) for moment, figures in health.items()},
+        notes=dict(settled.notes) if settled else {p.axis: p.note for p in proposals if p.note},
     )
+
+
+def _settled(view: View, plan: Plan, how: Settles, treatment: Treatment) -> Settled:
+    """The weights that a method finds by growing and training a copy."""
+    if treatment.scaling.tensors or treatment.scaling.places:
+        raise GrowthRefused(
+            f"{type(how).__name__} settles new units beside the present weights; a care that scales these afterwards "
+            "(VarianceTransfer, Shrink) would undo it. hint: use WarmMoments or ResetMoments"
+        )
+    return how.settle(Sandbox(view), {name: plan.after[name] - plan.before[name] for name in plan.after})
 
 
 def _check_preserved(view: View, before: Sequence[Tensor], change: float, how: How) -> None:
@@ -329,28 +356,14 @@ def _check_preserved(view: View, before: Sequence[Tensor], change: float, how: H
     )
 
 
-def _health(view: View, plan: Plan, axes: Sequence[Axis], new: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The share of new units, by axis, that receive gradient on the first growth batch; empty without loss and data."""
-    if view.loss is None or not view.batches:
+def _health(view: View, plan: Plan, axes: Sequence[Axis], new: Mapping[str, Tensor]) -> dict[str, dict[str, Figures]]:
+    """Figures of the new units right after the insertion; empty without loss and data, and where units were dropped."""
+    if view.loss is None or not view.batches or any(plan.after[name] < plan.before[name] for name in plan.after):
         return {}
-    call, batch = view.loss, view.batches[0]
-    copied = twin(view.structure.model, lambda name, _: new.get(name, view.values[name]).detach().clone()).eval()
+    copied = twin(view.structure.model, lambda name, _: new.get(name, view.values[name]).detach().clone())
     apply_edits(copied, plan.attributes)
-    loss = measured(lambda: call(copied, batch))
-    loss.backward()
-    gradients = {name: p.grad for name, p in copied.named_parameters() if p.grad is not None}
-    receiving = {}
-    for axis in axes:
-        reached = torch.zeros(0)
-        for slot in axis.slots:
-            where = new_units(plan, axis.name, slot.place)
-            if slot.name in gradients and len(where):
-                rows = gradients[slot.name].movedim(slot.dim, 0)[torch.from_numpy(where)]
-                live = rows.flatten(1).abs().amax(1) > 0
-                reached = live if not len(reached) else reached | live
-        if len(reached):
-            receiving[axis.name] = reached.float().mean().item()
-    return {"receives_gradient": receiving}
+    units = {name: range(plan.before[name], plan.after[name]) for name in plan.after}
+    return {"insertion": measure(copied, axes, plan.layout, view.loss, view.batches, units)}
 
 
 def _planned(structure: Structure, wishes: Mapping[str, Any]) -> Plan:

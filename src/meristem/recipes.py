@@ -11,7 +11,7 @@ from torch import nn
 from meristem import care, how, where
 from meristem.grower import Amount, Grower
 from meristem.growing import Optimizers
-from meristem.how.view import Loss
+from meristem.statistics.losses import Loss
 from meristem.values import Budget
 from meristem.when import Every, When
 

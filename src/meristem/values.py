@@ -142,6 +142,31 @@ class Treatment:
         return Treatment(Scaling(tensors, places), self.warm or other.warm, self.reset or other.reset)
 
 
+@dataclass(frozen=True)
+class Settled:
+    """What a method that trains on the side gives back: every changed tensor in full, and how the new units fared.
+
+    `health[moment][axis]` holds figures of the new units; `flops` is what settling cost.
+    """
+
+    tensors: Mapping[str, Tensor]
+    flops: int = 0
+    health: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many units each axis gets, why, and what finding that out cost.
+
+    `votes[axis]` holds the figures behind the decision, where it was a measured one.
+    """
+
+    counts: dict[str, int]
+    votes: dict[str, dict[str, float]] = field(default_factory=dict)
+    flops: int = 0
+
+
 @dataclass
 class Growth:
     """What one growth did. Falsy when nothing grew.
@@ -153,7 +178,10 @@ class Growth:
         max_change: Largest change of an output on the example, in eval mode, relative to the largest output.
         seconds: What the growth took.
         flops: What measuring and verifying cost, in floating-point operations.
-        health: Measured figures of the new units; completed later by the grower.
+        health: Figures of the new units by moment and axis (see `meristem.health`): "insertion", "adjust" where the method
+            adjusts, then "1", "10", "100" and "1000" steps later; `health["loss"]` holds the loss before, its spike
+            and the steps to recover. Completed by the grower.
+        votes: What `where` decided on, by axis, where it measured.
         notes: What the methods said, by axis.
         replaced: Old parameter -> new one, where torch did not allow to keep the object. Empty as a rule.
     """
@@ -167,6 +195,7 @@ class Growth:
     flops: int = 0
     step: int | None = None
     health: dict[str, Any] = field(default_factory=dict)
+    votes: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     replaced: dict[nn.Parameter, nn.Parameter] = field(default_factory=dict, repr=False)
 
@@ -205,6 +234,11 @@ class Budget:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"Budget({name}=...) must be an int in [1, inf); got {value}")
+
+
+def by_unit(tensor: Tensor, dim: int, layout: Sources) -> Tensor:
+    """The entries of a tensor unit by unit: (units, entries per unit, *other dimensions)."""
+    return tensor.movedim(dim, 0)[index(layout).to(tensor.device)]
 
 
 def index(array: Sources) -> Tensor:

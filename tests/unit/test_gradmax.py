@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 import meristem as ms
 from meristem.how.gradmax import GradMax, _Space
-from meristem.how.view import View
 from meristem.structure import Structure
+from meristem.view import View
 
 
 def mse(model: nn.Module, batch: Any) -> Tensor:

@@ -53,7 +53,7 @@ def test_it_grows_at_the_ends_of_epochs_and_tells() -> None:
     assert [g.step for g in growths] == [5, 10, 15]
     assert one.history == growths
     assert model.fc1.out_features == 12 + 3 * 2
-    assert growths[0].health["receives_gradient"] == {"fc1": 1.0, "fc2": 1.0}
+    assert {a: f["dead"] for a, f in growths[0].health["insertion"].items()} == {"fc1": 0.0, "fc2": 0.0}
     assert one.flops > 0
     assert one.metrics == [(5, 0.5), (10, 0.5), (15, 0.5)]
 

@@ -13,6 +13,7 @@ SRC = Path(meristem.__file__).parent
 LEVELS = [
     ["errors", "axis", "values"],
     ["statistics", "structure", "surgery"],
+    ["view", "sandbox"],
     ["how", "where", "when", "care"],
     ["growing", "grower", "recipes", "checkpoint"],
     ["integrations", "testing"],

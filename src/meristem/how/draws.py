@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from meristem.axis import Axis, Place, Slot
-from meristem.how.view import View
 from meristem.surgery.tensors import new_units
 from meristem.surgery.verify import stream_strip
+from meristem.view import View
 
 Side = Literal["fan_in", "fan_out"]
 
@@ -49,10 +49,10 @@ def awake(view: View, axis: Axis, count: int, strips: Mapping[Place, Tensor]) ->
     """The strips with the fan-in and bias of dead units negated: a unit that is silent on the whole first growth batch
     (a ReLU below zero everywhere) receives no gradient on its fan-out, and its negative is active everywhere.
     """
-    sandbox = view.sandbox(axis, count)
+    widened = view.widened(axis, count)
     trial = {slot.place: strips[slot.place].clone().requires_grad_() for slot in axis.places("fan_out")}
     with torch.enable_grad():
-        loss = sandbox.loss({**strips, **trial}, view.batches[0])
+        loss = widened.loss({**strips, **trial}, view.batches[0])
     gradients = torch.autograd.grad(loss, list(trial.values()), allow_unused=True)
     reached = [g.flatten(1).abs().amax(1) for g in gradients if g is not None]
     if not reached:

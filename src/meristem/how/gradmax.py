@@ -31,9 +31,9 @@ from torch import Tensor
 from meristem.axis import Axis, Place, Slot
 from meristem.errors import DataError, GrowthRefused
 from meristem.how.draws import flat_size, mean_norm, unflatten
-from meristem.how.view import View
 from meristem.statistics.flops import counting
 from meristem.values import Proposal
+from meristem.view import View
 
 Operator = Callable[[Tensor], Tensor]
 
@@ -142,18 +142,18 @@ class _Space:
 
     def operators(self, offset: float) -> tuple[Operator, Operator]:
         """V -> M V and U -> M^T U for trial vectors in rows, at a pre-activation of `offset`."""
-        sandbox = self.view.sandbox(self.axis, self.trials * self.axis.multiple)
-        if offset and not sandbox.lift(offset):
+        widened = self.view.widened(self.axis, self.trials * self.axis.multiple)
+        if offset and not widened.lift(offset):
             offset = 0.0
         parts = []
         for batch in self.batches:
             inward = self.like.new_zeros(self.trials, self.width_in).requires_grad_()
             outward = self.like.new_zeros(self.trials, self.width_out).requires_grad_()
-            loss = sandbox.loss(self.strips(inward, outward), batch)
+            loss = widened.loss(self.strips(inward, outward), batch)
             to_in, to_out = torch.autograd.grad(loss, (inward, outward), create_graph=True)
             parts.append((inward, outward, to_in, to_out))
         if offset:
-            sandbox.lower()
+            widened.lower()
 
         def apply(vectors: Tensor, inwards: bool) -> Tensor:
             total = torch.zeros(1, dtype=torch.float64)
@@ -218,7 +218,7 @@ class _Space:
         From either side of the hyperplane and with either sign, the gradients as the activation gates them are followed
         for a few steps, which is where training will take the unit; the way whose weakest gradient is largest wins.
         """
-        sandbox = self.view.sandbox(self.axis, self.count)
+        widened = self.view.widened(self.axis, self.count)
         length = inward.norm(dim=1, keepdim=True).to(self.like)
         best = torch.full_like(length, -1.0)
         best_sign, best_inward = torch.ones_like(length), inward.to(self.like)
@@ -228,7 +228,7 @@ class _Space:
             norms, way = [], []
             for _ in range(4):
                 trial = trial.detach().requires_grad_()
-                loss = sandbox.loss(self.strips(trial, (sign * outward).to(self.like)), self.batches[0])
+                loss = widened.loss(self.strips(trial, (sign * outward).to(self.like)), self.batches[0])
                 gradient = torch.autograd.grad(loss, trial)[0]
                 norm = gradient.norm(dim=1, keepdim=True)
                 norms.append(norm)
@@ -246,12 +246,12 @@ class _Space:
         """Fan-in from the singular vectors, improved by projected ascent on the gradient of the zero fan-out."""
         start, values, _, _ = self.frame()
         length = self.method.scale * (mean_norm(self.view, self.axis, "fan_in") or 1.0)
-        sandbox = self.view.sandbox(self.axis, self.count)
+        widened = self.view.widened(self.axis, self.count)
         outward = self.like.new_zeros(self.units, self.width_out).requires_grad_()
 
         def gradient(inward: Tensor, create_graph: bool) -> Tensor:
             strips = self.strips(inward, outward)
-            loss = sum(sandbox.loss(strips, batch) for batch in self.batches)
+            loss = sum(widened.loss(strips, batch) for batch in self.batches)
             assert isinstance(loss, Tensor)
             return torch.autograd.grad(loss / len(self.batches), outward, create_graph=create_graph)[0]
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from meristem.axis import Axis, Place
-from meristem.how.view import View
 from meristem.values import Copies, Proposal
+from meristem.view import View
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Literal
 
 from meristem.axis import Axis
 from meristem.how.draws import awake, drawn
-from meristem.how.view import View
 from meristem.values import Proposal
+from meristem.view import View
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from typing import Any
 
 import torch
@@ -51,6 +51,20 @@ def growth_batches(data: Iterable[Any], count: int, generator: torch.Generator) 
     if not batches and count:
         raise DataError("data is empty: growth needs at least one batch")
     return batches
+
+
+def one_pass(data: Iterable[Any], generator: torch.Generator) -> Generator[Any, None, None]:
+    """Every batch of `data` once, in its own order, by a loader of our own; to be closed where it is not used up."""
+    check_reiterable(data)
+    seed = int(torch.randint(2**62, (), generator=generator))
+    empty = True
+    with _borrowed(data, seed):
+        torch.manual_seed(seed)
+        for batch in _own_loader(data):
+            empty = False
+            yield batch
+    if empty:
+        raise DataError("data is empty: growth needs at least one batch")
 
 
 def _own_loader(data: Iterable[Any]) -> Iterable[Any]:

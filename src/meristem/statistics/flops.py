@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
+from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
+
+Result = TypeVar("Result")
 
 
 @contextlib.contextmanager
@@ -13,3 +18,30 @@ def counting() -> Iterator[FlopCounterMode]:
     """Count the floating-point operations of everything that runs inside, backward passes included."""
     with FlopCounterMode(display=False) as counter:
         yield counter
+
+
+class Meter:
+    """Counts passes over many batches: the first batch of a shape under the counter, later ones of that shape alike.
+
+    The counter costs more than a small network's own step; what a step costs depends on its shapes alone.
+    """
+
+    def __init__(self, total: int = 0) -> None:
+        self.total = total
+        self._known: dict[Any, int] = {}
+
+    def at_new_size(self) -> Meter:
+        """A meter that goes on from this total, for passes that cost something else."""
+        return Meter(self.total)
+
+    def run(self, batch: Any, call: Callable[[], Result], beside: int = 0) -> Result:
+        """`call()`, counted; `beside` are operations of its own that the counter of contractions does not see."""
+        key = tuple(tuple(leaf.shape) for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor))
+        if key in self._known:
+            result = call()
+        else:
+            with counting() as counter:
+                result = call()
+            self._known[key] = counter.get_total_flops()
+        self.total += self._known[key] + beside
+        return result

@@ -2,47 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
-from meristem.axis import Axis
-from meristem.values import Proposal
+from meristem.values import Share
+from meristem.where.choice import Choice, Where, rounded, taken
+from meristem.where.svod import SVoD
 
-
-@dataclass(frozen=True)
-class Choice:
-    """What there is to choose from: axes, `total` units to give away, how often the net has grown.
-
-    `proposals` (one per axis, for as many units as it may get) and `flops_per_unit` are there for choices that
-    `reads_gains`.
-    """
-
-    axes: Sequence[Axis]
-    total: int
-    growths: int = 0
-    proposals: Mapping[str, Proposal] = field(default_factory=dict)
-    flops_per_unit: Mapping[str, float] = field(default_factory=dict)
-
-
-class Where(Protocol):
-    """A rule that gives `total` units to the axes."""
-
-    @property
-    def reads_gains(self) -> bool: ...
-
-    def share(self, choice: Choice) -> dict[str, int]: ...
-
-
-def _rounded(axes: Sequence[Axis], ideal: Mapping[str, float], total: int) -> dict[str, int]:
-    """Counts in whole multiples near `ideal`, summing to `total` as nearly as the multiples allow, never above it."""
-    counts = {axis.name: int(ideal[axis.name] // axis.multiple) * axis.multiple for axis in axes}
-    left = total - sum(counts.values())
-    for axis in sorted(axes, key=lambda a: counts[a.name] - ideal[a.name]):
-        if axis.multiple <= left:
-            counts[axis.name] += axis.multiple
-            left -= axis.multiple
-    return {name: count for name, count in counts.items() if count}
+__all__ = ["PLACES", "ByGain", "Choice", "Proportional", "RoundRobin", "SVoD", "Uniform", "Where"]
 
 
 @dataclass(frozen=True)
@@ -58,10 +24,10 @@ class Uniform:
     def reads_gains(self) -> bool:
         return False
 
-    def share(self, choice: Choice) -> dict[str, int]:
+    def share(self, choice: Choice) -> Share:
         """Equal counts."""
         each = choice.total / len(choice.axes)
-        return _rounded(choice.axes, {axis.name: each for axis in choice.axes}, choice.total)
+        return rounded(choice.axes, {axis.name: each for axis in choice.axes}, choice.total)
 
 
 @dataclass(frozen=True)
@@ -77,11 +43,11 @@ class Proportional:
     def reads_gains(self) -> bool:
         return False
 
-    def share(self, choice: Choice) -> dict[str, int]:
+    def share(self, choice: Choice) -> Share:
         """Counts in proportion to the present sizes."""
         whole = sum(axis.size for axis in choice.axes)
         ideal = {axis.name: choice.total * axis.size / whole for axis in choice.axes}
-        return _rounded(choice.axes, ideal, choice.total)
+        return rounded(choice.axes, ideal, choice.total)
 
 
 @dataclass(frozen=True)
@@ -97,10 +63,10 @@ class RoundRobin:
     def reads_gains(self) -> bool:
         return False
 
-    def share(self, choice: Choice) -> dict[str, int]:
+    def share(self, choice: Choice) -> Share:
         """All units to one axis."""
         axis = choice.axes[choice.growths % len(choice.axes)]
-        return _rounded([axis], {axis.name: float(choice.total)}, choice.total)
+        return rounded([axis], {axis.name: float(choice.total)}, choice.total)
 
 
 @dataclass(frozen=True)
@@ -121,7 +87,7 @@ class ByGain:
     def reads_gains(self) -> bool:
         return True
 
-    def share(self, choice: Choice) -> dict[str, int]:
+    def share(self, choice: Choice) -> Share:
         """Counts by gain, taken greedily."""
         ranked = []
         for axis in choice.axes:
@@ -130,14 +96,8 @@ class ByGain:
                 raise ValueError("where.ByGain needs a method that predicts gains. hint: how.GradMax does")
             cost = choice.flops_per_unit[axis.name] if self.per_flop else 1.0
             ranked += [(gain / cost, axis) for gain in proposal.gains]
-        counts: dict[str, int] = {}
-        left = choice.total
-        for _, axis in sorted(ranked, key=lambda pair: -pair[0]):
-            if axis.multiple <= left:
-                counts[axis.name] = counts.get(axis.name, 0) + axis.multiple
-                left -= axis.multiple
-        return counts
+        return Share(taken(ranked, choice.total))
 
 
-PLACES = {"uniform": Uniform, "proportional": Proportional, "round_robin": RoundRobin, "by_gain": ByGain}
+PLACES = {"uniform": Uniform, "proportional": Proportional, "round_robin": RoundRobin, "by_gain": ByGain, "svod": SVoD}
 """Every choice by its name in a configuration file."""

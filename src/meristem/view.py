@@ -1,77 +1,35 @@
-"""What a method may look at: the model's structure and values, growth batches, a sandbox to compute on."""
+"""What a method may look at: the model's structure and values, growth batches, a widened copy to try weights on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from meristem.axis import Axis, Place, Slot
-from meristem.errors import DataError, GrowthRefused
+from meristem.statistics.losses import Loss, LossModule, measured
 from meristem.structure import Structure, resolve
 from meristem.structure.discover import apply_edits
 from meristem.structure.twin import twin
 from meristem.surgery.tensors import grown_tensors, new_units
-from meristem.values import Plan, Proposal, Scaling
+from meristem.values import Plan, Proposal, Scaling, by_unit
 
-Loss = Callable[[nn.Module, Any], Tensor]
-
-
-@runtime_checkable
-class How(Protocol):
-    """A method that offers weights for new units.
-
-    `preserves` says whether the network computes the same function right after the growth; `batches` how many growth
-    batches the method measures on, 0 where it needs neither `loss` nor `data`.
-    """
-
-    @property
-    def preserves(self) -> bool: ...
-
-    @property
-    def batches(self) -> int: ...
-
-    def propose(self, view: View, axis: Axis, count: int) -> Proposal: ...
-
-
-class _LossModule(nn.Module):
-    """`loss(model, batch)` as a module, so that torch can call it with other tensors in the model's place."""
-
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
-        super().__init__()
-        self.model = model
-        self.loss = loss
-
-    def forward(self, batch: Any) -> Tensor:
-        return self.loss(self.model, batch)
-
-
-def measured(call: Callable[[], Tensor]) -> Tensor:
-    """The loss that `call` gives on a grown copy; raises our own errors where it fails or is not finite."""
-    try:
-        loss = call()
-    except Exception as error:
-        raise GrowthRefused(
-            f"the loss fails on a grown copy of the model in eval mode ({type(error).__name__}: {error}); nothing was "
-            "changed. hint: a weight that only the loss uses does not grow; let the model's forward use it"
-        ) from error
-    if not bool(torch.isfinite(loss)):
-        raise DataError(f"the loss of a growth batch is {loss.item()}; nothing was grown")
-    return loss
+Progress = Callable[[str, int, int | None], None]
+"""Told what is being done, how many steps of it are done, and of how many, where that is known."""
 
 
 @dataclass
-class Sandbox:
+class Widened:
     """A widened copy of the model; weights of the new units go in, losses come out. The model itself is not touched.
 
-    `strips` are the sandbox's trial weights: for each place, (units, entries per unit, *other dimensions).
+    `strips` are the trial weights: for each place, (units, entries per unit, *other dimensions).
     """
 
-    module: _LossModule
+    module: LossModule
     plan: Plan
     axis: Axis
     values: Mapping[str, Tensor]
@@ -118,12 +76,16 @@ class View:
         structure: The traced structure.
         generator: The only source of randomness of a growth.
         loss, batches: The user's loss and the growth batches; None and empty where the caller gave none.
+        data: The data itself, for methods that train a sandbox on all of it.
+        progress: Told of every step of such training.
     """
 
     structure: Structure
     generator: torch.Generator
     loss: Loss | None = None
     batches: Sequence[Any] = ()
+    data: Iterable[Any] | None = None
+    progress: Progress | None = None
     values: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -151,16 +113,15 @@ class View:
     def units(self, slot: Slot, axis: Axis) -> Tensor:
         """The present entries of a slot, unit by unit: (units, entries per unit, *other dimensions)."""
         layout = self.structure.layout(axis.name)[slot.place]
-        value = self.values[slot.name].movedim(slot.dim, 0)
-        return value[torch.from_numpy(layout.copy())]
+        return by_unit(self.values[slot.name], slot.dim, layout)
 
-    def sandbox(self, axis: Axis, count: int) -> Sandbox:
+    def widened(self, axis: Axis, count: int) -> Widened:
         """A copy of the model widened by `count` units of `axis`."""
         assert self.loss is not None
         plan = self.plan(axis, count)
         copied = twin(self.structure.model, lambda name, tensor: tensor.detach()).eval()
         apply_edits(copied, plan.attributes)
-        return Sandbox(_LossModule(copied, self.loss), plan, axis, self.values)
+        return Widened(LossModule(copied, self.loss), plan, axis, self.values)
 
     def normal(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """Standard normal numbers from the growth's generator, with the dtype and device of `like`."""

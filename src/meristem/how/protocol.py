@@ -1,0 +1,35 @@
+"""What a method is: it proposes weights for new units, and may settle them in on a sandbox."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
+
+from meristem.axis import Axis
+from meristem.sandbox import Sandbox
+from meristem.values import Proposal, Settled
+from meristem.view import View
+
+
+@runtime_checkable
+class How(Protocol):
+    """A method that offers weights for new units.
+
+    `preserves` says whether the network computes the same function right after the growth; `batches` how many growth
+    batches the method measures on, 0 where it needs neither `loss` nor `data`.
+    """
+
+    @property
+    def preserves(self) -> bool: ...
+
+    @property
+    def batches(self) -> int: ...
+
+    def propose(self, view: View, axis: Axis, count: int) -> Proposal: ...
+
+
+@runtime_checkable
+class Settles(How, Protocol):
+    """A method that grows and trains a copy of the model before anything is swapped in: its own weights and old ones."""
+
+    def settle(self, sandbox: Sandbox, counts: Mapping[str, int]) -> Settled: ...

@@ -1,0 +1,174 @@
+"""SVoD, the steepest voting distributor (Chatzis, Kordonis, Theodosis, Maragos, "Shared-Weights Extender and Gradient
+Voting for Neural Network Expansion", 2025, arXiv 2509.18842).
+
+On a throw-away copy every axis gets 2K small random candidates, the copy trains for one epoch, and a second epoch without
+steps measures the gradient of a gate on each candidate's pre-activation z:
+
+    s = mean over batches of dL/dy,  z -> (1 + y) z,  y = 0;       for ReLU s = sum(a dL/da)
+
+The K most negative scores of all axes together cast one vote each for their axis.
+
+The gate scales what produces the pre-activation, so s = sum w dL/dw over the producing weights and biases, or over the
+affine weights of a batch norm between them and the activation: no hook, any architecture.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from meristem.axis import Axis, Slot
+from meristem.errors import DataError
+from meristem.sandbox import Sandbox
+from meristem.structure.twin import named_tensors
+from meristem.values import Plan, Proposal, Share, by_unit
+from meristem.view import View
+from meristem.where.choice import Choice, rounded, taken
+
+_LOG = logging.getLogger("meristem")
+_BOUND = 0.01
+"""Candidates start with weights from U(-.01, .01), going out too."""
+
+
+@dataclass(frozen=True)
+class SVoD:
+    """The steepest of many candidates on a trained copy vote for their layer. Costs two epochs of the widened copy.
+
+    Args:
+        score: "signed" as published: most negative first; "absolute": largest first.
+        normalised: Divide the scores of an axis by their mean absolute value there.
+        per_flop: Divide scores by the floating-point operations that a unit adds.
+        candidates: Candidates per axis, as a multiple of the units to give away.
+        lr: Learning rate of the warm-up (RMSprop, alpha .9, momentum .1).
+
+    Examples:
+        >>> SVoD(score="absolute")
+        SVoD(score='absolute', normalised=False, per_flop=False, candidates=2, lr=0.001)
+    """
+
+    score: Literal["signed", "absolute"] = "signed"
+    normalised: bool = False
+    per_flop: bool = False
+    candidates: int = 2
+    lr: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.score not in ("signed", "absolute"):
+            raise ValueError(f'SVoD(score=...) is "signed" or "absolute"; got {self.score!r}')
+        if self.candidates < 1:
+            raise ValueError(f"SVoD(candidates=...) must be an int in [1, inf); got {self.candidates}")
+
+    @property
+    def reads_gains(self) -> bool:
+        return False
+
+    def share(self, choice: Choice) -> Share:
+        """Counts by vote; with one axis there is nothing to vote on."""
+        if len(choice.axes) == 1:
+            return rounded(choice.axes, {choice.axes[0].name: float(choice.total)}, choice.total)
+        if choice.view is None:
+            raise DataError("where.SVoD trains a copy on the data: pass loss= and data=")
+        sandbox = Sandbox(choice.view)
+        scores = self.scores(sandbox, choice)
+        ranked = []
+        for axis in choice.axes:
+            unit = fmean(map(abs, scores[axis.name])) or 1.0 if self.normalised else 1.0
+            unit *= choice.flops_per_unit[axis.name] if self.per_flop else 1.0
+            ranked += [(abs(s) / unit if self.score == "absolute" else -s / unit, axis) for s in scores[axis.name]]
+        counts = taken(ranked, choice.total)
+        votes = {
+            name: {
+                "votes": float(counts.get(name, 0)),
+                "candidates": float(len(s)),
+                "steepest": min(s),
+                "mean": fmean(s),
+            }
+            for name, s in scores.items()
+        }
+        _LOG.info("SVoD gives %d units:\n%s", choice.total, _table(votes))
+        return Share(counts, votes, sandbox.meter.total)
+
+    def scores(self, sandbox: Sandbox, choice: Choice) -> dict[str, list[float]]:
+        """The gate gradients of every candidate, by axis, on a sandbox that is not used again."""
+        view = sandbox.view
+        proposals = []
+        for axis in choice.axes:
+            steps = -(-self.candidates * choice.total // axis.multiple)
+            proposals.append(_candidates(view, axis, steps * axis.multiple))
+        plan, axes = sandbox.insert(proposals)
+        tensors = named_tensors(sandbox.model)
+        sandbox.model.train()
+        for name in sandbox.trained:
+            tensors[name].requires_grad_()
+        parameters = [tensors[name] for name in sandbox.trained]
+        if parameters:
+            warming = torch.optim.RMSprop(parameters, lr=self.lr, alpha=0.9, momentum=0.1)
+            for batch in sandbox.epoch("SVoD warms candidates up"):
+                warming.zero_grad()
+                sandbox.meter.run(batch, lambda: _backward(sandbox, batch))  # noqa: B023
+                warming.step()
+            warming.zero_grad()
+        gates = {axis.name: _gates(axis) for axis in axes}
+        for slot in (slot for slots in gates.values() for slot in slots):
+            tensors[slot.name].requires_grad_()
+        batches = 0
+        for batch in sandbox.epoch("SVoD scores candidates"):
+            sandbox.meter.run(batch, lambda: _backward(sandbox, batch))  # noqa: B023
+            batches += 1
+        return {axis.name: _gate_gradients(axis, gates[axis.name], plan, tensors, batches) for axis in axes}
+
+
+def _backward(sandbox: Sandbox, batch: Any) -> None:
+    sandbox.loss(batch, {}).backward()
+
+
+def _candidates(view: View, axis: Axis, count: int) -> Proposal:
+    """Small random units, whatever the rule of their axis; norms and statistics start by their fill."""
+    drawn = [slot for slot in axis.slots if slot.role == "fan_out" or slot.fill in ("draw", "bias")]
+    shapes = view.shapes(axis, count)
+    strips = {slot.place: view.uniform(shapes[slot], _BOUND, view.values[slot.name]) for slot in drawn}
+    return Proposal(axis.name, count, strips)
+
+
+def _gates(axis: Axis) -> list[Slot]:
+    """The slots whose weights scale a unit's pre-activation."""
+    trainable = [slot for slot in axis.slots if not slot.buffer]
+    if axis.norm == "batch_norm":
+        chosen = [slot for slot in trainable if slot.role == "carried" and slot.fill in ("one", "zero")]
+    else:
+        chosen = [slot for slot in trainable if slot.role != "fan_out" and slot.fill in ("draw", "bias")]
+    return chosen or list(axis.places("fan_out"))
+
+
+def _gate_gradients(
+    axis: Axis, gates: list[Slot], plan: Plan, tensors: Mapping[str, Tensor], batches: int
+) -> list[float]:
+    new = (plan.after[axis.name] - plan.before[axis.name]) // axis.multiple
+    total = torch.zeros(new, dtype=torch.float64)
+    for slot in gates:
+        gradient = tensors[slot.name].grad
+        if gradient is not None:
+            product = by_unit(
+                tensors[slot.name].detach().double() * gradient.double(), slot.dim, plan.layout[axis.name][slot.place]
+            )
+            total += product[-new:].flatten(1).sum(1).cpu()
+    if not bool(torch.isfinite(total).all()):
+        raise DataError(
+            f"the candidates of {axis.name} diverged while warming up; nothing was grown. hint: SVoD(lr=...)"
+        )
+    listed: list[float] = (total / max(batches, 1)).tolist()
+    return listed
+
+
+def _table(votes: Mapping[str, Mapping[str, float]]) -> str:
+    width = max(len(name) for name in votes)
+    return "\n".join(
+        f"  {name.ljust(width)}  {row['votes']:.0f} of {row['candidates']:.0f} candidates, steepest {row['steepest']:.3g}"
+        for name, row in votes.items()
+    )
