@@ -198,7 +198,16 @@ class Grower:
         return growth
 
     def _grow_if_due(self) -> Growth | None:
-        if self.done or not self.when.due(self.clock):
+        return self.grow() if self.when.due(self.clock) else None
+
+    def grow(self) -> Growth | None:
+        """Grow now, whatever the trigger says. Returns the growth, or None where `done` says that nothing grows any more.
+
+        Raises:
+            PendingBackward: A graph still holds the weights. Nothing has changed.
+            DataError: The loss of a growth batch is not finite. Nothing has changed.
+        """
+        if self.done:
             return None
         state = self.generator.get_state()
         try:
@@ -331,11 +340,12 @@ class Grower:
         for growth in self.history:
             age = now - growth.step if growth.step is not None else 0
             if age in MOMENTS:
-                self._measure(growth, str(age))
+                self.measure(growth, str(age))
             if age == RECOVERY and len(self._losses) == self._losses.maxlen:
                 growth.health["loss"] = _spike([float(loss) for loss in self._losses])
 
-    def _measure(self, growth: Growth, moment: str) -> None:
+    def measure(self, growth: Growth, moment: str) -> None:
+        """Add the health of a growth's units, as they are now, to `growth.health[moment]`; its cost to `growth.flops`."""
         state = self.generator.get_state()
         try:
             with undisturbed(), counting() as counter:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,13 @@ from torch import nn
 from meristem import care, how, where
 from meristem.grower import Amount, Grower
 from meristem.growing import Optimizers
+from meristem.how import SWE, How
+from meristem.stages import MakeOptimizer, Stages
 from meristem.statistics.losses import Loss
 from meristem.values import Budget
+from meristem.view import Progress
 from meristem.when import Every, When
+from meristem.where import SVoD, Where
 
 
 def gradmax(
@@ -71,4 +75,149 @@ def gradmax(
         axes=axes,
         example=example,
         generator=generator,
+    )
+
+
+def swe_svod(
+    model: nn.Module,
+    optimizer: Optimizers,
+    *,
+    loss: Loss,
+    data: Iterable[Any],
+    when: When | None = None,
+    amount: Amount = 0.25,
+    budget: Budget | None = None,
+    axes: str | Sequence[str] = "*",
+    example: Any = None,
+    generator: torch.Generator | None = None,
+    progress: Progress | None = None,
+) -> Grower:
+    """SWE + SVoD (Chatzis, Kordonis, Theodosis, Maragos, 2025, arXiv 2509.18842) inside a training loop of your own.
+
+    Votes decide which layer gets the new units, coupling settles them in; one optimizer throughout, whose new slices get
+    a warm second moment. The paper starts a fresh optimizer after each growth: see `swe_svod_stages`. An event costs two
+    epochs of the candidate-widened copy and one epoch per grown layer.
+
+    Args:
+        model: As for `Grower`, like every argument that is not listed here.
+        optimizer: As for `Grower`.
+        loss: As for `Grower`.
+        data: As for `Grower`.
+        when: Every five epochs unless told otherwise.
+        amount: A fraction of the present widths by default; the paper's rounds add 19 to 27 %.
+
+    Returns:
+        A `Grower`.
+
+    Examples:
+        >>> import torch, meristem as ms
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> optimizer = torch.optim.Adam(net.parameters())
+        >>> data = [(torch.randn(16, 4), torch.randn(16, 2))]
+        >>> loss = lambda model, batch: ((model(batch[0]) - batch[1]) ** 2).mean()
+        >>> grower = ms.recipes.swe_svod(net, optimizer, loss=loss, data=data, when=ms.when.Every(steps=1))
+        >>> grower.step().after
+        {'0': 10}
+    """
+    return Grower(
+        model,
+        optimizer,
+        loss=loss,
+        data=data,
+        when=when if when is not None else Every(epochs=5),
+        how=SWE(),
+        where=SVoD(),
+        care=care.WarmMoments(),
+        amount=amount,
+        budget=budget,
+        axes=axes,
+        example=example,
+        generator=generator,
+        progress=progress,
+    )
+
+
+def swe_svod_stages(
+    model: nn.Module,
+    make_optimizer: MakeOptimizer,
+    *,
+    loss: Loss,
+    data: Iterable[Any],
+    validation: Iterable[Any],
+    amount: Sequence[int | float],
+    adjust_data: Iterable[Any] | None = None,
+    how: How = SWE(),  # noqa: B008  frozen
+    where: Where = SVoD(),  # noqa: B008
+    epochs: int = 250,
+    patience: int = 20,
+    last_patience: int | None = None,
+    budget: Budget | None = None,
+    axes: str | Sequence[str] = "*",
+    example: Any = None,
+    generator: torch.Generator | None = None,
+    progress: Progress | None = None,
+    report: Callable[[Stages], None] = lambda stages: None,
+) -> Stages:
+    """Progressive training as the SWE + SVoD paper runs it (arXiv 2509.18842): one stage more than there are amounts.
+
+    Each stage trains everything with a fresh optimizer until the validation loss has not improved for `patience` epochs
+    and goes back to its best weights; then the net expands, and the next stage begins.
+
+    Args:
+        model: Any module that runs.
+        make_optimizer: Called with the parameters at the start of every stage, as `torch.optim.Adam` would be.
+        loss: `loss(model, batch)`, a mean over the batch.
+        data: Training batches, read once per epoch.
+        validation: Batches for early stopping.
+        amount: New units over all axes, one entry per growth: ints, or fractions of the present widths.
+        adjust_data: What votes and adjustment read; the paper's is not shuffled, in batches of 100. `data` by default.
+        how: The method.
+        where: Which axis gets how many units.
+        epochs: Most epochs of a stage.
+        patience: Epochs without improvement that end a stage.
+        last_patience: The same for the last stage (30 in the paper's code).
+        budget: Upper limits.
+        axes: Glob patterns of the axes that may grow; a leading "!" excludes.
+        example: The example input; by default the model's first call inside `loss` on the first batch.
+        generator: The source of randomness; by default a private one of the model.
+        progress: Called as `progress(phase, done, total)` while the growth trains on the side.
+        report: Called with the stages after every epoch.
+
+    Returns:
+        `Stages`: iterate to train; each item is a `Stage` that has ended, its best weights in the model.
+
+    Raises:
+        DataError: Data that are empty or can be read only once.
+        GrowthRefused: Nothing in the model can grow.
+
+    Examples:
+        >>> import torch, meristem as ms
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> data = [(torch.randn(16, 4), torch.randn(16, 2)) for _ in range(4)]
+        >>> loss = lambda model, batch: ((model(batch[0]) - batch[1]) ** 2).mean()
+        >>> stages = ms.recipes.swe_svod_stages(
+        ...     net, torch.optim.Adam, loss=loss, data=data, validation=data[:1], amount=[4, 2], epochs=2
+        ... )
+        >>> [stage.sizes for stage in stages]
+        [{'0': 8}, {'0': 12}, {'0': 14}]
+    """
+    return Stages(
+        model,
+        make_optimizer,
+        loss=loss,
+        data=data,
+        validation=validation,
+        amount=amount,
+        how=how,
+        where=where,
+        adjust_data=adjust_data,
+        epochs=epochs,
+        patience=patience,
+        last_patience=last_patience,
+        budget=budget,
+        axes=axes,
+        example=example,
+        generator=generator,
+        progress=progress,
+        report=report,
     )

@@ -15,7 +15,7 @@ LEVELS = [
     ["statistics", "structure", "surgery"],
     ["view", "sandbox"],
     ["how", "where", "when", "care"],
-    ["growing", "grower", "recipes", "checkpoint"],
+    ["growing", "grower", "recipes", "stages", "checkpoint"],
     ["integrations", "testing"],
     ["experiments"],
     ["cli"],

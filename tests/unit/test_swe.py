@@ -14,7 +14,6 @@ from zoo import make
 import meristem as ms
 from meristem.how.swe import SWE, Adjustment
 from meristem.sandbox import Sandbox
-from meristem.statistics.batches import growth_batches
 from meristem.structure import Structure
 from meristem.structure.twin import named_tensors
 from meristem.view import View
@@ -138,13 +137,23 @@ def test_factored_equals_full_under_sgd(name: str) -> None:
 def test_settling_lowers_the_loss_and_only_surgery_writes(name: str) -> None:
     model, x = make(name)
     data = [x] * 30
-    loss = (lambda m, b: F.cross_entropy(m(b).flatten(0, -2), torch.zeros(m(b).flatten(0, -2).shape[0]).long())) if (
-        not x.is_floating_point()
-    ) else square
+    loss = (
+        (lambda m, b: F.cross_entropy(m(b).flatten(0, -2), torch.zeros(m(b).flatten(0, -2).shape[0]).long()))
+        if (not x.is_floating_point())
+        else square
+    )
     axes = list(ms.find_axes(model, x))
     optimizer = torch.optim.Adam(model.parameters())
     before = loss(model.eval(), x).item()
-    growth = ms.grow_(model, {axes[0]: 2 * ms.find_axes(model, x)[axes[0]].multiple}, x, how=SWE(), optimizer=optimizer, loss=loss, data=data)
+    growth = ms.grow_(
+        model,
+        {axes[0]: 2 * ms.find_axes(model, x)[axes[0]].multiple},
+        x,
+        how=SWE(),
+        optimizer=optimizer,
+        loss=loss,
+        data=data,
+    )
     assert loss(model, x).item() < before
     assert growth.flops > 0
     assert set(growth.health) == {"insertion", "adjust"}
@@ -272,7 +281,14 @@ def test_growth_batch_norm_refuses_single_examples_with_the_remedy() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = drifted(model)
     grower = ms.Grower(
-        model, optimizer, loss=square, data=data, when=ms.when.Every(steps=1), how=ms.how.Random(), where=SVoD(), amount=4
+        model,
+        optimizer,
+        loss=square,
+        data=data,
+        when=ms.when.Every(steps=1),
+        how=ms.how.Random(),
+        where=SVoD(),
+        amount=4,
     )
     with pytest.raises(ms.DataError, match="larger batch size"):
         grower.step()
@@ -284,7 +300,7 @@ def test_sums_and_unequal_batches_are_taken_as_they_are() -> None:
         torch.manual_seed(0)
         model, x = make("mlp")
         data = [x, x[:3], x[:1]]
-        call = lambda m, b: scale * (m(b) - 1).square().mean()  # noqa: B023
+        call = lambda m, b: scale * (m(b) - 1).square().mean()
         structure = Structure(model, x)
         view = View(structure, torch.Generator().manual_seed(0), call, data[:1], data)
         share = SVoD().share(Choice(list(structure.axes.values()), 6, view=view))

@@ -27,7 +27,7 @@ Choice = str | dict[str, dict[str, Any]]
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "cosine", "wsd")
-MODELS = ("mlp", "convnet", "gpt")
+MODELS = ("mlp", "convnet", "vgg", "gpt")
 _DURATION = re.compile(r"\s*(\d+)\s*(steps?|epochs?)\s*")
 
 
@@ -122,6 +122,13 @@ class BudgetTable(_Strict):
     sizes: dict[str, int] = {}
 
 
+def _part(value: Choice, info: ValidationInfo) -> Choice:
+    known: dict[str, Mapping[str, Any]] = {"how": METHODS, "where": PLACES}
+    key = str(info.field_name)
+    built(value, known[key], key)
+    return value
+
+
 class Grow(_Strict):
     """When, where and how to grow."""
 
@@ -140,13 +147,7 @@ class Grow(_Strict):
         trigger(value)
         return value
 
-    @field_validator("how", "where")
-    @classmethod
-    def _part(cls, value: Choice, info: ValidationInfo) -> Choice:
-        known: dict[str, Mapping[str, Any]] = {"how": METHODS, "where": PLACES}
-        key = str(info.field_name)
-        built(value, known[key], key)
-        return value
+    _part = field_validator("how", "where")(_part)
 
     @field_validator("care")
     @classmethod
@@ -156,14 +157,64 @@ class Grow(_Strict):
         return value
 
 
+class Stages(_Strict):
+    """Train to early stop, expand, train on with a fresh optimizer: one stage more than there are amounts."""
+
+    amount: list[int | float]
+    how: Choice = "swe"
+    where: Choice = "svod"
+    epochs: int = Field(250, ge=1)
+    patience: int = Field(20, ge=1)
+    last_patience: int | None = Field(None, ge=1)
+    adjust_batch_size: int = Field(100, ge=1)
+    budget: BudgetTable = BudgetTable()
+    axes: str | list[str] = "*"
+
+    _part = field_validator("how", "where")(_part)
+
+
+class DataOptions(_Strict):
+    """What may be said of a data set: see `meristem.experiments.data.prepared`."""
+
+    examples: int | None = Field(None, ge=1)
+    validation: float = Field(0.0, ge=0, lt=1)
+    augment: bool = False
+    mean: list[float] | None = None
+    std: list[float] | None = None
+
+
 class Experiment(_Strict):
-    """One training run."""
+    """One training run. `sizes` are those of axes that the net starts with, freshly initialised, where they are not the model's."""
 
     model: Choice
-    data: str
+    data: Choice
     seed: int = 0
+    sizes: dict[str, int] = {}
     train: Train
     grow: Grow | None = None
+    stages: Stages | None = None
+
+    @property
+    def data_options(self) -> tuple[str, DataOptions]:
+        """Name and options of the data set."""
+        name, options = (self.data, {}) if isinstance(self.data, str) else next(iter(self.data.items()))
+        return name, DataOptions.model_validate(options)
+
+    @field_validator("data")
+    @classmethod
+    def _data(cls, value: Choice) -> Choice:
+        if isinstance(value, dict):
+            if len(value) != 1:
+                raise ValueError(f"data takes one name; got {', '.join(value)}")
+            for options in value.values():
+                try:
+                    DataOptions.model_validate(options)
+                except ValidationError as error:
+                    first = error.errors()[0]
+                    key = ".".join(map(str, first["loc"]))
+                    known = list(DataOptions.model_fields)
+                    raise ValueError(f"{key}: {first['msg']}.{nearest(key, known)} Known: {', '.join(known)}") from None
+        return value
 
     @field_validator("model")
     @classmethod
@@ -196,8 +247,18 @@ def checked(table: Mapping[str, Any], source: str = "the configuration") -> Expe
         experiment = Experiment.model_validate(table)
     except ValidationError as error:
         raise ConfigError("\n".join(f"{source}: {_readable(problem)}" for problem in error.errors())) from None
-    if (experiment.train.epochs is None) == (experiment.train.flops is None):
-        raise ConfigError(f"{source}: [train] takes either epochs or flops, to say how long to train")
+    lengths = [experiment.train.epochs, experiment.train.flops, experiment.stages]
+    if sum(length is not None for length in lengths) != 1:
+        raise ConfigError(f"{source}: [train] takes either epochs or flops, to say how long to train, or [stages] does")
+    if experiment.stages is not None:
+        if experiment.grow is not None:
+            raise ConfigError(f"{source}: [grow] and [stages] are two ways to grow; choose one")
+        if not experiment.data_options[1].validation:
+            raise ConfigError(
+                f"{source}: [stages] stop early on held-out data. hint: data = {{ name = {{ validation = 0.2 }} }}"
+            )
+        if experiment.train.schedule != "constant":
+            raise ConfigError(f"{source}: [stages] end by early stopping, so train.schedule can only be 'constant'")
     return experiment
 
 
@@ -205,7 +266,7 @@ def _readable(problem: Any) -> str:
     location = [str(part) for part in problem["loc"] if not str(part).startswith(("dict[", "function-"))]
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        tables: dict[str, type[BaseModel]] = {"train": Train, "grow": Grow, "budget": BudgetTable}
+        tables: dict[str, type[BaseModel]] = {"train": Train, "grow": Grow, "stages": Stages, "budget": BudgetTable}
         table: type[BaseModel] = Experiment
         for part in location[:-1]:
             table = tables.get(part, table)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import pickle
 import tarfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,13 +54,17 @@ SOURCES: dict[str, tuple[str, dict[str, str]]] = {
 
 CONTEXT = 64
 """Characters per example of a text."""
+PAD = 4
+"""Pixels of padding around an image that is cropped at random."""
 
 
 @dataclass(frozen=True)
 class Data:
     """A data set in memory: float inputs (characters: int64), targets, and how they are scored.
 
-    `outputs` is the number of classes, of regression targets, or of different characters.
+    `outputs` is the number of classes, of regression targets, or of different characters; `held_out` a validation part
+    that training does not see; `black` what a black pixel has become, per channel, where training images are cropped and
+    mirrored at random; `scale` the mean and standard deviation that images were normalised by.
     """
 
     name: str
@@ -69,6 +74,13 @@ class Data:
     x_test: Tensor
     y_test: Tensor
     outputs: int
+    held_out: tuple[Tensor, Tensor] | None = None
+    black: Tensor | None = None
+    scale: tuple[Tensor, Tensor] | None = None
+
+    def batches(self, size: int, shuffle: bool = True) -> Batches:
+        """The training data in batches, augmented where the data say so."""
+        return Batches(self.x_train, self.y_train, size, shuffle, self.black)
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """The mean training loss of a batch."""
@@ -79,6 +91,102 @@ class Data:
     def hits(self, output: Tensor, target: Tensor) -> int:
         """How many predictions are right; 0 for regression."""
         return int((output.argmax(-1) == target).sum()) if self.task != "regression" else 0
+
+
+class Batches:
+    """Batches of tensors in memory, read any number of times: in order, or shuffled anew each time.
+
+    Randomness comes from torch's global stream, or from the generator that `epoch` is given.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, size: int, shuffle: bool = False, black: Tensor | None = None) -> None:
+        self.x, self.y, self.size, self.shuffle, self.black = x, y, size, shuffle, black
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.x) / self.size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.epoch(None)
+
+    def epoch(self, generator: torch.Generator | None, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """One pass, without its first `skip` batches."""
+        count = len(self.x)
+        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
+        corner = torch.randint(2 * PAD + 1, (count, 2), generator=generator) if self.black is not None else None
+        flipped = torch.rand(count, generator=generator) < 0.5 if self.black is not None else None
+        for chosen in order.split(self.size)[skip:]:
+            x = self.x[chosen]
+            if self.black is not None and corner is not None and flipped is not None:
+                x = crop_and_flip(x, self.black, corner[chosen], flipped[chosen])
+            yield x, self.y[chosen]
+
+
+def crop_and_flip(x: Tensor, black: Tensor, corner: Tensor, flipped: Tensor) -> Tensor:
+    """Each image padded by 4 black pixels, cut out again at its own corner (0 to 8), and mirrored where `flipped`."""
+    n, c, h, w = x.shape
+    padded = black.reshape(1, c, 1, 1).expand(n, c, h + 2 * PAD, w + 2 * PAD).clone()
+    padded[:, :, PAD : PAD + h, PAD : PAD + w] = x
+    rows = (corner[:, :1] + torch.arange(h))[:, None, :, None]
+    columns = (corner[:, 1:] + torch.arange(w))[:, None, None, :]
+    cut = padded[torch.arange(n)[:, None, None, None], torch.arange(c)[None, :, None, None], rows, columns]
+    return torch.where(flipped[:, None, None, None], cut.flip(-1), cut)
+
+
+def prepared(
+    name: str,
+    examples: int | None = None,
+    validation: float = 0.0,
+    augment: bool = False,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Data:
+    """A data set as an experiment asks for it.
+
+    Args:
+        name: As for `load`.
+        examples: Train on so many examples, chosen at random once and for all.
+        validation: The fraction of the training data to hold out, in every class alike.
+        augment: Crop (4 pixels of padding) and mirror training images at random.
+        mean: Per channel, in [0, 1]; with `std`, what images are normalised by. Their own by default.
+        std: See `mean`.
+
+    Raises:
+        DataError: As for `load`, or an option does not fit the data.
+    """
+    data = load(name)
+    if (augment or mean is not None or std is not None) and (data.x_train.dim() != 4 or data.scale is None):
+        raise DataError(f"augment, mean and std are for images; data = {name!r} has shape {tuple(data.x_train.shape)}")
+    if data.scale is not None:
+        own = data.scale
+        wanted = [own[i] if g is None else torch.tensor(g).reshape(1, -1, 1, 1) for i, g in enumerate((mean, std))]
+        if mean is not None or std is not None:
+            if any(w.shape != own[0].shape for w in wanted):
+                raise DataError(f"mean and std take one number per channel: {own[0].numel()} for data = {name!r}")
+            x_train, x_test = ((x * own[1] + own[0] - wanted[0]) / wanted[1] for x in (data.x_train, data.x_test))
+            data = replace(data, x_train=x_train, x_test=x_test, scale=(wanted[0], wanted[1]))
+        if augment:
+            data = replace(data, black=(-wanted[0] / wanted[1]).flatten())
+    if examples is not None:
+        if examples > len(data.x_train):
+            raise DataError(f"examples = {examples} asks for more than the {len(data.x_train)} of data = {name!r}")
+        kept = torch.from_numpy(np.random.default_rng(42).permutation(len(data.x_train))[:examples])
+        data = replace(data, x_train=data.x_train[kept], y_train=data.y_train[kept])
+    return _held_out(data, validation) if validation else data
+
+
+def _held_out(data: Data, fraction: float) -> Data:
+    """`data` with a part of the training examples set aside: the same fraction of every class, at random."""
+    generator = np.random.default_rng(42)
+    classes = data.y_train.numpy() if data.task == "classification" else np.zeros(len(data.y_train), dtype=np.int64)
+    apart = np.zeros(len(classes), dtype=bool)
+    for value in np.unique(classes):
+        members = generator.permutation(np.flatnonzero(classes == value))
+        apart[members[: round(fraction * len(members))]] = True
+    mask = torch.from_numpy(apart)
+    if mask.all() or not mask.any():
+        raise DataError(f"validation = {fraction} of {len(mask)} examples leaves nothing to train or to validate on")
+    held_out = data.x_train[mask], data.y_train[mask]
+    return replace(data, x_train=data.x_train[~mask], y_train=data.y_train[~mask], held_out=held_out)
 
 
 def load(name: str, sources: Mapping[str, tuple[str, dict[str, str]]] = SOURCES) -> Data:
@@ -144,7 +252,7 @@ def _images(name: str, arrays: Arrays) -> Data:
     classes = int(y_train.max()) + 1
     # Contiguous: a permuted uint8 array becomes a channels-last float tensor, and batches would inherit that.
     x_train, x_test = ((t - mean).div(std).contiguous() for t in (train, test))
-    return Data(name, "classification", x_train, y_train, x_test, y_test, classes)
+    return Data(name, "classification", x_train, y_train, x_test, y_test, classes, scale=(mean, std))
 
 
 def _tabular(name: str, arrays: Arrays) -> Data:

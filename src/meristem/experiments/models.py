@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from meristem.errors import nearest
 from meristem.experiments.config import Choice, ConfigError
 from meristem.experiments.data import Data
+from meristem.growing import find_axes, grow_
 
 
 def mlp(inputs: int, outputs: int, hidden: list[int], norm: bool = False) -> nn.Sequential:
@@ -45,6 +47,33 @@ class ConvNet(nn.Module):
         x = F.relu(self.norm3(self.conv3(x))).mean((2, 3))
         out: Tensor = self.head(x)
         return out
+
+
+def vgg(
+    channels: int, outputs: int, size: int, convs: list[list[int]], hidden: list[int], positive_bias: bool = False
+) -> nn.Sequential:
+    """Blocks of 3x3 convolutions with batch norm and ReLU, each block ending in a max-pool, then linear layers with ReLU.
+
+    The convolutions and the last layer have no bias. `positive_bias` takes the absolute value of the hidden biases.
+    """
+    layers: list[tuple[str, nn.Module]] = []
+    for b, widths in enumerate(convs, 1):
+        for i, width in enumerate(widths, 1):
+            conv = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+            layers += [(f"conv{b}_{i}", conv), (f"norm{b}_{i}", nn.BatchNorm2d(width)), (f"relu{b}_{i}", nn.ReLU())]
+            channels = width
+        layers.append((f"pool{b}", nn.MaxPool2d(2)))
+        size //= 2
+    layers.append(("flatten", nn.Flatten()))
+    inputs = channels * size * size
+    for i, width in enumerate(hidden, 1):
+        linear = nn.Linear(inputs, width)
+        if positive_bias:
+            linear.bias.data.abs_()
+        layers += [(f"fc{i}", linear), (f"act{i}", nn.ReLU())]
+        inputs = width
+    layers.append(("head", nn.Linear(inputs, outputs, bias=False)))
+    return nn.Sequential(OrderedDict(layers))
 
 
 class Block(nn.Module):
@@ -104,10 +133,11 @@ def build(choice: Choice, data: Data) -> nn.Module:
     fixed: dict[str, Any]
     if name == "mlp":
         make, fixed = mlp, {"inputs": int(shape.numel()), "outputs": data.outputs}
-    elif name == "convnet":
+    elif name in ("convnet", "vgg"):
         if len(shape) != 3:
-            raise ConfigError(f"model = 'convnet' needs images; the data have shape {tuple(shape)}")
-        make, fixed = ConvNet, {"channels": int(shape[0]), "outputs": data.outputs}
+            raise ConfigError(f"model = {name!r} needs images; the data have shape {tuple(shape)}")
+        fixed = {"channels": int(shape[0]), "outputs": data.outputs}
+        make, fixed = (ConvNet, fixed) if name == "convnet" else (vgg, {**fixed, "size": int(shape[1])})
     else:
         if data.task != "language":
             raise ConfigError("model = 'gpt' needs text; hint: data = 'text/tinyshakespeare'")
@@ -124,8 +154,34 @@ def build(choice: Choice, data: Data) -> nn.Module:
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "mlp": {"hidden": [32, 32], "norm": False},
     "convnet": {"width": 16},
+    "vgg": {"convs": [[8], [16]], "hidden": [32, 32], "positive_bias": False},
     "gpt": {"width": 96, "heads": 4, "hidden": 384, "depth": 2},
 }
+
+
+def sized(model: nn.Module, example: Tensor, sizes: dict[str, int]) -> nn.Module:
+    """`model` with axes of other sizes, as if it had been built with them: every layer draws its weights anew.
+
+    Raises:
+        ConfigError: A size is smaller than the model's own.
+    """
+    if not sizes:
+        return model
+    axes = find_axes(model, example)
+    counts = {name: size - axes.named(name).size for name, size in sizes.items()}
+    small = [name for name, count in counts.items() if count < 0]
+    if small:
+        raise ConfigError(
+            f"sizes.{small[0]} = {sizes[small[0]]} is smaller than the model's {axes.named(small[0]).size}"
+        )
+    counts = {name: count for name, count in counts.items() if count}
+    if counts:
+        grow_(model, counts, example)
+        for module in model.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+    return model
 
 
 def factory(name: str) -> Any:

@@ -10,7 +10,8 @@ import platform
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +19,28 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import meristem
 from meristem import checkpoint
 from meristem.care import CARES
 from meristem.experiments import data as datasets
 from meristem.experiments import models
-from meristem.experiments.config import OPTIMIZERS, SCHEDULES, ConfigError, Experiment, built, named, trigger
+from meristem.experiments.config import OPTIMIZERS, SCHEDULES, ConfigError, Experiment, Grow, built, named, trigger
+from meristem.experiments.config import Stages as StagesTable
+from meristem.experiments.data import Batches
 from meristem.grower import Grower
 from meristem.growing import find_axes
 from meristem.how import METHODS
+from meristem.stages import Stages
+from meristem.statistics.health import health
 from meristem.structure import Structure, flops
 from meristem.values import Budget
 from meristem.where import PLACES
 
 SAVE_SECONDS = 60.0
 """Longest time between two checkpoints."""
+EVALUATION = 512
+"""Examples per batch where nothing is trained."""
 
 Report = Callable[["Progress"], None]
 
@@ -54,6 +60,7 @@ class Progress:
     loss: float = math.nan
     curve: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)
+    beside: str = ""
 
 
 class Run:
@@ -64,20 +71,22 @@ class Run:
         self.accelerator = Accelerator(mixed_precision=experiment.train.precision)
         if self.accelerator.num_processes > 1:
             raise ConfigError("a run takes one process so far; hint: start it without torchrun or accelerate launch")
-        self.data = datasets.load(experiment.data)
+        name, options = experiment.data_options
+        self.data = datasets.prepared(name, **options.model_dump())
+        self.example = self.data.x_train[: min(8, len(self.data.x_train))]
         torch.manual_seed(experiment.seed)
-        self.model = models.build(experiment.model, self.data).to(self.accelerator.device)
-        self.optimizer = _optimizer(experiment, self.model)
-        self.batch_size = experiment.train.batch_size
-        self.epoch_steps = math.ceil(len(self.data.x_train) / self.batch_size)
-        self.dataset = TensorDataset(self.data.x_train, self.data.y_train)
-        self.grower = self._grower() if experiment.grow is not None else None
-        self.progress = Progress()
-        self.example = self.data.x_train[: min(8, len(self.data.x_train))].to(self.accelerator.device)
+        model = models.build(experiment.model, self.data)
+        self.model = models.sized(model, self.example, experiment.sizes).to(self.accelerator.device)
+        self.example = self.example.to(self.accelerator.device)
+        self.optimizer = _optimizer(experiment, self.model.parameters())
+        self.batches = self.data.batches(experiment.train.batch_size)
+        self.progress = Progress(sizes=self._sizes())
+        self.first_sizes = dict(self.progress.sizes)
+        self.stopping = False
+        self.grower = self._grower(experiment.grow) if experiment.grow is not None else None
+        self.stages = self._stages(experiment.stages) if experiment.stages is not None else None
         self.forward_flops = self._forward_flops()
         self.progress.steps = self._steps()
-        self.progress.sizes = self._sizes()
-        self.stopping = False
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The mean loss of a batch, on the model's device."""
@@ -85,17 +94,12 @@ class Run:
         with self.accelerator.autocast():
             return self.data.loss(model(x), y)
 
-    def _grower(self) -> Grower:
-        grow = self.experiment.grow
-        assert grow is not None
-        loader = DataLoader(
-            self.dataset, sampler=BatchSampler(RandomSampler(self.dataset), self.batch_size, False), batch_size=None
-        )
+    def _grower(self, grow: Grow) -> Grower:
         return Grower(
             self.model,
             self.optimizer,
             loss=self.loss,
-            data=loader,
+            data=self.batches,
             when=trigger(grow.when),
             how=built(grow.how, METHODS, "how"),
             where=built(grow.where, PLACES, "where"),
@@ -105,7 +109,39 @@ class Run:
             axes=grow.axes,
             round_to=grow.round_to,
             generator=torch.Generator().manual_seed(self.experiment.seed),
+            progress=self._beside,
         )
+
+    def _stages(self, stages: StagesTable) -> Stages:
+        assert self.data.held_out is not None
+        return Stages(
+            self.model,
+            lambda parameters: _optimizer(self.experiment, parameters),
+            loss=self.loss,
+            data=self.batches,
+            validation=Batches(*self.data.held_out, EVALUATION),
+            amount=stages.amount,
+            how=built(stages.how, METHODS, "how"),
+            where=built(stages.where, PLACES, "where"),
+            adjust_data=self.data.batches(stages.adjust_batch_size, shuffle=False),
+            epochs=stages.epochs,
+            patience=stages.patience,
+            last_patience=stages.last_patience,
+            budget=Budget(**stages.budget.model_dump()),
+            axes=stages.axes,
+            example=self.example,
+            generator=torch.Generator().manual_seed(self.experiment.seed),
+            progress=self._beside,
+            report=self._epoch_ended,
+        )
+
+    def _beside(self, phase: str, done: int, total: int | None) -> None:
+        """Tell of training on the side; a growth that is interrupted has changed nothing."""
+        self.progress.beside = f"{phase} {done}/{total or '?'}"
+        self.report(self.progress)
+        self.progress.beside = ""
+        if self.stopping:
+            raise Interrupted(f"stopped during a growth after step {self.progress.step}; nothing of it was kept")
 
     def _forward_flops(self) -> float:
         """Floating-point operations of one forward pass, per example."""
@@ -116,11 +152,14 @@ class Run:
         return {name: axis.size for name, axis in find_axes(self.model, self.example).items()}
 
     def _steps(self) -> int:
+        """Steps of the whole run; with stages, the most that it can take."""
         train = self.experiment.train
+        if self.experiment.stages is not None:
+            return (len(self.experiment.stages.amount) + 1) * self.experiment.stages.epochs * len(self.batches)
         if train.epochs is not None:
-            return train.epochs * self.epoch_steps
+            return train.epochs * len(self.batches)
         assert train.flops is not None
-        return max(1, round(train.flops / (3 * self.forward_flops * self.batch_size)))
+        return max(1, round(train.flops / (3 * self.forward_flops * train.batch_size)))
 
     def train(self, folder: Path) -> None:
         """Train to the end, saving to `folder` on the way; resumes from it if it holds a checkpoint.
@@ -130,18 +169,16 @@ class Run:
         """
         if (folder / checkpoint.MANIFEST).exists():
             self._resume(folder)
-        started = time.perf_counter() - self.progress.seconds
+        self._folder, self._saved = folder, time.perf_counter()
+        self._started = time.perf_counter() - self.progress.seconds
         handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            saved = time.perf_counter()
-            for batch in self._batches():
-                self._step(batch)
-                self.progress.seconds = time.perf_counter() - started
-                if self.stopping or time.perf_counter() - saved > SAVE_SECONDS:
-                    self._save(folder)
-                    saved = time.perf_counter()
-                if self.stopping:
-                    raise Interrupted(f"stopped at step {self.progress.step} of {self.progress.steps}")
+            if self.stages is not None:
+                self._train_stages(self.stages)
+            else:
+                for batch in self._batches():
+                    self._step(batch)
+                    self._save_if_due()
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -149,14 +186,41 @@ class Run:
     def _stop(self, *_: Any) -> None:
         self.stopping = True
 
+    def _save_if_due(self) -> None:
+        self.progress.seconds = time.perf_counter() - self._started
+        if self.stopping or time.perf_counter() - self._saved > SAVE_SECONDS:
+            self._save(self._folder)
+            self._saved = time.perf_counter()
+        if self.stopping:
+            raise Interrupted(f"stopped at step {self.progress.step} of {self.progress.steps}")
+
+    def _train_stages(self, stages: Stages) -> None:
+        progress = self.progress
+        for stage in stages:
+            progress.flops += stage.flops
+            progress.sizes = dict(stage.sizes)
+            self._record()
+            progress.curve[-1] |= {
+                "validation": stage.validation,
+                "epochs": stage.epochs,
+                "best_epoch": stage.best_epoch,
+            }
+            progress.curve[-1]["health"] = self._health()
+            self._save(self._folder)
+            self.report(progress)
+
+    def _epoch_ended(self, stages: Stages) -> None:
+        self.progress.step += len(self.batches)
+        self.progress.loss = stages.curve[-1][0]
+        self.report(self.progress)
+        self._save_if_due()
+
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches from the present step on; the order depends on the seed and the epoch alone."""
         while self.progress.step < self.progress.steps:
-            epoch, done = divmod(self.progress.step, self.epoch_steps)
+            epoch, done = divmod(self.progress.step, len(self.batches))
             generator = torch.Generator().manual_seed(self.experiment.seed * 1_000_003 + epoch)
-            order = torch.randperm(len(self.dataset), generator=generator)
-            for chosen in order.split(self.batch_size)[done : done + self.progress.steps - self.progress.step]:
-                yield self.data.x_train[chosen], self.data.y_train[chosen]
+            yield from islice(self.batches.epoch(generator, done), self.progress.steps - self.progress.step)
 
     def _step(self, batch: tuple[Tensor, Tensor]) -> None:
         progress = self.progress
@@ -176,57 +240,80 @@ class Run:
                 progress.flops += growth.flops
                 progress.sizes |= growth.after
                 self.forward_flops = self._forward_flops()
-        if progress.step % self.epoch_steps == 0 or progress.step == progress.steps:
-            accuracy, test_loss = self.evaluate()
-            progress.curve.append(
-                {
-                    "step": progress.step,
-                    "flops": progress.flops,
-                    "accuracy": accuracy,
-                    "loss": test_loss,
-                    "sizes": dict(progress.sizes),
-                }
-            )
+        if progress.step % len(self.batches) == 0 or progress.step == progress.steps:
+            self._record()
         self.report(progress)
 
+    def _record(self) -> None:
+        """Add a point to the curve."""
+        progress = self.progress
+        accuracy, loss = self.evaluate(self.data.x_test, self.data.y_test)
+        point = {"step": progress.step, "flops": progress.flops, "accuracy": accuracy, "loss": loss}
+        if self.data.held_out is not None:
+            point["validation"] = self.evaluate(*self.data.held_out)[1]
+        progress.curve.append({**point, "sizes": dict(progress.sizes)})
+
+    def _health(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Health over the un-augmented training data, of all units and of those that have grown."""
+        plain = Batches(self.data.x_train, self.data.y_train, EVALUATION)
+        new = {
+            name: range(first, self.progress.sizes[name])
+            for name, first in self.first_sizes.items()
+            if self.progress.sizes[name] > first
+        }
+        looks: dict[str, dict[str, range] | None] = {"all": None, **({"new": new} if new else {})}
+        return {
+            name: health(self.model, self.example, loss=self.loss, data=plain, units=units)
+            for name, units in looks.items()
+        }
+
     @torch.no_grad()
-    def evaluate(self) -> tuple[float | None, float]:
-        """Test accuracy (None for regression) and test loss."""
+    def evaluate(self, inputs: Tensor, targets: Tensor) -> tuple[float | None, float]:
+        """Accuracy (None for regression) and loss."""
         self.model.eval()
         hits, total = 0, 0.0
-        for x, y in zip(self.data.x_test.split(512), self.data.y_test.split(512), strict=True):
+        for x, y in Batches(inputs, targets, EVALUATION):
             output, target = self.model(x.to(self.accelerator.device)), y.to(self.accelerator.device)
             hits += self.data.hits(output, target)
             total += self.data.loss(output, target).item() * len(x)
-        accuracy = hits / self.data.y_test.numel() if self.data.task != "regression" else None
-        return accuracy, total / len(self.data.x_test)
+        accuracy = hits / targets.numel() if self.data.task != "regression" else None
+        return accuracy, total / len(inputs)
 
     def _save(self, folder: Path) -> None:
         config = json.dumps(self.experiment.model_dump(mode="json"))
         extra = {"progress": dataclasses.asdict(self.progress), "rng": torch.get_rng_state(), "config": config}
-        checkpoint.save(folder, self.model, optimizer=self.optimizer, grower=self.grower, extra=extra)
+        if self.stages is not None:
+            extra["stages"] = self.stages.state_dict()
+        optimizer = self.stages.optimizer if self.stages is not None else self.optimizer
+        checkpoint.save(folder, self.model, optimizer=optimizer, grower=self.grower, extra=extra)
 
     def _resume(self, folder: Path) -> None:
         extra = checkpoint.load_extra(folder)
         if extra is None or json.loads(extra["config"]) != self.experiment.model_dump(mode="json"):
             return  # left by a run of another configuration
-        checkpoint.load(folder, self.model, optimizer=self.optimizer, grower=self.grower)
+        if self.stages is not None:
+            self.stages.load_state_dict(extra["stages"])
+        optimizer = self.stages.optimizer if self.stages is not None else self.optimizer
+        checkpoint.load(folder, self.model, optimizer=optimizer, grower=self.grower)
         self.progress = Progress(**extra["progress"])
         torch.set_rng_state(extra["rng"])
         self.forward_flops = self._forward_flops()
 
     def result(self) -> dict[str, Any]:
         """Everything worth keeping of a finished run, in plain types."""
-        accuracy, loss = self.progress.curve[-1]["accuracy"], self.progress.curve[-1]["loss"]
+        last = self.progress.curve[-1]
+        grower = self.stages.grower if self.stages is not None else self.grower
         return {
-            "accuracy": accuracy,
-            "loss": loss,
+            "accuracy": last["accuracy"],
+            "loss": last["loss"],
+            "validation": last.get("validation"),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "widths": self.progress.sizes,
-            "growths": [growth.json() for growth in self.grower.history] if self.grower is not None else [],
+            "growths": [growth.json() for growth in grower.history] if grower is not None else [],
+            "health": self._health(),
             "training_flops": self.progress.flops,
-            "growth_flops": self.grower.flops if self.grower is not None else 0,
-            "steps": self.progress.steps,
+            "growth_flops": grower.flops if grower is not None else 0,
+            "steps": self.progress.step,
             "seconds": self.progress.seconds,
             "seed": self.experiment.seed,
             "curve": self.progress.curve,
@@ -278,15 +365,15 @@ def rate(experiment: Experiment, progress: float) -> float:
     return 1.0 if progress < 1 - decay else (1 - progress) / decay
 
 
-def _optimizer(experiment: Experiment, model: nn.Module) -> Optimizer:
-    name, parameters = named(experiment.train.optimizer, OPTIMIZERS, "optimizer")
+def _optimizer(experiment: Experiment, parameters: Iterable[nn.Parameter]) -> Optimizer:
+    name, settings = named(experiment.train.optimizer, OPTIMIZERS, "optimizer")
     kinds: dict[str, Callable[..., Optimizer]] = {
         "sgd": torch.optim.SGD,
         "adam": torch.optim.Adam,
         "adamw": torch.optim.AdamW,
     }
     try:
-        optimizer = kinds[name](model.parameters(), **parameters)
+        optimizer = kinds[name](parameters, **settings)
     except TypeError as error:
         raise ConfigError(f"train.optimizer.{name}: {error}") from None
     for group in optimizer.param_groups:

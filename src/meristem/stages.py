@@ -1,0 +1,213 @@
+"""Training in stages, as the SWE + SVoD paper runs it: train to early stop, keep the best weights, expand, train on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+from meristem.errors import DataError
+from meristem.grower import Grower
+from meristem.how import How
+from meristem.statistics.batches import check_reiterable, first_call
+from meristem.statistics.losses import Loss
+from meristem.structure import Structure, flops
+from meristem.values import Budget, Growth
+from meristem.view import Progress
+from meristem.when import Clock
+from meristem.where import Where
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage that has ended; the model holds its best weights.
+
+    Attributes:
+        index: 0 for the small net.
+        growth: What it began with; None for stage 0.
+        sizes: Sizes by axis.
+        validation: Loss of the best weights on the validation data.
+        epochs, best_epoch: Epochs trained, and the one (from 1) that was best.
+        flops: Floating-point operations of training it and of the growth before it.
+        curve: (training loss, validation loss) of every epoch.
+    """
+
+    index: int
+    growth: Growth | None
+    sizes: dict[str, int]
+    validation: float
+    epochs: int
+    best_epoch: int
+    flops: float
+    curve: tuple[tuple[float, float], ...]
+
+
+class _OnCall:
+    """A trigger that leaves the moment to the stages."""
+
+    def due(self, clock: Clock) -> bool:
+        return False
+
+
+class Stages(Iterator[Stage]):
+    """Iterate to train: yields a `Stage` each time one has ended. See `meristem.recipes.swe_svod_stages`.
+
+    Attributes:
+        model: The model.
+        optimizer: That of the present stage.
+        grower: What grows it; `grower.history` lists the growths.
+        index, epoch: The present stage, and the epochs it has been trained for.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        make_optimizer: MakeOptimizer,
+        *,
+        loss: Loss,
+        data: Iterable[Any],
+        validation: Iterable[Any],
+        amount: Sequence[int | float],
+        how: How,
+        where: Where,
+        adjust_data: Iterable[Any] | None = None,
+        epochs: int = 250,
+        patience: int = 20,
+        last_patience: int | None = None,
+        budget: Budget | None = None,
+        axes: str | Sequence[str] = "*",
+        example: Any = None,
+        generator: torch.Generator | None = None,
+        progress: Progress | None = None,
+        report: Callable[[Stages], None] = lambda stages: None,
+    ) -> None:
+        for name, value in (("epochs", epochs), ("patience", patience), ("last_patience", last_patience)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be an int in [1, inf); got {value}")
+        for given in (data, validation):
+            check_reiterable(given)
+        self.model, self.loss, self.data, self.validation = model, loss, data, validation
+        self.amount, self.epochs, self.patience = list(amount), epochs, patience
+        self.last_patience = patience if last_patience is None else last_patience
+        self.report = report
+        self._make_optimizer = make_optimizer
+        if example is None:
+            example = first_call(model, loss, next(iter(data)))
+        self._example = example
+        self.grower = Grower(
+            model,
+            None,
+            loss=loss,
+            data=data if adjust_data is None else adjust_data,
+            when=_OnCall(),
+            how=how,
+            where=where,
+            amount=self.amount,
+            budget=budget,
+            axes=axes,
+            example=example,
+            generator=generator,
+            progress=progress,
+        )
+        self.index = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        """A fresh optimizer and a clean record."""
+        self.optimizer = self._make_optimizer(self.model.parameters())
+        self.epoch, self.best_epoch = 0, 0
+        self.best = float("inf")
+        self.flops = 0.0
+        self.curve: list[tuple[float, float]] = []
+        self._best_weights = copy.deepcopy(self.model.state_dict())
+        self._ended = False
+
+    def __next__(self) -> Stage:
+        if self._ended:
+            if self.index == len(self.amount):
+                raise StopIteration
+            growth = self.grower.grow()
+            if growth is None:
+                raise StopIteration
+            self.index += 1
+            self._begin()
+        patience = self.last_patience if self.index == len(self.amount) else self.patience
+        structure = Structure(self.model, self._example)
+        per_example = 3 * flops(structure) / structure.batch
+        while self.epoch < self.epochs and self.epoch - self.best_epoch < patience:
+            self._train_epoch(per_example)
+            self.report(self)
+        self.model.load_state_dict(self._best_weights)
+        self._ended = True
+        growth = self.grower.history[-1] if self.index else None
+        if growth is not None:
+            self.grower.measure(growth, "trained")
+        sizes = {name: axis.size for name, axis in Structure(self.model, self._example).axes.items()}
+        spent = self.flops + (growth.flops if growth is not None else 0)
+        return Stage(self.index, growth, sizes, self.best, self.epoch, self.best_epoch, spent, tuple(self.curve))
+
+    def _train_epoch(self, flops_per_example: float) -> None:
+        self.model.train()
+        total, seen = 0.0, 0
+        for batch in self.data:
+            loss = self.loss(self.model, batch)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            size = _size(batch)
+            total, seen = total + loss.item() * size, seen + size
+            self.flops += flops_per_example * size
+            self.grower.step(loss.detach())
+        validation = self._validate()
+        self.epoch += 1
+        self.curve.append((total / max(seen, 1), validation))
+        if validation < self.best:
+            self.best, self.best_epoch = validation, self.epoch
+            self._best_weights = copy.deepcopy(self.model.state_dict())
+
+    @torch.no_grad()
+    def _validate(self) -> float:
+        self.model.eval()
+        total, seen = 0.0, 0
+        for batch in self.validation:
+            size = _size(batch)
+            total, seen = total + self.loss(self.model, batch).item() * size, seen + size
+        if not seen:
+            raise DataError("validation is empty: early stopping needs at least one batch")
+        return total / seen
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the model's present weights and the optimizer's state, which `meristem.save` takes."""
+        return {
+            "index": self.index,
+            "epoch": self.epoch,
+            "best_epoch": self.best_epoch,
+            "best": self.best,
+            "flops": self.flops,
+            "curve": [list(pair) for pair in self.curve],
+            "best_weights": self._best_weights,
+            "ended": self._ended,
+            "grower": self.grower.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken; load model and optimizer with `meristem.load` afterwards."""
+        self.index, self.epoch, self.best_epoch = state["index"], state["epoch"], state["best_epoch"]
+        self.best, self.flops, self._ended = state["best"], state["flops"], state["ended"]
+        self.curve = [(float(a), float(b)) for a, b in state["curve"]]
+        self._best_weights = dict(state["best_weights"])
+        self.grower.load_state_dict(state["grower"])
+
+
+def _size(batch: Any) -> int:
+    """Examples in a batch: the leading dimension of its first tensor."""
+    first = next((leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), None)
+    return len(first) if first is not None else 1
