@@ -58,7 +58,7 @@ def _state(progress: RunProgress) -> str:
         if last["accuracy"] is not None
         else f"loss {last['loss']:.3f}"
     )
-    return f"{score} widths {'-'.join(map(str, progress.sizes.values()))}"
+    return f"{score} widths {'-'.join(map(str, progress.sizes.values()))} {progress.beside}"
 
 
 @app.command()
@@ -114,6 +114,33 @@ def run(
 
         path = run_experiment(experiment, out if out is not None else file.parent / "results", file.stem, report)
     print(path)
+
+
+@app.command()
+def compare(
+    files: Annotated[list[Path], typer.Argument(help="Suites: tasks, methods, seeds; see the guide for their keys.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the results, one folder a suite; `results` beside each file by default."),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(help="Runs at a time, one thread each; 1 uses all cores for one run.", min=1)
+    ] = 1,
+) -> None:
+    """Run tasks x methods x seeds and the baselines; what is finished is not run again. The tables go to stdout."""
+    from meristem.experiments import suite, tables
+
+    comparisons = [suite.read(file, out / file.stem if out is not None else None) for file in files]
+    with _bars() as bars:
+        tasks = [bars.add_task(one.path.stem, total=one.runs(), state="") for one in comparisons]
+        for task, one in zip(tasks, comparisons, strict=True):
+            one.finish(workers, lambda done, name, task=task: bars.update(task, completed=done, state=name))  # type: ignore[misc]
+    for one in comparisons:
+        table = tables.markdown(one)
+        (one.out / "table.md").write_text(table)
+        tables.draw(one, one.out / "accuracy_over_flops.png")
+        print(table, end="")
+        _err.print(f"written: {one.out / 'table.md'}, accuracy_over_flops.png", markup=False)
 
 
 @app.command()

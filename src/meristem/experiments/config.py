@@ -46,7 +46,7 @@ def named(choice: Choice, known: Mapping[str, Any] | tuple[str, ...], key: str) 
 
 
 def built(choice: Choice, known: Mapping[str, Any], key: str) -> Any:
-    """The object that a choice names, made with its parameters."""
+    """The object that a choice names, made with its parameters; "none" stands for None, which TOML does not have."""
     name, parameters = named(choice, known, key)
     kind = known[name]
     valid = [f.name for f in fields(kind)] if is_dataclass(kind) else []
@@ -55,7 +55,7 @@ def built(choice: Choice, known: Mapping[str, Any], key: str) -> Any:
             raise ValueError(
                 f"{key}.{name} has no parameter {parameter!r}.{nearest(parameter, valid)} Known: {', '.join(valid) or 'none'}"
             )
-    return kind(**parameters)
+    return kind(**{key: None if value == "none" else value for key, value in parameters.items()})
 
 
 def trigger(choice: Mapping[str, Any]) -> Every | At:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
@@ -50,20 +51,28 @@ class ConvNet(nn.Module):
 
 
 def vgg(
-    channels: int, outputs: int, size: int, convs: list[list[int]], hidden: list[int], positive_bias: bool = False
+    channels: int,
+    outputs: int,
+    size: int,
+    convs: list[list[int]],
+    hidden: list[int],
+    strided: bool,
+    positive_bias: bool,
 ) -> nn.Sequential:
     """Blocks of 3x3 convolutions with batch norm and ReLU, each block ending in a max-pool, then linear layers with ReLU.
 
-    The convolutions and the last layer have no bias. `positive_bias` takes the absolute value of the hidden biases.
+    The convolutions and the last layer have no bias. `strided` lets the first convolution of a block halve the map instead
+    of a max-pool; `positive_bias` takes the absolute value of the hidden biases.
     """
     layers: list[tuple[str, nn.Module]] = []
     for b, widths in enumerate(convs, 1):
         for i, width in enumerate(widths, 1):
-            conv = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+            conv = nn.Conv2d(channels, width, 3, 2 if strided and i == 1 else 1, padding=1, bias=False)
             layers += [(f"conv{b}_{i}", conv), (f"norm{b}_{i}", nn.BatchNorm2d(width)), (f"relu{b}_{i}", nn.ReLU())]
             channels = width
-        layers.append((f"pool{b}", nn.MaxPool2d(2)))
-        size //= 2
+        if not strided:
+            layers.append((f"pool{b}", nn.MaxPool2d(2)))
+        size = math.ceil(size / 2) if strided else size // 2
     layers.append(("flatten", nn.Flatten()))
     inputs = channels * size * size
     for i, width in enumerate(hidden, 1):
@@ -154,7 +163,7 @@ def build(choice: Choice, data: Data) -> nn.Module:
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "mlp": {"hidden": [32, 32], "norm": False},
     "convnet": {"width": 16},
-    "vgg": {"convs": [[8], [16]], "hidden": [32, 32], "positive_bias": False},
+    "vgg": {"convs": [[8], [16]], "hidden": [32, 32], "strided": False, "positive_bias": False},
     "gpt": {"width": 96, "heads": 4, "hidden": 384, "depth": 2},
 }
 

@@ -33,6 +33,10 @@ class Random:
     zero: Literal["fan_out", "fan_in"] | None = "fan_out"
     scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        if self.zero not in ("fan_out", "fan_in", None):
+            raise ValueError(f'Random(zero=...) is "fan_out", "fan_in" or None; got {self.zero!r}')
+
     @property
     def preserves(self) -> bool:
         return self.zero is not None

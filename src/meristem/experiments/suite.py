@@ -1,0 +1,260 @@
+"""Suites: tasks x methods x seeds and the baselines they call for, in one file; resumable, safe to run several times at once."""
+
+from __future__ import annotations
+
+import copy
+import json
+import multiprocessing
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from filelock import FileLock
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from meristem.errors import nearest
+from meristem.experiments.config import OPTIMIZERS, ConfigError, Experiment, checked, named
+from meristem.experiments.run import Interrupted, run
+
+Baseline = Literal["small", "final", "equal"]
+TITLES: dict[str, str] = {
+    "small": "small, fixed",
+    "final": "final shape of {}, fixed",
+    "equal": "final shape of {}, equal FLOPs",
+}
+"""B1; B2 and B4 (the grown shape from scratch, on the full budget); B3 (the same, stopped at the method's total FLOPs)."""
+TUNING_VALIDATION = 0.1
+"""Share of the training data on which learning rates are chosen."""
+
+
+class Suite(BaseModel):
+    """What a suite file says. A method's table is merged into the task's [grow] or [stages]."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    seeds: list[int] = Field([0, 1, 2], min_length=1)
+    reference: str
+    baselines: list[Baseline] = ["small", "final", "equal"]
+    baselines_of: list[str] | None = None
+    learning_rates: list[float] = []
+    tasks: dict[str, dict[str, Any]] = Field(min_length=1)
+    methods: dict[str, dict[str, Any]] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a task's table: a method, or a baseline of a method."""
+
+    task: str
+    title: str
+    method: str | None
+    baseline: Baseline | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: an experiment and the file name of its result."""
+
+    row: Row
+    experiment: Experiment
+    name: str
+
+
+@dataclass
+class Comparison:
+    """A suite and the folder of its results.
+
+    Attributes:
+        path: The suite's file; its stem names the folder under `out`.
+        done: Results by row and seed.
+    """
+
+    path: Path
+    suite: Suite
+    out: Path
+    done: dict[tuple[Row, int], dict[str, Any]] = field(default_factory=dict)
+
+    def rows(self, task: str) -> list[Row]:
+        """The rows of one task: methods first, then what they are compared with."""
+        rows = [Row(task, method, method) for method in self.suite.methods]
+        if "small" in self.suite.baselines:
+            rows.append(Row(task, TITLES["small"], None, "small"))
+        for baseline in self.suite.baselines:
+            if baseline != "small":
+                of = self.suite.methods if self.suite.baselines_of is None else self.suite.baselines_of
+                rows += [Row(task, TITLES[baseline].format(method), method, baseline) for method in of]
+        return rows
+
+    def experiment(self, row: Row, seed: int) -> Experiment:
+        """The experiment of a row. A baseline that hangs on its method's result can be asked for once that is done."""
+        table = copy.deepcopy(self.suite.tasks[row.task])
+        if row.baseline is None:
+            assert row.method is not None
+            for key in ("grow", "stages"):
+                if key in table:
+                    table[key] = table[key] | self.suite.methods[row.method]
+            return checked(table | {"seed": seed}, f"{self.path}: {row.task}, {row.title}")
+        if "stages" in table and row.baseline != "equal":
+            table["stages"] |= {"amount": []}
+        table.pop("grow", None)
+        if row.baseline != "small":
+            result = self.done[Row(row.task, str(row.method), row.method), seed]
+            table["sizes"] = result["widths"]
+            if row.baseline == "equal":
+                table.pop("stages", None)
+                table["train"] = {k: v for k, v in table["train"].items() if k != "epochs"}
+                table["train"]["flops"] = float(result["training_flops"])
+        return checked(table | {"seed": seed}, f"{self.path}: {row.task}, {row.title}")
+
+    def waves(self) -> Iterator[list[Row]]:
+        """Rows that can run side by side: methods first, then the baselines that need their results."""
+        rows = [row for task in self.suite.tasks for row in self.rows(task)]
+        yield [row for row in rows if row.baseline in (None, "small")]
+        yield [row for row in rows if row.baseline in ("final", "equal")]
+
+    def runs(self) -> int:
+        """How many runs the suite takes, tuning included."""
+        rows = sum(len(self.rows(task)) for task in self.suite.tasks)
+        return rows * (len(self.suite.seeds) + len(self.suite.learning_rates))
+
+    def finish(self, workers: int, report: Callable[[int, str], None]) -> None:
+        """Run all that is not done yet; `report(done, name)` after every run.
+
+        Raises:
+            Interrupted: The runs in progress were stopped; their checkpoints are complete.
+        """
+        count = 0
+
+        def told(job: Job) -> None:
+            nonlocal count
+            count += 1
+            report(count, f"{job.name}, seed {job.experiment.seed}")
+
+        for rows in self.waves():
+            best: dict[Row, float] = {}
+            if self.suite.learning_rates:
+                best = self._tuned(rows, workers, told)
+            jobs = []
+            for row in rows:
+                for seed in self.suite.seeds:
+                    experiment = self.experiment(row, seed)
+                    if row in best:
+                        experiment = _with_rate(experiment, best[row])
+                    jobs.append(Job(row, experiment, f"{slug(row.task)}_{slug(row.title)}"))
+            for job, path in _all(jobs, self.out, workers):
+                self.done[job.row, job.experiment.seed] = json.loads(path.read_text())
+                told(job)
+
+    def _tuned(self, rows: Sequence[Row], workers: int, told: Callable[[Job], None]) -> dict[Row, float]:
+        """The learning rate of each row with the smallest held-out loss, with the first seed."""
+        jobs = []
+        for row in rows:
+            for rate in self.suite.learning_rates:
+                if row.baseline in ("final", "equal") and (_method(row), self.suite.seeds[0]) not in self.done:
+                    continue
+                experiment = _with_rate(_held_out(self.experiment(row, self.suite.seeds[0])), rate)
+                jobs.append(Job(row, experiment, f"{slug(row.task)}_{slug(row.title)}_lr{rate:g}"))
+        found: dict[Row, list[tuple[float, float]]] = {}
+        for job, path in _all(jobs, self.out / "tuning", workers):
+            rate = _rate(job.experiment)
+            found.setdefault(job.row, []).append((json.loads(path.read_text())["validation"], rate))
+            told(job)
+        return {row: min(pairs)[1] for row, pairs in found.items()}
+
+
+def read(path: Path, out: Path | None = None) -> Comparison:
+    """The comparison that a suite file describes, checked: every run of it that is known now.
+
+    Raises:
+        ConfigError: The file is missing, is no TOML, or says something unknown; the message names the key.
+    """
+    try:
+        with path.open("rb") as file:
+            table = tomllib.load(file)
+    except FileNotFoundError:
+        raise ConfigError(f"there is no file {path}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+    try:
+        suite = Suite.model_validate(table)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        hint = nearest(key, Suite.model_fields) if first["type"] == "extra_forbidden" else ""
+        raise ConfigError(f"{path}: {key}: {first['msg']}.{hint} Known: {', '.join(Suite.model_fields)}") from None
+    named_methods = [suite.reference, *(suite.baselines_of or [])]
+    comparison = Comparison(path, suite, out if out is not None else path.parent / "results" / path.stem)
+    titles = {row.title for task in suite.tasks for row in comparison.rows(task)}
+    for method in named_methods[1:]:
+        if method not in suite.methods:
+            raise ConfigError(f"{path}: baselines_of names {method!r}.{nearest(method, suite.methods)}")
+    if suite.reference not in titles:
+        raise ConfigError(f"{path}: reference = {suite.reference!r} is no row.{nearest(suite.reference, titles)}")
+    for row in next(comparison.waves()):
+        comparison.experiment(row, suite.seeds[0])
+    return comparison
+
+
+def slug(text: str) -> str:
+    """A name for files."""
+    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
+
+
+def _method(row: Row) -> Row:
+    return Row(row.task, str(row.method), row.method)
+
+
+def _rate(experiment: Experiment) -> float:
+    rate: float = named(experiment.train.optimizer, OPTIMIZERS, "optimizer")[1]["lr"]
+    return rate
+
+
+def _with_rate(experiment: Experiment, rate: float) -> Experiment:
+    name, settings = named(experiment.train.optimizer, OPTIMIZERS, "optimizer")
+    train = experiment.train.model_copy(update={"optimizer": {name: settings | {"lr": rate}}})
+    return experiment.model_copy(update={"train": train})
+
+
+def _held_out(experiment: Experiment) -> Experiment:
+    """The same experiment with some of the training data held out, to choose on."""
+    name, options = experiment.data_options
+    if options.validation:
+        return experiment
+    chosen = options.model_dump(exclude_defaults=True) | {"validation": TUNING_VALIDATION}
+    return experiment.model_copy(update={"data": {name: chosen}})
+
+
+def _all(jobs: Sequence[Job], out: Path, workers: int) -> Iterator[tuple[Job, Path]]:
+    """Every job with the path of its result, as they finish; `workers` at a time in processes of their own."""
+    if workers == 1:
+        for job in jobs:
+            yield job, locked(job.experiment, out, job.name, None)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        futures = {pool.submit(locked, job.experiment, out, job.name, 1): job for job in jobs}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except (Interrupted, KeyboardInterrupt, BrokenProcessPool):
+            pool.shutdown(cancel_futures=True)
+            raise Interrupted("the suite was stopped; what is finished stays finished") from None
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def locked(experiment: Experiment, out: Path, name: str, threads: int | None) -> Path:
+    """`run`, while no other process works on the same result; one that waited finds it done."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    locks = out / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / f"{name}_seed{experiment.seed}.lock"):
+        return run(experiment, out, name)
