@@ -184,6 +184,7 @@ class Grower:
         self.clock = replace(
             self.clock, step=self.clock.step + 1, epoch=self.clock.epoch + int(ended), epoch_ended=ended
         )
+        self._complete_health()
         return self._grow_if_due()
 
     def epoch(self, metric: float | None = None) -> Growth | None:

@@ -62,7 +62,7 @@ def cells(comparison: Comparison, row: Row) -> list[str]:
         inactive(listed, "all"),
         "–" if row.baseline is not None or equal is None else difference(runs, of(comparison, equal)),
         "–" if row == reference else difference(runs, of(comparison, reference)),
-        f"{fmean(r['seconds'] for r in listed) / 60:.1f}",
+        f"{fmean(r['seconds'] for r in listed):.0f}",
     ]
 
 
