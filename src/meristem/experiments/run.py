@@ -159,7 +159,8 @@ class Run:
         if train.epochs is not None:
             return train.epochs * len(self.batches)
         assert train.flops is not None
-        return max(1, round(train.flops / (3 * self.forward_flops * train.batch_size)))
+        epochs, rest = divmod(train.flops / (3 * self.forward_flops), len(self.data.x_train))
+        return max(1, int(epochs) * len(self.batches) + round(rest / train.batch_size))
 
     def train(self, folder: Path) -> None:
         """Train to the end, saving to `folder` on the way; resumes from it if it holds a checkpoint.

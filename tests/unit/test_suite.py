@@ -1,0 +1,245 @@
+"""Suites: every run and baseline, resumable, safe side by side; and what the data options do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import meristem as ms
+from meristem.experiments import tables
+from meristem.experiments.config import ConfigError, checked
+from meristem.experiments.data import Batches, crop_and_flip, prepared
+from meristem.experiments.models import build, sized
+from meristem.experiments.run import Run
+from meristem.experiments.suite import Comparison, read
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SUITE = """
+seeds = [0, 1]
+reference = "random"
+baselines = ["small", "final", "equal"]
+baselines_of = ["voted"]
+[tasks.digits]
+model = { mlp = { hidden = [4, 4] } }
+data = "digits"
+train = { epochs = 2, batch_size = 128, optimizer = { adam = { lr = 3e-3 } } }
+grow = { when = { at = "1 epochs" }, amount = 6 }
+[methods]
+voted = { how = "swe", where = "svod" }
+random = { how = "random" }
+"""
+
+
+def suite(folder: Path, text: str = SUITE) -> Comparison:
+    folder.mkdir(exist_ok=True)
+    (folder / "suite.toml").write_text(text)
+    return read(folder / "suite.toml")
+
+
+def test_a_suite_runs_everything_once_with_its_baselines(tmp_path: Path) -> None:
+    comparison = suite(tmp_path)
+    told: list[str] = []
+    comparison.finish(1, lambda done, name: told.append(name))
+    assert len(told) == comparison.runs() == 5 * 2
+    rows = {row.title: tables.of(comparison, row) for row in comparison.rows("digits")}
+    method, final, equal = (
+        rows[title] for title in ("voted", "final shape of voted, fixed", "final shape of voted, equal FLOPs")
+    )
+    for seed in (0, 1):
+        assert final[seed]["widths"] == equal[seed]["widths"] == method[seed]["widths"]
+        assert sum(method[seed]["widths"].values()) == 8 + 6
+        step = 3 * 128 * equal[seed]["training_flops"] / (3 * 128 * equal[seed]["steps"])
+        assert abs(equal[seed]["training_flops"] - method[seed]["training_flops"]) <= step
+        assert final[seed]["steps"] == 2 * 11
+        assert method[seed]["growth_flops"] > rows["random"][seed]["growth_flops"]
+        assert set(method[seed]["health"]) == {"all", "new"}
+        assert method[seed]["growths"][0]["votes"]
+    files = sorted((tmp_path / "results" / "suite").glob("*.json"))
+    assert len(files) == 10
+    before = [file.stat().st_mtime_ns for file in files]
+    again = suite(tmp_path)
+    again.finish(1, lambda done, name: None)
+    assert [file.stat().st_mtime_ns for file in files] == before
+    table = tables.markdown(again)
+    assert table.count("\n| ") == 1 + 5
+    assert "minus its B3" in table
+    assert "- voted: " in table
+    tables.draw(again, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_two_processes_share_the_smoke_of_the_benchmark(tmp_path: Path) -> None:
+    shutil.copy(BENCHMARKS / "swe_svod" / "smoke.toml", tmp_path)
+    command = [sys.executable, "-m", "meristem.cli", "compare", str(tmp_path / "smoke.toml")]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [one.communicate(timeout=300) for one in both]
+    assert [one.returncode for one in both] == [0, 0], outputs
+    assert outputs[0][0] == outputs[1][0]
+    assert outputs[0][0].startswith("### digits")
+    assert len(list((tmp_path / "results" / "smoke").glob("*.json"))) == 2 * 5 * 2
+    assert (tmp_path / "results" / "smoke" / "table.md").read_text() == outputs[0][0]
+
+
+def test_learning_rates_are_tuned_for_every_row_on_held_out_data(tmp_path: Path) -> None:
+    text = SUITE.replace("seeds = [0, 1]", "seeds = [0]\nlearning_rates = [1e-5, 1e-2]").replace(
+        '"small", "final", ', ""
+    )
+    comparison = suite(tmp_path, text)
+    comparison.finish(1, lambda done, name: None)
+    tuning = sorted((tmp_path / "results" / "suite" / "tuning").glob("*.json"))
+    assert len(tuning) == 3 * 2
+    assert all(json.loads(file.read_text())["config"]["data"] == {"digits": {"validation": 0.1}} for file in tuning)
+    for result in comparison.done.values():
+        assert result["config"]["train"]["optimizer"] == {"adam": {"lr": 1e-2}}
+        assert result["config"]["data"] == "digits"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('reference = "random"', 'reference = "randon"', "Did you mean 'random'"),
+        ("seeds =", "seed =", "Did you mean 'seeds'"),
+        ('how = "swe"', 'how = "swee"', "Did you mean 'swe'"),
+        ('baselines_of = ["voted"]', 'baselines_of = ["voter"]', "Did you mean 'voted'"),
+        ('"small", "final"', '"tiny", "final"', "'small', 'final' or 'equal'"),
+        ('how = "swe"', 'how = { swe = { coupling = "half" } }', '"full" or "factored"'),
+        ('where = "svod"', 'where = { svod = { score = "best" } }', '"signed" or "absolute"'),
+        ('data = "digits"', "data = { digits = { validations = 0.1 } }", "Known: examples, validation"),
+    ],
+)
+def test_mistakes_in_a_suite_are_told_before_anything_runs(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in SUITE
+    with pytest.raises(ConfigError, match=".*" + message.replace("(", "\\(")):
+        suite(tmp_path, SUITE.replace(old, new))
+
+
+STAGED: dict[str, Any] = {
+    "model": {"mlp": {"hidden": [4, 4]}},
+    "data": {"digits": {"validation": 0.2}},
+    "train": {"batch_size": 64, "optimizer": {"adam": {"lr": 3e-3}}},
+    "stages": {"amount": [4], "epochs": 3, "patience": 1},
+}
+
+
+def test_stages_run_from_a_file_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from meristem.experiments import run as runner
+
+    experiment = checked(STAGED)
+    whole = Run(experiment)
+    whole.train(tmp_path / "whole")
+    want = whole.result()
+    assert len(want["curve"]) == 2
+    assert want["curve"][1]["health"]["new"]
+    assert sum(want["widths"].values()) == 12
+
+    def stop(progress: Any) -> None:
+        if progress.step == 2 * len(cut.batches):
+            cut.stopping = True
+
+    cut = Run(experiment, stop)
+    with pytest.raises(runner.Interrupted):
+        cut.train(tmp_path / "cut")
+    resumed = Run(experiment)
+    resumed.train(tmp_path / "cut")
+    found = resumed.result()
+    assert found["curve"] == want["curve"]
+    assert found["training_flops"] == want["training_flops"]
+    beside = Run(experiment, lambda progress: setattr(beside, "stopping", bool(progress.beside)))
+    with pytest.raises(runner.Interrupted, match="nothing of it was kept"):
+        beside.train(tmp_path / "beside")
+    again = Run(experiment)
+    again.train(tmp_path / "beside")
+    assert again.result()["curve"] == want["curve"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": "digits"}, "held-out data"),
+        ({"grow": {"when": {"at": "1 epochs"}}}, "choose one"),
+        ({"train": {"epochs": 3}}, "either epochs or flops"),
+        ({"train": {"schedule": "cosine"}}, "only be 'constant'"),
+        ({"stages": {"amount": [4], "patience": 0}}, "patience"),
+        ({"stages": {"amounts": [4]}}, "Did you mean 'amount'"),
+    ],
+)
+def test_stages_are_checked(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        checked(STAGED | change)
+
+
+def test_the_released_protocol_has_its_numbers() -> None:
+    comparison = read(BENCHMARKS / "swe_svod" / "cifar100.toml")
+    experiment = comparison.experiment(comparison.rows("cifar100")[0], 0)
+    assert experiment.stages is not None
+    assert sum(experiment.stages.amount) == 819 - 186
+    images = torch.randn(50, 3, 32, 32)
+    from meristem.experiments.data import Data
+
+    data = Data("cifar100", "classification", images, torch.arange(50), images, torch.arange(50), 100)
+    model = build(experiment.model, data)
+    assert sum(p.numel() for p in model.parameters()) == 333_786
+    assert all((model.get_submodule(f"fc{i}").bias >= 0).all() for i in (1, 2, 3))
+    assert list(ms.find_axes(model, images[:2], axes=experiment.stages.axes)) == ["fc1", "fc2", "fc3"]
+
+
+def test_sizes_give_a_fresh_net_of_another_shape() -> None:
+    data = prepared("digits")
+    torch.manual_seed(0)
+    model = sized(build({"mlp": {"hidden": [4, 4]}}, data), data.x_train[:4], {"1": 40, "3": 4})
+    assert model[1].out_features == model[3].in_features == 40
+    assert model[3].weight.std().item() == pytest.approx((1 / 40 / 3) ** 0.5, rel=0.2)  # drawn for 40 inputs, not for 4
+    with pytest.raises(ConfigError, match="smaller"):
+        sized(build({"mlp": {"hidden": [4, 4]}}, data), data.x_train[:4], {"1": 2})
+
+
+def test_validation_is_held_out_of_every_class_alike() -> None:
+    data, whole = prepared("digits", validation=0.2), prepared("digits")
+    assert data.held_out is not None
+    x, y = data.held_out
+    assert len(x) + len(data.x_train) == len(whole.x_train)
+    for label in range(10):
+        share = (y == label).sum().item() / (whole.y_train == label).sum().item()
+        assert share == pytest.approx(0.2, abs=0.01)
+    assert torch.equal(y, prepared("digits", validation=0.2).held_out[1])
+    assert len(prepared("digits", examples=100).x_train) == 100
+    with pytest.raises(ms.DataError, match="more than the 1347"):
+        prepared("digits", examples=10_000)
+
+
+def test_images_are_normalised_cropped_and_mirrored_as_asked() -> None:
+    plain, scaled = prepared("digits"), prepared("digits", mean=[0.5], std=[0.25], augment=True)
+    assert plain.scale is not None
+    raw = plain.x_train * plain.scale[1] + plain.scale[0]
+    assert torch.allclose(scaled.x_train, (raw - 0.5) / 0.25, atol=1e-5)
+    assert scaled.black is not None
+    assert scaled.black.tolist() == [-2.0]
+    x = torch.arange(2 * 8 * 8).float().reshape(2, 1, 8, 8)
+    still = crop_and_flip(x, torch.tensor([-1.0]), torch.full((2, 2), 4), torch.tensor([False, True]))
+    assert torch.equal(still[0], x[0])
+    assert torch.equal(still[1], x[1].flip(-1))
+    moved = crop_and_flip(x, torch.tensor([-1.0]), torch.tensor([[0, 4], [8, 8]]), torch.tensor([False, False]))
+    assert torch.equal(moved[0, 0, 4:], x[0, 0, :4])
+    assert (moved[0, 0, :4] == -1).all()
+    assert torch.equal(moved[1, 0, :4, :4], x[1, 0, 4:, 4:])
+    with pytest.raises(ms.DataError, match="one number per channel"):
+        prepared("digits", mean=[0.5, 0.5, 0.5])
+
+
+def test_batches_can_be_read_again_and_from_the_middle() -> None:
+    x, y = torch.randn(10, 3), torch.arange(10)
+    batches = Batches(x, y, 4, shuffle=True)
+    assert len(batches) == 3
+    whole = [b[1].tolist() for b in batches.epoch(torch.Generator().manual_seed(1))]
+    rest = [b[1].tolist() for b in batches.epoch(torch.Generator().manual_seed(1), skip=1)]
+    assert rest == whole[1:]
+    assert sorted(np.concatenate(whole).tolist()) == list(range(10))
+    assert [b[1].tolist() for b in Batches(x, y, 4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
