@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from meristem.axis import Axis
 from meristem.care import Care
-from meristem.errors import DataError, GrowthRefused, MeristemError
+from meristem.errors import DataError, GrowthRefused
 from meristem.growing import (
     HEALTH_BATCHES,
     Optimizers,
@@ -70,7 +70,7 @@ class Grower:
     Attributes:
         history: Every `Growth` so far.
         done: True once nothing more can grow; `reason` says why.
-        flops: Floating-point operations that all growths cost together, later looks at their health included.
+        flops: Floating-point operations that all growths cost together, without later looks at their health.
 
     Raises:
         GrowthRefused: The model is wrapped, or nothing in it can grow.
@@ -346,22 +346,25 @@ class Grower:
                 growth.health["loss"] = _spike([float(loss) for loss in self._losses])
 
     def measure(self, growth: Growth, moment: str) -> None:
-        """Add the health of a growth's units, as they are now, to `growth.health[moment]`; its cost to `growth.flops`."""
+        """Add the health of a growth's units, as they are now, to `growth.health[moment]`; its cost to `growth.health_flops`."""
         state = self.generator.get_state()
         try:
             with undisturbed(), counting() as counter:
                 structure = self._structure()
                 axes = [structure.axes.named(name) for name in growth.added]
+                for axis in axes:
+                    if axis.size < growth.after[axis.name]:
+                        raise GrowthRefused(f"{axis.name} has been narrowed since; its units are not followed any more")
                 copied = twin(self.model, lambda _, tensor: tensor.detach().clone())
                 layouts = {axis.name: structure.layout(axis.name) for axis in axes}
                 batches = growth_batches(self.data, HEALTH_BATCHES, self.generator)
                 units = {name: range(growth.before[name], growth.after[name]) for name in growth.added}
                 growth.health[moment] = measure(copied, axes, layouts, self.loss, batches, units)
-        except MeristemError as error:
-            growth.health[moment] = {"error": str(error)}
+        except Exception as error:  # a look at the units never stops the training
+            growth.health[moment] = {"error": f"{type(error).__name__}: {error}"}
         finally:
             self.generator.set_state(state)
-        growth.flops += counter.get_total_flops()
+        growth.health_flops += counter.get_total_flops()
 
     def state_dict(self) -> dict[str, Any]:
         """Clock, history, metrics and generator: what a resumed run needs to grow as if it had never stopped."""
@@ -384,6 +387,7 @@ class Grower:
         self.history = [Growth(**entry | {"parameters": tuple(entry["parameters"])}) for entry in state["history"]]
         self.metrics = [(int(step), float(value)) for step, value in state["metrics"]]
         self.done, self.reason = bool(state["done"]), str(state["reason"])
+        self._losses.clear()
         self._losses.extend(float(loss) for loss in state["losses"])
         self.generator.set_state(state["generator"])
 

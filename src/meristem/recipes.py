@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -11,13 +11,13 @@ from torch import nn
 from meristem import care, how, where
 from meristem.grower import Amount, Grower
 from meristem.growing import Optimizers
-from meristem.how import SWE, How
+from meristem.how import SWE
 from meristem.stages import MakeOptimizer, Stages
 from meristem.statistics.losses import Loss
 from meristem.values import Budget
 from meristem.view import Progress
 from meristem.when import Every, When
-from meristem.where import SVoD, Where
+from meristem.where import SVoD
 
 
 def gradmax(
@@ -146,8 +146,7 @@ def swe_svod_stages(
     validation: Iterable[Any],
     amount: Sequence[int | float],
     adjust_data: Iterable[Any] | None = None,
-    how: How = SWE(),  # noqa: B008  frozen
-    where: Where = SVoD(),  # noqa: B008
+    coupling: Literal["full", "factored"] = "full",
     epochs: int = 250,
     patience: int = 20,
     last_patience: int | None = None,
@@ -171,8 +170,8 @@ def swe_svod_stages(
         validation: Batches for early stopping.
         amount: New units over all axes, one entry per growth: ints, or fractions of the present widths.
         adjust_data: What votes and adjustment read; the paper's is not shuffled, in batches of 100. `data` by default.
-        how: The method.
-        where: Which axis gets how many units.
+        coupling: Of SWE: the paper's by default, whose memory and time grow with new x old units x inputs; "factored" costs
+            little more than training (see `how.SWE`).
         epochs: Most epochs of a stage.
         patience: Epochs without improvement that end a stage.
         last_patience: The same for the last stage (30 in the paper's code).
@@ -208,8 +207,8 @@ def swe_svod_stages(
         data=data,
         validation=validation,
         amount=amount,
-        how=how,
-        where=where,
+        how=SWE(coupling=coupling),
+        where=SVoD(),
         adjust_data=adjust_data,
         epochs=epochs,
         patience=patience,

@@ -8,20 +8,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 
 from meristem.errors import DataError
 from meristem.grower import Grower
-from meristem.how import How
+from meristem.growing import find_axes
+from meristem.how import SWE, How
 from meristem.statistics.batches import check_reiterable, first_call
+from meristem.statistics.flops import batch_size, step_flops
 from meristem.statistics.losses import Loss
-from meristem.structure import Structure, flops
+from meristem.structure.undisturbed import undisturbed
 from meristem.values import Budget, Growth
 from meristem.view import Progress
 from meristem.when import Clock
-from meristem.where import Where
+from meristem.where import SVoD, Where
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -76,8 +77,8 @@ class Stages(Iterator[Stage]):
         data: Iterable[Any],
         validation: Iterable[Any],
         amount: Sequence[int | float],
-        how: How,
-        where: Where,
+        how: How = SWE(),  # noqa: B008  frozen
+        where: Where = SVoD(),  # noqa: B008
         adjust_data: Iterable[Any] | None = None,
         epochs: int = 250,
         patience: int = 20,
@@ -100,7 +101,8 @@ class Stages(Iterator[Stage]):
         self.report = report
         self._make_optimizer = make_optimizer
         if example is None:
-            example = first_call(model, loss, next(iter(data)))
+            with undisturbed():
+                example = first_call(model, loss, next(iter(data)))
         self._example = example
         self.grower = Grower(
             model,
@@ -126,6 +128,7 @@ class Stages(Iterator[Stage]):
         self.epoch, self.best_epoch = 0, 0
         self.best = float("inf")
         self.flops = 0.0
+        self._per_example: float | None = None
         self.curve: list[tuple[float, float]] = []
         self._best_weights = copy.deepcopy(self.model.state_dict())
         self._ended = False
@@ -140,21 +143,22 @@ class Stages(Iterator[Stage]):
             self.index += 1
             self._begin()
         patience = self.last_patience if self.index == len(self.amount) else self.patience
-        structure = Structure(self.model, self._example)
-        per_example = 3 * flops(structure) / structure.batch
         while self.epoch < self.epochs and self.epoch - self.best_epoch < patience:
-            self._train_epoch(per_example)
+            self._train_epoch()
             self.report(self)
         self.model.load_state_dict(self._best_weights)
         self._ended = True
         growth = self.grower.history[-1] if self.index else None
         if growth is not None:
             self.grower.measure(growth, "trained")
-        sizes = {name: axis.size for name, axis in Structure(self.model, self._example).axes.items()}
+        sizes = {name: axis.size for name, axis in find_axes(self.model, self._example).items()}
         spent = self.flops + (growth.flops if growth is not None else 0)
         return Stage(self.index, growth, sizes, self.best, self.epoch, self.best_epoch, spent, tuple(self.curve))
 
-    def _train_epoch(self, flops_per_example: float) -> None:
+    def _train_epoch(self) -> None:
+        if self._per_example is None:
+            with undisturbed():
+                self._per_example = step_flops(self.model, self.loss, next(iter(self.data)))
         self.model.train()
         total, seen = 0.0, 0
         for batch in self.data:
@@ -162,9 +166,9 @@ class Stages(Iterator[Stage]):
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
-            size = _size(batch)
+            size = batch_size(batch)
             total, seen = total + loss.item() * size, seen + size
-            self.flops += flops_per_example * size
+            self.flops += self._per_example * size
             self.grower.step(loss.detach())
         validation = self._validate()
         self.epoch += 1
@@ -178,7 +182,7 @@ class Stages(Iterator[Stage]):
         self.model.eval()
         total, seen = 0.0, 0
         for batch in self.validation:
-            size = _size(batch)
+            size = batch_size(batch)
             total, seen = total + self.loss(self.model, batch).item() * size, seen + size
         if not seen:
             raise DataError("validation is empty: early stopping needs at least one batch")
@@ -205,9 +209,3 @@ class Stages(Iterator[Stage]):
         self.curve = [(float(a), float(b)) for a, b in state["curve"]]
         self._best_weights = dict(state["best_weights"])
         self.grower.load_state_dict(state["grower"])
-
-
-def _size(batch: Any) -> int:
-    """Examples in a batch: the leading dimension of its first tensor."""
-    first = next((leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), None)
-    return len(first) if first is not None else 1

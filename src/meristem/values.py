@@ -177,9 +177,10 @@ class Growth:
         parameters: Count over the whole model, before and after.
         max_change: Largest change of an output on the example, in eval mode, relative to the largest output.
         seconds: What the growth took.
-        flops: What measuring and verifying cost, in floating-point operations.
+        flops: What the growth cost, in floating-point operations: votes, proposals, adjustment, verification.
+        health_flops: What later looks at the health of its units cost; diagnostics, like an evaluation.
         health: Figures of the new units by moment and axis (see `meristem.health`): "insertion", "adjust" where the method
-            adjusts, then "1", "10", "100" and "1000" steps later; `health["loss"]` holds the loss before, its spike
+            adjusts, then "1", "10", "100" and "1000" steps later, "trained" at the end of a stage; `health["loss"]` holds the loss before, its spike
             and the steps to recover. Completed by the grower.
         votes: What `where` decided on, by axis, where it measured.
         notes: What the methods said, by axis.
@@ -193,6 +194,7 @@ class Growth:
     max_change: float
     seconds: float
     flops: int = 0
+    health_flops: int = 0
     step: int | None = None
     health: dict[str, Any] = field(default_factory=dict)
     votes: dict[str, dict[str, float]] = field(default_factory=dict)

@@ -137,7 +137,7 @@ def test_a_loss_that_is_not_finite(net: Any) -> None:
     for how in (ms.how.Random(), ms.how.GradMax()):
         bad = lambda m, b: loss(m, b) * float("nan")
         act = lambda how=how, bad=bad: ms.grow_(model, {"fc1": 3}, x, how=how, optimizer=opt, loss=bad, data=[(x, y)])
-        unchanged(model, opt, act, ms.DataError, "nothing was grown")
+        unchanged(model, opt, act, ms.DataError, "nothing was changed")
 
 
 def test_data_that_cannot_be_read_twice_or_at_all(net: Any) -> None:

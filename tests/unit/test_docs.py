@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from meristem.experiments.config import checked
+from meristem.experiments.config import read
+from meristem.experiments.suite import read as read_suite
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -25,11 +26,12 @@ def test_python_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pyt
         exec(compile(block, str(page), "exec"), scope)
 
 
-def test_the_configuration_in_the_guide_is_valid() -> None:
-    import tomllib
-
-    for block in blocks(ROOT / "docs/guide.md", "toml"):
-        checked(tomllib.loads(block))
+def test_the_configurations_in_the_guide_are_valid(tmp_path: Path) -> None:
+    experiment, suite = blocks(ROOT / "docs/guide.md", "toml")
+    (tmp_path / "experiment.toml").write_text(experiment)
+    (tmp_path / "suite.toml").write_text(suite)
+    read(tmp_path / "experiment.toml")
+    read_suite(tmp_path / "suite.toml")
 
 
 def test_the_readme_holds_the_two_commands_and_ci_runs_one_of_them() -> None:

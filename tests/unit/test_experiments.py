@@ -109,9 +109,9 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path) -> None:
 def test_equal_flops_sets_the_length_of_training() -> None:
     fixed = {k: v for k, v in SMALL.items() if k != "grow"}
     long = Run(checked(fixed))
-    flops = 3 * 3 * long.forward_flops * len(long.data.x_train)  # three epochs, the smaller last batches included
+    flops = 3 * long.flops_per_example * len(long.data.x_train)  # three epochs, the smaller last batches included
     half = Run(checked(fixed | {"train": {"flops": flops / 2, "batch_size": 128}}))
-    assert half.progress.steps == 11 + 6
+    assert half.progress.steps == 11 + 5  # 673 of 1,347 examples in batches of 128
 
 
 def test_schedules() -> None:

@@ -56,9 +56,12 @@ def test_a_suite_runs_everything_once_with_its_baselines(tmp_path: Path) -> None
     for seed in (0, 1):
         assert final[seed]["widths"] == equal[seed]["widths"] == method[seed]["widths"]
         assert sum(method[seed]["widths"].values()) == 8 + 6
-        step = 3 * 128 * equal[seed]["training_flops"] / (3 * 128 * equal[seed]["steps"])
+        step = equal[seed]["training_flops"] / equal[seed]["steps"]
         assert abs(equal[seed]["training_flops"] - method[seed]["training_flops"]) <= step
         assert final[seed]["steps"] == 2 * 11
+        assert method[seed]["growth_flops"] == method[seed]["growths"][0]["flops"]
+        halves = [final[seed]["training_flops"], rows["small, fixed"][seed]["training_flops"]]
+        assert method[seed]["training_flops"] - method[seed]["growth_flops"] == pytest.approx(sum(halves) / 2)
         assert method[seed]["growth_flops"] > rows["random"][seed]["growth_flops"]
         assert set(method[seed]["health"]) == {"all", "new"}
         assert method[seed]["growths"][0]["votes"]
@@ -112,6 +115,8 @@ def test_learning_rates_are_tuned_for_every_row_on_held_out_data(tmp_path: Path)
         ('"small", "final"', '"tiny", "final"', "'small', 'final' or 'equal'"),
         ('how = "swe"', 'how = { swe = { coupling = "half" } }', '"full" or "factored"'),
         ('where = "svod"', 'where = { svod = { score = "best" } }', '"signed" or "absolute"'),
+        ("grow = {", "sizes = {} #", "neither"),
+        ("voted = {", '"random!" = { how = "net2net" }\nvoted = {', "share the file name"),
         ('data = "digits"', "data = { digits = { validations = 0.1 } }", "Known: examples, validation"),
     ],
 )
@@ -153,7 +158,7 @@ def test_stages_run_from_a_file_and_resume(tmp_path: Path, monkeypatch: pytest.M
     assert found["curve"] == want["curve"]
     assert found["training_flops"] == want["training_flops"]
     beside = Run(experiment, lambda progress: setattr(beside, "stopping", bool(progress.beside)))
-    with pytest.raises(runner.Interrupted, match="nothing of it was kept"):
+    with pytest.raises(runner.Interrupted, match="which is dropped"):
         beside.train(tmp_path / "beside")
     again = Run(experiment)
     again.train(tmp_path / "beside")
@@ -197,6 +202,8 @@ def test_sizes_give_a_fresh_net_of_another_shape() -> None:
     model = sized(build({"mlp": {"hidden": [4, 4]}}, data), data.x_train[:4], {"1": 40, "3": 4})
     assert model[1].out_features == model[3].in_features == 40
     assert model[3].weight.std().item() == pytest.approx((1 / 40 / 3) ** 0.5, rel=0.2)  # drawn for 40 inputs, not for 4
+    protocol = build({"vgg": {"convs": [[4]], "hidden": [6], "positive_bias": True}}, data)
+    assert (sized(protocol, data.x_train[:4], {"fc1": 30}).fc1.bias >= 0).all()
     with pytest.raises(ConfigError, match="smaller"):
         sized(build({"mlp": {"hidden": [4, 4]}}, data), data.x_train[:4], {"1": 2})
 

@@ -157,7 +157,7 @@ class Grow(_Strict):
         return value
 
 
-class Stages(_Strict):
+class StagesTable(_Strict):
     """Train to early stop, expand, train on with a fresh optimizer: one stage more than there are amounts."""
 
     amount: list[int | float]
@@ -192,7 +192,7 @@ class Experiment(_Strict):
     sizes: dict[str, int] = {}
     train: Train
     grow: Grow | None = None
-    stages: Stages | None = None
+    stages: StagesTable | None = None
 
     @property
     def data_options(self) -> tuple[str, DataOptions]:
@@ -266,7 +266,12 @@ def _readable(problem: Any) -> str:
     location = [str(part) for part in problem["loc"] if not str(part).startswith(("dict[", "function-"))]
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        tables: dict[str, type[BaseModel]] = {"train": Train, "grow": Grow, "stages": Stages, "budget": BudgetTable}
+        tables: dict[str, type[BaseModel]] = {
+            "train": Train,
+            "grow": Grow,
+            "stages": StagesTable,
+            "budget": BudgetTable,
+        }
         table: type[BaseModel] = Experiment
         for part in location[:-1]:
             table = tables.get(part, table)

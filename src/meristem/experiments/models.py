@@ -50,6 +50,15 @@ class ConvNet(nn.Module):
         return out
 
 
+class PositiveBias(nn.Linear):
+    """A linear layer whose biases start positive: the absolute values of nn.Linear's own."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        with torch.no_grad():
+            self.bias.abs_()
+
+
 def vgg(
     channels: int,
     outputs: int,
@@ -76,9 +85,7 @@ def vgg(
     layers.append(("flatten", nn.Flatten()))
     inputs = channels * size * size
     for i, width in enumerate(hidden, 1):
-        linear = nn.Linear(inputs, width)
-        if positive_bias:
-            linear.bias.data.abs_()
+        linear = (PositiveBias if positive_bias else nn.Linear)(inputs, width)
         layers += [(f"fc{i}", linear), (f"act{i}", nn.ReLU())]
         inputs = width
     layers.append(("head", nn.Linear(inputs, outputs, bias=False)))
@@ -111,10 +118,14 @@ class GPT(nn.Module):
     def __init__(self, vocabulary: int, context: int, width: int, heads: int, hidden: int, depth: int) -> None:
         super().__init__()
         self.token = nn.Embedding(vocabulary, width)
-        self.position = nn.Parameter(0.02 * torch.randn(context, width))
+        self.position = nn.Parameter(torch.empty(context, width))
         self.blocks = nn.ModuleList(Block(width, heads, hidden) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.position, std=0.02)
         nn.init.normal_(self.token.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -169,7 +180,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def sized(model: nn.Module, example: Tensor, sizes: dict[str, int]) -> nn.Module:
-    """`model` with axes of other sizes, as if it had been built with them: every layer draws its weights anew.
+    """`model` with axes of other sizes and fresh weights: every module that has `reset_parameters` calls it, the inner ones
+    first. What a model draws elsewhere keeps the distribution of its small size.
 
     Raises:
         ConfigError: A size is smaller than the model's own.
@@ -186,7 +198,7 @@ def sized(model: nn.Module, example: Tensor, sizes: dict[str, int]) -> nn.Module
     counts = {name: count for name, count in counts.items() if count}
     if counts:
         grow_(model, counts, example)
-        for module in model.modules():
+        for module in reversed(list(model.modules())):
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):
                 reset()

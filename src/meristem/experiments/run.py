@@ -25,15 +25,24 @@ from meristem import checkpoint
 from meristem.care import CARES
 from meristem.experiments import data as datasets
 from meristem.experiments import models
-from meristem.experiments.config import OPTIMIZERS, SCHEDULES, ConfigError, Experiment, Grow, built, named, trigger
-from meristem.experiments.config import Stages as StagesTable
+from meristem.experiments.config import (
+    OPTIMIZERS,
+    SCHEDULES,
+    ConfigError,
+    Experiment,
+    Grow,
+    StagesTable,
+    built,
+    named,
+    trigger,
+)
 from meristem.experiments.data import Batches
 from meristem.grower import Grower
 from meristem.growing import find_axes
 from meristem.how import METHODS
 from meristem.stages import Stages
+from meristem.statistics.flops import step_flops
 from meristem.statistics.health import health
-from meristem.structure import Structure, flops
 from meristem.values import Budget
 from meristem.where import PLACES
 
@@ -46,7 +55,7 @@ Report = Callable[["Progress"], None]
 
 
 class Interrupted(Exception):
-    """The run was asked to stop; its checkpoint is complete."""
+    """The run was asked to stop; what it last saved is complete."""
 
 
 @dataclasses.dataclass
@@ -85,7 +94,7 @@ class Run:
         self.stopping = False
         self.grower = self._grower(experiment.grow) if experiment.grow is not None else None
         self.stages = self._stages(experiment.stages) if experiment.stages is not None else None
-        self.forward_flops = self._forward_flops()
+        self.flops_per_example = self._flops_per_example()
         self.progress.steps = self._steps()
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
@@ -141,12 +150,11 @@ class Run:
         self.report(self.progress)
         self.progress.beside = ""
         if self.stopping:
-            raise Interrupted(f"stopped during a growth after step {self.progress.step}; nothing of it was kept")
+            raise Interrupted("stopped during a growth, which is dropped; the run goes on from its last checkpoint")
 
-    def _forward_flops(self) -> float:
-        """Floating-point operations of one forward pass, per example."""
-        structure = Structure(self.model, self.example)
-        return flops(structure) / structure.batch
+    def _flops_per_example(self) -> float:
+        """Floating-point operations of a training step at the present size, per example."""
+        return step_flops(self.model, self.loss, (self.data.x_train[:8], self.data.y_train[:8]))
 
     def _sizes(self) -> dict[str, int]:
         return {name: axis.size for name, axis in find_axes(self.model, self.example).items()}
@@ -159,7 +167,7 @@ class Run:
         if train.epochs is not None:
             return train.epochs * len(self.batches)
         assert train.flops is not None
-        epochs, rest = divmod(train.flops / (3 * self.forward_flops), len(self.data.x_train))
+        epochs, rest = divmod(train.flops / self.flops_per_example, len(self.data.x_train))
         return max(1, int(epochs) * len(self.batches) + round(rest / train.batch_size))
 
     def train(self, folder: Path) -> None:
@@ -233,14 +241,14 @@ class Run:
         self.accelerator.backward(loss)
         self.optimizer.step()
         progress.step += 1
-        progress.flops += 3 * self.forward_flops * len(batch[0])
+        progress.flops += self.flops_per_example * len(batch[0])
         progress.loss = loss.item()
         if self.grower is not None:
             growth = self.grower.step(loss)
             if growth:
                 progress.flops += growth.flops
                 progress.sizes |= growth.after
-                self.forward_flops = self._forward_flops()
+                self.flops_per_example = self._flops_per_example()
         if progress.step % len(self.batches) == 0 or progress.step == progress.steps:
             self._record()
         self.report(progress)
@@ -298,7 +306,7 @@ class Run:
         checkpoint.load(folder, self.model, optimizer=optimizer, grower=self.grower)
         self.progress = Progress(**extra["progress"])
         torch.set_rng_state(extra["rng"])
-        self.forward_flops = self._forward_flops()
+        self.flops_per_example = self._flops_per_example()
 
     def result(self) -> dict[str, Any]:
         """Everything worth keeping of a finished run, in plain types."""

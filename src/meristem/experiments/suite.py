@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import multiprocessing
 import re
 import tomllib
@@ -104,7 +105,7 @@ class Comparison:
             table["stages"] |= {"amount": []}
         table.pop("grow", None)
         if row.baseline != "small":
-            result = self.done[Row(row.task, str(row.method), row.method), seed]
+            result = self.done[_method(row), seed]
             table["sizes"] = result["widths"]
             if row.baseline == "equal":
                 table.pop("stages", None)
@@ -127,7 +128,7 @@ class Comparison:
         """Run all that is not done yet; `report(done, name)` after every run.
 
         Raises:
-            Interrupted: The runs in progress were stopped; their checkpoints are complete.
+            Interrupted: The runs in progress were stopped; what they last saved is complete.
         """
         count = 0
 
@@ -156,8 +157,6 @@ class Comparison:
         jobs = []
         for row in rows:
             for rate in self.suite.learning_rates:
-                if row.baseline in ("final", "equal") and (_method(row), self.suite.seeds[0]) not in self.done:
-                    continue
                 experiment = _with_rate(_held_out(self.experiment(row, self.suite.seeds[0])), rate)
                 jobs.append(Job(row, experiment, f"{slug(row.task)}_{slug(row.title)}_lr{rate:g}"))
         found: dict[Row, list[tuple[float, float]]] = {}
@@ -165,7 +164,7 @@ class Comparison:
             rate = _rate(job.experiment)
             found.setdefault(job.row, []).append((json.loads(path.read_text())["validation"], rate))
             told(job)
-        return {row: min(pairs)[1] for row, pairs in found.items()}
+        return {row: min(pairs, key=lambda pair: (math.isnan(pair[0]), pair))[1] for row, pairs in found.items()}
 
 
 def read(path: Path, out: Path | None = None) -> Comparison:
@@ -196,6 +195,13 @@ def read(path: Path, out: Path | None = None) -> Comparison:
             raise ConfigError(f"{path}: baselines_of names {method!r}.{nearest(method, suite.methods)}")
     if suite.reference not in titles:
         raise ConfigError(f"{path}: reference = {suite.reference!r} is no row.{nearest(suite.reference, titles)}")
+    for task, table in suite.tasks.items():
+        if "grow" not in table and "stages" not in table:
+            raise ConfigError(f"{path}: tasks.{task} says neither [grow] nor [stages]; there is nothing to compare")
+    files = [f"{slug(row.task)}_{slug(row.title)}" for task in suite.tasks for row in comparison.rows(task)]
+    twice = [name for name in files if files.count(name) > 1]
+    if twice:
+        raise ConfigError(f"{path}: two rows would share the file name {twice[0]!r}. hint: rename a task or a method")
     for row in next(comparison.waves()):
         comparison.experiment(row, suite.seeds[0])
     return comparison

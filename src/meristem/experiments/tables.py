@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, pstdev, stdev
 from typing import Any
 
 from meristem.experiments.suite import Comparison, Row
@@ -27,6 +27,13 @@ def markdown(comparison: Comparison) -> str:
         grown = [row for row in rows if row.baseline is None and of(comparison, row)]
         lines += ["", "Units added, by layer (mean over seeds; one figure per growth):", ""]
         lines += [f"- {row.title}: {allocation(list(of(comparison, row).values()))}" for row in grown]
+        if "stages" in comparison.suite.tasks[task]:
+            lines += [
+                "",
+                "Test accuracy after each stage, % (mean ± population standard deviation, as the paper has it):",
+                "",
+            ]
+            lines += [f"- {row.title}: {by_stage(list(of(comparison, row).values()))}" for row in grown]
         parts.append("\n".join(lines))
     first = next(iter(comparison.done.values()), None)
     suite = comparison.suite
@@ -106,6 +113,13 @@ def shares_of(run: Result, which: str) -> tuple[float, float] | None:
     return forward, outgoing
 
 
+def by_stage(runs: Sequence[Result]) -> str:
+    """Test accuracy at the end of every stage."""
+    stages = min(len(run["curve"]) for run in runs)
+    scores = [[100 * run["curve"][i]["accuracy"] for run in runs] for i in range(stages)]
+    return ", ".join(f"{fmean(values):.2f} ± {pstdev(values):.2f}" for values in scores)
+
+
 def allocation(runs: Sequence[Result]) -> str:
     """Units that each axis got at each growth."""
     names = list(runs[0]["widths"])
@@ -119,31 +133,42 @@ def allocation(runs: Sequence[Result]) -> str:
 
 
 def draw(comparison: Comparison, path: Path) -> None:
-    """Accuracy (or loss) over training FLOPs, one panel per task, mean over seeds; a dot where a run ends."""
+    """Per task: accuracy (or loss) over training FLOPs, mean over seeds, a dot where a run ends; below, inactive units."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     tasks = list(comparison.suite.tasks)
-    figure, panels = plt.subplots(1, len(tasks), figsize=(6 * len(tasks) + 3, 5), layout="constrained", squeeze=False)
+    size = (7 * len(tasks) + 4, 9)
+    figure, panels = plt.subplots(
+        2, len(tasks), figsize=size, layout="constrained", squeeze=False, height_ratios=[3, 2]
+    )
     colours = plt.get_cmap("tab20")
-    for task, panel in zip(tasks, panels[0], strict=True):
-        for i, row in enumerate(comparison.rows(task)):
+    for column, task in enumerate(tasks):
+        top, bottom = panels[0][column], panels[1][column]
+        rows = [row for row in comparison.rows(task) if of(comparison, row)]
+        for i, row in enumerate(rows):
             runs = list(of(comparison, row).values())
-            if not runs:
-                continue
             key = "accuracy" if runs[0]["accuracy"] is not None else "loss"
             points = min(len(run["curve"]) for run in runs)
             x = [fmean(run["curve"][p]["flops"] for run in runs) / 1e12 for p in range(points)]
             y = [fmean(run["curve"][p][key] for run in runs) for p in range(points)]
-            style = {"linestyle": "-" if row.baseline is None else "--", "color": colours(i % 20)}
-            panel.plot(x, y, label=row.title, linewidth=1.4, **style)
-            panel.plot(x[-1:], y[-1:], "o", color=style["color"], markersize=4)
-            panel.set_ylabel(f"test {key}")
-        panel.set_title(task)
-        panel.set_xlabel("training TFLOP, growth included")
+            line = "-" if i < 20 else "--"
+            top.plot(x, y, line, label=row.title, linewidth=1.4, color=colours(i % 20))
+            top.plot(x[-1:], y[-1:], "o", color=colours(i % 20), markersize=5)
+            top.set_ylabel(f"test {key}")
+            for which, offset in (("new", -0.2), ("all", 0.2)):
+                shares = [100 * pair[0] for run in runs if (pair := shares_of(run, which)) is not None]
+                if shares:
+                    bottom.bar(
+                        i + offset, fmean(shares), 0.4, color=colours(i % 20), alpha=1 if which == "new" else 0.4
+                    )
+        top.set_title(task)
+        top.set_xlabel("training TFLOP, growth included")
+        bottom.set_ylabel("units never above zero, %\n(full: new units, pale: all)")
+        bottom.set_xticks(range(len(rows)), [row.title for row in rows], rotation=60, ha="right", fontsize=7)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=8)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
     plt.close(figure)

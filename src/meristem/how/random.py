@@ -1,6 +1,6 @@
 """Random new units, the baseline that every method has to beat.
 
-Preserves the function where one side is zero (the default); costs nothing.
+Preserves the function where one side is zero (the default). Costs one batch where it can look for dead units, else nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Literal
 
 from meristem.axis import Axis
 from meristem.how.draws import awake, drawn
+from meristem.statistics.flops import counting
 from meristem.values import Proposal
 from meristem.view import View
 
@@ -48,6 +49,7 @@ class Random:
     def propose(self, view: View, axis: Axis, count: int) -> Proposal:
         """Drawn weights for `count` units; where growth batches are at hand, no unit starts dead."""
         strips = drawn(view, axis, count, self.zero, self.scale)
-        if self.zero == "fan_out" and view.loss is not None and view.batches:
-            strips = awake(view, axis, count, strips)
-        return Proposal(axis.name, count, strips)
+        with counting() as counter:
+            if self.zero == "fan_out" and view.loss is not None and view.batches:
+                strips = awake(view, axis, count, strips)
+        return Proposal(axis.name, count, strips, flops=counter.get_total_flops())

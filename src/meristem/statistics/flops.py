@@ -6,9 +6,14 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
+
+from meristem.statistics.losses import Loss, measured
+from meristem.structure.twin import twin
+from meristem.structure.undisturbed import undisturbed
 
 Result = TypeVar("Result")
 
@@ -18,6 +23,21 @@ def counting() -> Iterator[FlopCounterMode]:
     """Count the floating-point operations of everything that runs inside, backward passes included."""
     with FlopCounterMode(display=False) as counter:
         yield counter
+
+
+def step_flops(model: nn.Module, loss: Loss, batch: Any) -> float:
+    """Floating-point operations of a training step, forward and backward, per example of the batch; counted on a twin."""
+    copied = twin(model, lambda _, tensor: tensor.detach().clone()).train()
+    math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # fused kernels are not counted on a CPU
+    with undisturbed(), math, counting() as counter:
+        measured(lambda: loss(copied, batch), training=True).backward()
+    return counter.get_total_flops() / batch_size(batch)
+
+
+def batch_size(batch: Any) -> int:
+    """Examples in a batch: the leading dimension of its first tensor."""
+    first = next((leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), None)
+    return len(first) if first is not None else 1
 
 
 class Meter:

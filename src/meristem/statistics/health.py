@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from meristem.axis import Axis, Place, matches
 from meristem.statistics.batches import first_call, one_pass
 from meristem.statistics.losses import Loss, measured
 from meristem.structure import Structure
-from meristem.structure.twin import twin
+from meristem.structure.twin import named_tensors, twin
 from meristem.structure.undisturbed import undisturbed
 from meristem.values import Sources, by_unit
 
@@ -94,12 +94,7 @@ def health(
         copied = twin(model, lambda _, tensor: tensor.detach().clone())
         layouts = {axis.name: structure.layout(axis.name) for axis in chosen}
         rest = passing if batches is None else islice(passing, batches - 1)
-        return measure(copied, chosen, layouts, loss, _chained(first, rest), units)
-
-
-def _chained(first: Any, rest: Iterable[Any]) -> Iterable[Any]:
-    yield first
-    yield from rest
+        return measure(copied, chosen, layouts, loss, chain([first], rest), units)
 
 
 def measure(
@@ -113,7 +108,7 @@ def measure(
     """The figures of `health` on a copy whose gradients may be written. `layouts` tells where the units of an axis lie."""
     copied.eval()
     copied.zero_grad()
-    tensors = {**dict(copied.named_parameters()), **dict(copied.named_buffers())}
+    tensors = named_tensors(copied)
     required = {name: tensors[name].requires_grad for name in tensors}
     reader = _Reader(axes, layouts, tensors)
     try:

@@ -8,8 +8,9 @@ steps measures the gradient of a gate on each candidate's pre-activation z:
 
 The K most negative scores of all axes together cast one vote each for their axis.
 
-The gate scales what produces the pre-activation, so s = sum w dL/dw over the producing weights and biases, or over the
-affine weights of a batch norm between them and the activation: no hook, any architecture.
+No hook is needed: scaling a pre-activation is scaling the weights and bias that produce it, so s = sum w dL/dw over these.
+Where a unit has several producers, or a norm on its way, that would count twice or not at all; there the gate is on what
+the next layers read, s = sum u dL/du over the fan-out, which is sum(a dL/da) for every activation.
 """
 
 from __future__ import annotations
@@ -86,13 +87,17 @@ class SVoD:
             name: {
                 "votes": float(counts.get(name, 0)),
                 "candidates": float(len(s)),
-                "steepest": min(s),
+                "first": self._first(s),
                 "mean": fmean(s),
             }
             for name, s in scores.items()
         }
         _LOG.info("SVoD gives %d units:\n%s", choice.total, _table(votes))
         return Share(counts, votes, sandbox.meter.total)
+
+    def _first(self, scores: list[float]) -> float:
+        """The score of an axis' candidate that would vote first."""
+        return max(scores, key=abs) if self.score == "absolute" else min(scores)
 
     def scores(self, sandbox: Sandbox, choice: Choice) -> dict[str, list[float]]:
         """The gate gradients of every candidate, by axis, on a sandbox that is not used again."""
@@ -114,7 +119,7 @@ class SVoD:
                 sandbox.meter.run(batch, lambda: _backward(sandbox, batch))  # noqa: B023
                 warming.step()
             warming.zero_grad()
-        gates = {axis.name: _gates(axis) for axis in axes}
+        gates = {axis.name: _gates(axis, plan) for axis in axes}
         for slot in (slot for slots in gates.values() for slot in slots):
             tensors[slot.name].requires_grad_()
         batches = 0
@@ -136,14 +141,13 @@ def _candidates(view: View, axis: Axis, count: int) -> Proposal:
     return Proposal(axis.name, count, strips)
 
 
-def _gates(axis: Axis) -> list[Slot]:
-    """The slots whose weights scale a unit's pre-activation."""
-    trainable = [slot for slot in axis.slots if not slot.buffer]
-    if axis.norm == "batch_norm":
-        chosen = [slot for slot in trainable if slot.role == "carried" and slot.fill in ("one", "zero")]
-    else:
-        chosen = [slot for slot in trainable if slot.role != "fan_out" and slot.fill in ("draw", "bias")]
-    return chosen or list(axis.places("fan_out"))
+def _gates(axis: Axis, plan: Plan) -> list[Slot]:
+    """The slots whose weights scale a unit: one layer and its bias where nothing else is on the way, else the fan-out."""
+    inward, carried = axis.places("fan_in"), axis.places("carried")
+    plain = axis.norm is None and axis.multiple == 1 and all(slot.fill == "bias" for slot in carried)
+    if plain and len(inward) == 1 and len(carried) <= 1 and plan.layout[axis.name][inward[0].place].shape[1] == 1:
+        return [*inward, *carried]
+    return list(axis.places("fan_out"))
 
 
 def _gate_gradients(
@@ -169,6 +173,6 @@ def _gate_gradients(
 def _table(votes: Mapping[str, Mapping[str, float]]) -> str:
     width = max(len(name) for name in votes)
     return "\n".join(
-        f"  {name.ljust(width)}  {row['votes']:.0f} of {row['candidates']:.0f} candidates, steepest {row['steepest']:.3g}"
+        f"  {name.ljust(width)}  {row['votes']:.0f} of {row['candidates']:.0f} candidates, the first at {row['first']:.3g}"
         for name, row in votes.items()
     )
