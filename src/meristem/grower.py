@@ -132,6 +132,8 @@ class Grower:
         self._epoch_length = length(data)
         self._example = example
         check_parts(how, self.care)
+        if not hasattr(self.where, "share") or isinstance(self.where, type):
+            raise TypeError(f"where must be a choice such as meristem.where.Uniform(); got {where!r}")
         self._check()
 
     @property
@@ -178,6 +180,8 @@ class Grower:
             PendingBackward: A graph still holds the weights. Nothing has changed.
             DataError: The loss of a growth batch is not finite. Nothing has changed.
         """
+        if isinstance(loss, Tensor) and loss.numel() != 1:
+            raise ValueError(f"step(loss) takes the scalar training loss; got a tensor of shape {tuple(loss.shape)}")
         if loss is not None:
             self._losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
         ended = self._epoch_length is not None and (self.clock.step + 1) % self._epoch_length == 0
@@ -238,6 +242,9 @@ class Grower:
         total = self._total(axes)
         if total is None:
             self._finish("the list of amounts is used up")
+            return None
+        if not isinstance(self.amount, Mapping) and total < min(axis.multiple for axis in axes):
+            self._finish(f"an amount of {total} is less than one step of any axis")
             return None
         batches = growth_batches(self.data, max(self.how.batches, HEALTH_BATCHES), self.generator)
         view = View(structure, self.generator, self.loss, batches, self.data, self.progress)

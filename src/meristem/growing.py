@@ -29,7 +29,7 @@ from meristem.surgery.exchange import check_free, exchange
 from meristem.surgery.optimizers import check_ownership, grown_state
 from meristem.surgery.tensors import grown_tensors
 from meristem.surgery.verify import check_edit, relative_change, rounding_gap, run
-from meristem.values import Growth, Plan, Proposal, Settled, Treatment
+from meristem.values import Growth, Plan, Proposal, Scaling, Settled, TensorChange, Treatment
 from meristem.view import Progress, View
 
 _GENERATORS: weakref.WeakKeyDictionary[nn.Module, torch.Generator] = weakref.WeakKeyDictionary()
@@ -296,8 +296,12 @@ def perform(
         check_edit(structure, plan, axes)
     if isinstance(how, Settles):
         settled = _settled(view, plan, how, treatment)
-        grows = {change.name for change in plan.tensors}
-        new = {n: t for n, t in settled.tensors.items() if n in grows or not torch.equal(t, view.values[n])}
+        # Buffers are the user's: what a forward did to them on the sandbox stays there.
+        new = {c.name: t for c, t in _carried(view, plan, axes) if c.buffer} | {
+            name: settled.tensors[name]
+            for name, tensor in live.items()
+            if isinstance(tensor, nn.Parameter) and (name in changing or not torch.equal(settled.tensors[name], tensor))
+        }
     else:
         new = grown_tensors(view.values, plan, axes, proposals, treatment.scaling)
     with counting() as counter:
@@ -330,6 +334,12 @@ def perform(
         health={moment: dict(figures) for moment, figures in health.items()},
         notes=dict(settled.notes) if settled else {p.axis: p.note for p in proposals if p.note},
     )
+
+
+def _carried(view: View, plan: Plan, axes: Sequence[Axis]) -> list[tuple[TensorChange, Tensor]]:
+    """Every changed tensor with its old entries carried and its new ones filled."""
+    grown = grown_tensors(view.values, plan, axes, [], Scaling())
+    return [(change, grown[change.name]) for change in plan.tensors]
 
 
 def _settled(view: View, plan: Plan, how: Settles, treatment: Treatment) -> Settled:

@@ -15,10 +15,9 @@ from meristem.errors import DataError
 from meristem.grower import Grower
 from meristem.growing import find_axes
 from meristem.how import SWE, How
-from meristem.statistics.batches import check_reiterable, first_call
+from meristem.statistics.batches import check_reiterable, first_call, growth_batches
 from meristem.statistics.flops import batch_size, step_flops
 from meristem.statistics.losses import Loss
-from meristem.structure.undisturbed import undisturbed
 from meristem.values import Budget, Growth
 from meristem.view import Progress
 from meristem.when import Clock
@@ -101,8 +100,8 @@ class Stages(Iterator[Stage]):
         self.report = report
         self._make_optimizer = make_optimizer
         if example is None:
-            with undisturbed():
-                example = first_call(model, loss, next(iter(data)))
+            (batch,) = growth_batches(data, 1, torch.Generator().manual_seed(0))
+            example = first_call(model, loss, batch)
         self._example = example
         self.grower = Grower(
             model,
@@ -146,6 +145,11 @@ class Stages(Iterator[Stage]):
         while self.epoch < self.epochs and self.epoch - self.best_epoch < patience:
             self._train_epoch()
             self.report(self)
+        if not self.best_epoch:
+            raise DataError(
+                f"the validation loss was not finite in any epoch of stage {self.index}; the model holds its last weights. "
+                "hint: a smaller learning rate"
+            )
         self.model.load_state_dict(self._best_weights)
         self._ended = True
         growth = self.grower.history[-1] if self.index else None
@@ -157,8 +161,8 @@ class Stages(Iterator[Stage]):
 
     def _train_epoch(self) -> None:
         if self._per_example is None:
-            with undisturbed():
-                self._per_example = step_flops(self.model, self.loss, next(iter(self.data)))
+            (batch,) = growth_batches(self.data, 1, torch.Generator().manual_seed(0))
+            self._per_example = step_flops(self.model, self.loss, batch)
         self.model.train()
         total, seen = 0.0, 0
         for batch in self.data:

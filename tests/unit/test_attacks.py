@@ -237,3 +237,196 @@ def test_half_precision_grows_by_the_side_that_is_exact() -> None:
     growth = ms.grow_(model, {"0": 2}, x, how=ms.how.GradMax(), loss=call, data=[x])
     assert growth.max_change <= 1e-2
     assert "zero fan-out" in growth.notes["0"]
+
+
+def mse(model: nn.Module, batch: Any) -> Tensor:
+    return F.mse_loss(model(batch[0]), batch[1])
+
+
+def small() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+
+
+def pairs(count: int = 5) -> list[Any]:
+    return [(torch.randn(16, 4), torch.randn(16, 2)) for _ in range(count)]
+
+
+def test_training_on_the_side_sees_its_own_steps_under_autocast() -> None:
+    inputs = [torch.randn(64, 4) for _ in range(100)]
+    data = [(x, torch.tanh(x[:, :2])) for x in inputs]
+
+    def mixed(model: nn.Module, batch: Any) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = model(batch[0])
+        return F.mse_loss(out.float(), batch[1])
+
+    losses = []
+    for call in (mse, mixed):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        ms.grow_(model, {"0": 4}, how=ms.how.SWE(lr=1e-2, coupling="full"), loss=call, data=data)
+        losses.append(mse(model, data[0]).item())
+    assert losses[1] < 1.5 * losses[0] + 0.01
+
+
+class TwoOutputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.a, self.b1, self.b2 = nn.Linear(4, 8), nn.Linear(8, 2), nn.Linear(8, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Any:
+        h = F.relu(self.trunk(x))
+        return self.a(h), self.b2(F.relu(self.b1(h)))
+
+
+def test_an_axis_that_the_loss_does_not_reach() -> None:
+    model, data = TwoOutputs(), pairs()
+    call = lambda m, b: F.mse_loss(m(b[0])[0], b[1])
+    with pytest.raises(ms.GrowthRefused, match="does not reach b1"):
+        ms.grow_(model, {"b1": 3}, how=ms.how.SWE(), loss=call, data=data)
+    assert model.b1.out_features == 5
+    assert ms.health(model, loss=call, data=data)["b1"]["dead"] == 1
+    ms.grow_(model, {"b1": 3}, how=ms.how.Random(zero=None), loss=call, data=data)
+    assert model.b1.out_features == 8
+    with torch.no_grad():
+        frozen = lambda m, b: mse(m, b).detach()
+    with pytest.raises(ms.DataError, match="no gradient"):
+        ms.Grower(
+            small(), None, loss=frozen, data=data, when=ms.when.Every(steps=1), how=ms.how.Random(), where=ms.where.SVoD(), amount=4
+        ).step()  # fmt: skip
+
+
+def test_an_amount_below_one_unit_ends_the_growth() -> None:
+    told: list[Any] = []
+    grower = ms.recipes.swe_svod(
+        small(),
+        None,
+        loss=mse,
+        data=pairs(),
+        when=ms.when.Every(steps=1),
+        amount=0.01,
+        progress=lambda *a: told.append(a),
+    )
+    assert grower.step() is None
+    assert grower.done
+    assert "less than one step" in grower.reason
+    assert not told
+
+
+class Endless(torch.utils.data.IterableDataset[Any]):
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __iter__(self) -> Any:
+        return iter([(torch.randn(4), torch.randn(2)) for _ in range(self.count)])
+
+
+class Spent(torch.utils.data.IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> Any:
+        return torch.randn(4), torch.randn(2)
+
+
+def test_iterable_datasets_keep_drop_last_and_one_shot_ones_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+    loader = torch.utils.data.DataLoader(Endless(33), batch_size=8, drop_last=True)
+    arguments = {"loss": mse, "when": ms.when.Every(epochs=1), "amount": 6}
+    assert ms.recipes.swe_svod(model, None, data=loader, **arguments).epoch()
+    with pytest.raises(ms.DataError, match="one-shot"):
+        ms.recipes.swe_svod(small(), None, data=torch.utils.data.DataLoader(Spent(), batch_size=8), **arguments)
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.l, self.norm, self.h = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.h(F.relu(self.norm(self.l(x))))
+
+
+def test_buffers_that_a_forward_changes_stay_as_they_are() -> None:
+    model = Counting()
+    before = model.norm.running_var.clone()
+
+    def call(m: nn.Module, b: Any) -> Tensor:
+        return mse(m.train(), b)
+
+    ms.grow_(model, {"l": 3}, how=ms.how.SWE(), loss=call, data=pairs())
+    assert model.calls == 0
+    assert torch.equal(model.norm.running_var[:8], before)
+    assert model.norm.num_batches_tracked == 0
+
+
+class SparseText(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.l, self.h = nn.Embedding(10, 8, sparse=True), nn.Linear(8, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.h(F.relu(self.l(self.e(x).mean(1))))
+
+
+@pytest.mark.parametrize("how", [ms.how.Random(), ms.how.SWE()])
+def test_sparse_embeddings_grow(how: Any) -> None:
+    model, data = SparseText(), [(torch.randint(0, 10, (8, 3)), torch.randn(8, 2)) for _ in range(3)]
+    assert ms.health(model, loss=mse, data=data)["e"]["dead"] == 0
+    grower = ms.Grower(
+        model, None, loss=mse, data=data, when=ms.when.Every(steps=1), how=how, where=ms.where.SVoD(), amount=6
+    )
+    assert grower.step()
+
+
+def test_a_loss_may_take_its_batch_apart() -> None:
+    data = [{"x": torch.randn(8, 4), "y": torch.randn(8, 2)} for _ in range(3)]
+
+    def call(m: nn.Module, b: Any) -> Tensor:
+        y = b.pop("y")
+        return F.mse_loss(m(**{"input": b["x"]}), y)
+
+    growth = ms.grow_(small(), {"0": 2}, how=ms.how.SWE(), loss=call, data=data)
+    assert growth
+    assert all(set(batch) == {"x", "y"} for batch in data)
+
+
+def test_health_checks_its_arguments() -> None:
+    for units, error in (({"0": [100]}, "units 0..7"), ({"0": 3}, "units 0..7"), ({"0": [-1]}, "units 0..7")):
+        with pytest.raises(ms.GrowthRefused, match=error):
+            ms.health(small(), loss=mse, data=pairs(), units=units)
+    with pytest.raises(ValueError, match="batches must be"):
+        ms.health(small(), loss=mse, data=pairs(), batches=0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: ms.where.SVoD(lr=-1), lambda: ms.where.SVoD(candidates=1.5), lambda: ms.how.SWE(lr=float("nan")),
+        lambda: ms.how.SWE(lr=None), lambda: ms.how.SWE(weight_decay=None), lambda: ms.how.SWE(coupling="half"),
+        lambda: ms.how.Random(zero="both"),
+    ],
+)  # fmt: skip
+def test_hyperparameters_are_checked_at_once(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="got"):
+        wrong()
+
+
+def test_where_and_loss_are_checked_at_once() -> None:
+    arguments = {"loss": mse, "data": pairs(), "when": ms.when.Every(steps=1), "how": ms.how.Random(), "amount": 2}
+    for where in ("svod", ms.where.SVoD):
+        with pytest.raises(TypeError, match="where must be"):
+            ms.Grower(small(), None, where=where, **arguments)
+    with pytest.raises(ValueError, match="scalar"):
+        ms.Grower(small(), None, **arguments).step(torch.ones(3))
+
+
+def test_stages_that_diverge_say_so() -> None:
+    model = small()
+    stages = ms.recipes.swe_svod_stages(
+        model, lambda p: torch.optim.SGD(p, lr=1e30), loss=mse, data=pairs(), validation=pairs(1), amount=[2], epochs=2
+    )
+    with pytest.raises(ms.DataError, match="not finite in any epoch"):
+        next(stages)

@@ -272,6 +272,26 @@ def test_the_command_tells_a_users_mistakes_without_a_traceback(tmp_path: Path) 
     assert "gradmax" in command("methods", cwd=tmp_path).stdout
 
 
+def test_empty_choices_and_odd_files_are_told(tmp_path: Path) -> None:
+    for change in (
+        {"model": {}},
+        {"data": {}},
+        {"grow": {"when": {}}},
+        {"grow": {"when": {"at": "1 epochs"}, "how": {}}},
+    ):
+        with pytest.raises(ConfigError):
+            checked(SMALL | change)
+    with pytest.raises(ConfigError, match="takes one name; got none"):
+        checked(SMALL | {"train": {"epochs": 1, "optimizer": {}}})
+    with pytest.raises(ConfigError, match="cannot be built"):
+        Run(checked(SMALL | {"model": {"mlp": {"hidden": [-1]}}}))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read(tmp_path)
+    (tmp_path / "odd.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="is not TOML"):
+        read(tmp_path / "odd.toml")
+
+
 def test_the_benchmarks_files_are_valid() -> None:
     files = list((Path(__file__).parents[2] / "benchmarks").rglob("*.toml"))
     assert files

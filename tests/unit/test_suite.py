@@ -105,6 +105,19 @@ def test_learning_rates_are_tuned_for_every_row_on_held_out_data(tmp_path: Path)
         assert result["config"]["data"] == "digits"
 
 
+def test_a_rate_that_diverges_is_not_chosen_and_a_run_that_diverges_is_named(tmp_path: Path) -> None:
+    text = SUITE.replace("adam", "sgd").replace("seeds = [0, 1]", "seeds = [0]\nlearning_rates = [1e12, 1e-2]")
+    text = text.replace('"small", "final", "equal"', '"small"').replace(
+        'voted = { how = "swe", where = "svod" }', "voted = {}"
+    )
+    comparison = suite(tmp_path, text)
+    comparison.finish(1, lambda done, name: None)
+    assert {result["config"]["train"]["optimizer"]["sgd"]["lr"] for result in comparison.done.values()} == {1e-2}
+    wild = suite(tmp_path / "wild", text.replace("lr = 3e-3", "lr = 1e30").replace("learning_rates", "# "))
+    with pytest.raises(ms.DataError, match="digits_voted_seed0: the loss"):
+        wild.finish(1, lambda done, name: None)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

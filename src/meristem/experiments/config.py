@@ -37,9 +37,9 @@ class _Strict(BaseModel):
 
 def named(choice: Choice, known: Mapping[str, Any] | tuple[str, ...], key: str) -> tuple[str, dict[str, Any]]:
     """The name and parameters of a choice; raises where the name is unknown."""
-    name, parameters = (choice, {}) if isinstance(choice, str) else next(iter(choice.items()))
     if isinstance(choice, dict) and len(choice) != 1:
-        raise ValueError(f"{key} takes one name; got {', '.join(choice)}")
+        raise ValueError(f"{key} takes one name; got {', '.join(choice) or 'none'}")
+    name, parameters = (choice, {}) if isinstance(choice, str) else next(iter(choice.items()))
     if name not in known:
         raise ValueError(f"{key} = {name!r} is not known.{nearest(name, known)} Known: {', '.join(known)}")
     return name, dict(parameters)
@@ -60,7 +60,7 @@ def built(choice: Choice, known: Mapping[str, Any], key: str) -> Any:
 
 def trigger(choice: Mapping[str, Any]) -> Every | At:
     """A trigger from { every = "2 epochs" } or { at = ["4 epochs", "6 epochs"] }."""
-    name, value = next(iter(choice.items()))
+    name, value = next(iter(choice.items()), ("", None))
     if name not in TRIGGERS or len(choice) != 1:
         raise ValueError(f"when = {dict(choice)} is not known.{nearest(name, TRIGGERS)} Known: {', '.join(TRIGGERS)}")
     moments = [duration(text) for text in (value if isinstance(value, list) else [value])]
@@ -205,7 +205,7 @@ class Experiment(_Strict):
     def _data(cls, value: Choice) -> Choice:
         if isinstance(value, dict):
             if len(value) != 1:
-                raise ValueError(f"data takes one name; got {', '.join(value)}")
+                raise ValueError(f"data takes one name; got {', '.join(value) or 'none'}")
             for options in value.values():
                 try:
                     DataOptions.model_validate(options)
@@ -219,10 +219,26 @@ class Experiment(_Strict):
     @field_validator("model")
     @classmethod
     def _model(cls, value: Choice) -> Choice:
-        name = value if isinstance(value, str) else next(iter(value))
+        name = value if isinstance(value, str) else next(iter(value), "")
         if ":" not in name:
             named(value, MODELS, "model")
         return value
+
+
+def toml(path: Path) -> dict[str, Any]:
+    """The table in a TOML file.
+
+    Raises:
+        ConfigError: There is no such file, or it is no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no file {path}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
 
 
 def read(path: Path, **overrides: Any) -> Experiment:
@@ -231,13 +247,7 @@ def read(path: Path, **overrides: Any) -> Experiment:
     Raises:
         ConfigError: The file is missing, is no TOML, or says something unknown; the message names the key.
     """
-    try:
-        with path.open("rb") as file:
-            table = tomllib.load(file)
-    except FileNotFoundError:
-        raise ConfigError(f"there is no file {path}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from None
+    table = toml(path)
     return checked(table | overrides, str(path))
 
 

@@ -168,7 +168,10 @@ def build(choice: Choice, data: Data) -> nn.Module:
             raise ConfigError(
                 f"model.{name} has no parameter {key!r}.{nearest(key, defaults)} Known: {', '.join(defaults)}"
             )
-    return make(**fixed, **(defaults | parameters))
+    try:
+        return make(**fixed, **(defaults | parameters))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"model.{name} cannot be built with {parameters}: {error}") from None
 
 
 _DEFAULTS: dict[str, dict[str, Any]] = {

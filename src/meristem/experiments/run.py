@@ -270,6 +270,8 @@ class Run:
             for name, first in self.first_sizes.items()
             if self.progress.sizes[name] > first
         }
+        if not math.isfinite(self.progress.curve[-1]["loss"]):
+            return {}  # a net that has diverged has no health to look at
         looks: dict[str, dict[str, range] | None] = {"all": None, **({"new": new} if new else {})}
         return {
             name: health(self.model, self.example, loss=self.loss, data=plain, units=units)

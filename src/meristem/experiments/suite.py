@@ -6,8 +6,9 @@ import copy
 import json
 import math
 import multiprocessing
+import os
 import re
-import tomllib
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -19,8 +20,8 @@ import torch
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from meristem.errors import nearest
-from meristem.experiments.config import OPTIMIZERS, ConfigError, Experiment, checked, named
+from meristem.errors import DataError, nearest
+from meristem.experiments.config import OPTIMIZERS, ConfigError, Experiment, checked, named, toml
 from meristem.experiments.run import Interrupted, run
 
 Baseline = Literal["small", "final", "equal"]
@@ -149,6 +150,7 @@ class Comparison:
                         experiment = _with_rate(experiment, best[row])
                     jobs.append(Job(row, experiment, f"{slug(row.task)}_{slug(row.title)}"))
             for job, path in _all(jobs, self.out, workers):
+                assert path is not None
                 self.done[job.row, job.experiment.seed] = json.loads(path.read_text())
                 told(job)
 
@@ -160,11 +162,11 @@ class Comparison:
                 experiment = _with_rate(_held_out(self.experiment(row, self.suite.seeds[0])), rate)
                 jobs.append(Job(row, experiment, f"{slug(row.task)}_{slug(row.title)}_lr{rate:g}"))
         found: dict[Row, list[tuple[float, float]]] = {}
-        for job, path in _all(jobs, self.out / "tuning", workers):
-            rate = _rate(job.experiment)
-            found.setdefault(job.row, []).append((json.loads(path.read_text())["validation"], rate))
+        for job, path in _all(jobs, self.out / "tuning", workers, tuning=True):
+            loss = json.loads(path.read_text())["validation"] if path is not None else math.inf
+            found.setdefault(job.row, []).append((math.inf if math.isnan(loss) else loss, _rate(job.experiment)))
             told(job)
-        return {row: min(pairs, key=lambda pair: (math.isnan(pair[0]), pair))[1] for row, pairs in found.items()}
+        return {row: min(pairs)[1] for row, pairs in found.items()}
 
 
 def read(path: Path, out: Path | None = None) -> Comparison:
@@ -174,14 +176,7 @@ def read(path: Path, out: Path | None = None) -> Comparison:
         ConfigError: The file is missing, is no TOML, or says something unknown; the message names the key.
     """
     try:
-        with path.open("rb") as file:
-            table = tomllib.load(file)
-    except FileNotFoundError:
-        raise ConfigError(f"there is no file {path}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from None
-    try:
-        suite = Suite.model_validate(table)
+        suite = Suite.model_validate(toml(path))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
@@ -236,15 +231,18 @@ def _held_out(experiment: Experiment) -> Experiment:
     return experiment.model_copy(update={"data": {name: chosen}})
 
 
-def _all(jobs: Sequence[Job], out: Path, workers: int) -> Iterator[tuple[Job, Path]]:
-    """Every job with the path of its result, as they finish; `workers` at a time in processes of their own."""
+def _all(jobs: Sequence[Job], out: Path, workers: int, tuning: bool = False) -> Iterator[tuple[Job, Path | None]]:
+    """Every job with the path of its result, as they finish; `workers` at a time in processes of their own.
+
+    A job that diverges while tuning has no result; elsewhere its error is raised.
+    """
     if workers == 1:
         for job in jobs:
-            yield job, locked(job.experiment, out, job.name, None)
+            yield job, locked(job, out, None, tuning)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        futures = {pool.submit(locked, job.experiment, out, job.name, 1): job for job in jobs}
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet) as pool:
+        futures = {pool.submit(locked, job, out, 1, tuning): job for job in jobs}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
@@ -256,11 +254,22 @@ def _all(jobs: Sequence[Job], out: Path, workers: int) -> Iterator[tuple[Job, Pa
             raise
 
 
-def locked(experiment: Experiment, out: Path, name: str, threads: int | None) -> Path:
+def _quiet() -> None:
+    """An interrupt before a worker trains has nothing to save and nothing to say."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+
+def locked(job: Job, out: Path, threads: int | None, tuning: bool) -> Path | None:
     """`run`, while no other process works on the same result; one that waited finds it done."""
     if threads is not None:
         torch.set_num_threads(threads)
     locks = out / "locks"
     locks.mkdir(parents=True, exist_ok=True)
-    with FileLock(locks / f"{name}_seed{experiment.seed}.lock"):
-        return run(experiment, out, name)
+    name = f"{job.name}_seed{job.experiment.seed}"
+    try:
+        with FileLock(locks / f"{name}.lock"):
+            return run(job.experiment, out, job.name)
+    except DataError as error:
+        if tuning:
+            return None
+        raise DataError(f"{name}: {error}") from error

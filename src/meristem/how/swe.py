@@ -21,6 +21,7 @@ the forward pass, so under SGD they are all that is needed:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -86,7 +87,9 @@ class SWE:
             raise ValueError(f'SWE(optimizer=...) is "adam" or "sgd"; got {self.optimizer!r}')
         for name in ("lr", "coupling_lr", "weight_decay"):
             value = getattr(self, name)
-            if value is not None and value < 0:
+            if value is None and name == "coupling_lr":
+                continue
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise ValueError(f"SWE({name}=...) must be a float in [0, inf); got {value}")
 
     @property
@@ -300,6 +303,10 @@ class Adjustment:
     def _step(self, batch: object, optimizer: torch.optim.Optimizer) -> float:
         optimizer.zero_grad()
         loss = self.sandbox.loss(batch, self.effective())
+        if not loss.requires_grad:
+            raise GrowthRefused(
+                f"the loss does not reach {self.axis.name}, so nothing can settle there; nothing was changed. hint: how.Random"
+            )
         loss.backward()
         for name in self.decayed:
             self.base[name].grad = torch.zeros_like(self.base[name])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from meristem.errors import DataError
+from meristem.statistics.losses import called
 from meristem.structure.twin import Example, twin
 from meristem.structure.undisturbed import undisturbed
 
@@ -25,6 +26,12 @@ def check_reiterable(data: Iterable[Any]) -> None:
         )
     if not isinstance(data, Iterable):
         raise DataError(f"data must be a DataLoader or a re-iterable of batches; got {type(data).__name__}")
+    dataset = getattr(data, "dataset", None)
+    if isinstance(data, DataLoader) and isinstance(dataset, Iterator):
+        raise DataError(
+            f"the dataset of the DataLoader is a one-shot iterator ({type(dataset).__name__}): growth would eat the examples "
+            "that training needs. hint: let its __iter__ begin anew"
+        )
     if length(data) == 0:
         raise DataError("data is empty: growth needs at least one batch")
 
@@ -71,7 +78,9 @@ def _own_loader(data: Iterable[Any]) -> Iterable[Any]:
     if not isinstance(data, DataLoader):
         return data
     if isinstance(data.dataset, IterableDataset):
-        return DataLoader(data.dataset, batch_size=data.batch_size, collate_fn=data.collate_fn)
+        return DataLoader(
+            data.dataset, batch_size=data.batch_size, collate_fn=data.collate_fn, drop_last=data.drop_last
+        )
     if data.batch_sampler is None:
         return DataLoader(data.dataset, batch_size=None, sampler=data.sampler, collate_fn=data.collate_fn)
     return DataLoader(data.dataset, batch_sampler=data.batch_sampler, collate_fn=data.collate_fn)
@@ -112,9 +121,9 @@ def first_call(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batch
     copied.register_forward_pre_hook(catch, with_kwargs=True)
     with undisturbed(), torch.no_grad():
         try:
-            loss(copied, batch)
-        except _Called as called:
-            args, kwargs = called.args
+            called(loss, copied, batch)
+        except _Called as caught:
+            args, kwargs = caught.args
             return Example(args, kwargs)
     raise DataError(
         "loss(model, batch) never calls the model, so no example input is known. hint: pass example=, or call model(...) "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from meristem.statistics.losses import Loss, measured
+from meristem.statistics.losses import Loss, called, measured
 from meristem.structure.twin import twin
 from meristem.structure.undisturbed import undisturbed
 
@@ -30,7 +30,7 @@ def step_flops(model: nn.Module, loss: Loss, batch: Any) -> float:
     copied = twin(model, lambda _, tensor: tensor.detach().clone()).train()
     math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # fused kernels are not counted on a CPU
     with undisturbed(), math, counting() as counter:
-        measured(lambda: loss(copied, batch), training=True).backward()
+        measured(lambda: called(loss, copied, batch), training=True).backward()
     return counter.get_total_flops() / batch_size(batch)
 
 

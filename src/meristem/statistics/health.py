@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from meristem.axis import Axis, Place, matches
+from meristem.errors import GrowthRefused
 from meristem.statistics.batches import first_call, one_pass
-from meristem.statistics.losses import Loss, measured
+from meristem.statistics.losses import Loss, called, measured
 from meristem.structure import Structure
 from meristem.structure.twin import named_tensors, twin
 from meristem.structure.undisturbed import undisturbed
@@ -82,19 +83,27 @@ def health(
         >>> ms.health(net, loss=loss, data=data)["0"]["inactive_forward"]
         0.25
     """
+    if batches is not None and batches < 1:
+        raise ValueError(f"batches must be an int in [1, inf), or None for all; got {batches}")
     with undisturbed(), closing(one_pass(data, torch.Generator().manual_seed(0))) as passing:
         first = next(passing)
         if example is None:
             example = first_call(model, loss, first)
         structure = Structure(model, example)
         if units is not None:
-            chosen = [structure.axes.named(name) for name in units]
+            chosen = [_checked(structure.axes.named(name), units[name]) for name in units]
         else:
             chosen = [axis for name, axis in structure.axes.items() if matches(name, axes)]
         copied = twin(model, lambda _, tensor: tensor.detach().clone())
         layouts = {axis.name: structure.layout(axis.name) for axis in chosen}
         rest = passing if batches is None else islice(passing, batches - 1)
         return measure(copied, chosen, layouts, loss, chain([first], rest), units)
+
+
+def _checked(axis: Axis, units: Any) -> Axis:
+    if not isinstance(units, Iterable) or any(not 0 <= int(unit) < axis.size for unit in units):
+        raise GrowthRefused(f"axis {axis.name!r} has units 0..{axis.size - 1}; got {units!r}")
+    return axis
 
 
 def measure(
@@ -118,8 +127,9 @@ def measure(
                     tensors[slot.name].requires_grad_(not slot.buffer)
         for batch in batches:
             with reader:
-                value = measured(lambda: loss(copied, batch))  # noqa: B023
-            value.backward()
+                value = measured(lambda: called(loss, copied, batch))  # noqa: B023
+            if value.requires_grad:  # else the loss reaches nothing that is looked at
+                value.backward()
         return {
             axis.name: _figures(axis, layouts[axis.name], tensors, reader, units[axis.name] if units else None)
             for axis in axes
@@ -143,7 +153,7 @@ def _figures(
         return figures
     reached = torch.zeros(count)
     for slot in axis.slots:
-        gradient = tensors[slot.name].grad
+        gradient = dense_gradient(tensors[slot.name])
         if gradient is not None:
             reached += by_unit(gradient, slot.dim, layout[slot.place]).flatten(1).abs().amax(1).float().cpu()
     figures["dead"] = _share(reached[picked] == 0)
@@ -158,7 +168,7 @@ def _figures(
         figures["inactive_outgoing"] = _share(outgoing[picked] <= limit)
     inward = axis.places("fan_in")
     if units is not None and len(others) and inward:
-        gradients = [tensors[s.name].grad for s in inward]
+        gradients = [dense_gradient(tensors[s.name]) for s in inward]
         norms = _norm(
             [by_unit(g, s.dim, layout[s.place]) for g, s in zip(gradients, inward, strict=True) if g is not None]
         )
@@ -168,6 +178,11 @@ def _figures(
         vectors = vectors / vectors.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
         figures["cosine"] = (vectors[picked] @ vectors[others].T).amax(1).mean().item()
     return figures
+
+
+def dense_gradient(tensor: Tensor) -> Tensor | None:
+    """The gradient of a tensor; that of an embedding may be sparse."""
+    return tensor.grad.to_dense() if tensor.grad is not None and tensor.grad.is_sparse else tensor.grad
 
 
 def _norm(strips: Sequence[Tensor]) -> Tensor | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
@@ -22,12 +23,19 @@ class LossModule(nn.Module):
         self.loss = loss
 
     def forward(self, batch: Any) -> Tensor:
-        return self.loss(self.model, batch)
+        return called(self.loss, self.model, batch)
+
+
+def called(loss: Loss, model: nn.Module, batch: Any) -> Tensor:
+    """`loss(model, batch)` on a shallow copy of the batch: growth batches are read more than once, and a loss may pop."""
+    return loss(model, copy.copy(batch) if isinstance(batch, (list, MutableMapping)) else batch)
 
 
 def measured(call: Callable[[], Tensor], training: bool = False) -> Tensor:
     """The loss that `call` gives on a copy of the model; raises our own errors where it fails or is not finite."""
     mode = "train" if training else "eval"
+    # Without this a cast that autocast has kept would outlive a step of the weights: our own context keeps its cache open.
+    torch.clear_autocast_cache()
     try:
         loss = call()
     except Exception as error:

@@ -16,6 +16,7 @@ the next layers read, s = sum u dL/du over the fan-out, which is sum(a dL/da) fo
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
@@ -27,6 +28,7 @@ from torch import Tensor
 from meristem.axis import Axis, Slot
 from meristem.errors import DataError
 from meristem.sandbox import Sandbox
+from meristem.statistics.health import dense_gradient
 from meristem.structure.twin import named_tensors
 from meristem.values import Plan, Proposal, Share, by_unit
 from meristem.view import View
@@ -62,8 +64,10 @@ class SVoD:
     def __post_init__(self) -> None:
         if self.score not in ("signed", "absolute"):
             raise ValueError(f'SVoD(score=...) is "signed" or "absolute"; got {self.score!r}')
-        if self.candidates < 1:
-            raise ValueError(f"SVoD(candidates=...) must be an int in [1, inf); got {self.candidates}")
+        if not isinstance(self.candidates, int) or self.candidates < 1:
+            raise ValueError(f"SVoD(candidates=...) must be an int in [1, inf); got {self.candidates!r}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"SVoD(lr=...) must be a float in (0, inf); got {self.lr}")
 
     @property
     def reads_gains(self) -> bool:
@@ -130,7 +134,12 @@ class SVoD:
 
 
 def _backward(sandbox: Sandbox, batch: Any) -> None:
-    sandbox.loss(batch, {}).backward()
+    loss = sandbox.loss(batch, {})
+    if not loss.requires_grad:
+        raise DataError("the loss has no gradient: SVoD cannot score candidates; nothing was changed")
+    loss.backward()
+    for parameter in sandbox.model.parameters():
+        parameter.grad = dense_gradient(parameter)
 
 
 def _candidates(view: View, axis: Axis, count: int) -> Proposal:
