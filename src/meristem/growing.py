@@ -29,7 +29,7 @@ from meristem.surgery.exchange import check_free, exchange
 from meristem.surgery.optimizers import check_ownership, grown_state
 from meristem.surgery.tensors import grown_tensors
 from meristem.surgery.verify import check_edit, relative_change, rounding_gap, run
-from meristem.values import Growth, Plan, Proposal, Scaling, Settled, TensorChange, Treatment
+from meristem.values import Growth, Plan, Proposal, Settled, Treatment
 from meristem.view import Progress, View
 
 _GENERATORS: weakref.WeakKeyDictionary[nn.Module, torch.Generator] = weakref.WeakKeyDictionary()
@@ -294,16 +294,10 @@ def perform(
     check_free(changing)  # before anything is measured or trained; again below, where every tensor is known
     with counting() as checking:
         check_edit(structure, plan, axes)
+    new = grown_tensors(view.values, plan, axes, proposals, treatment.scaling)
     if isinstance(how, Settles):
         settled = _settled(view, plan, how, treatment)
-        # Buffers are the user's: what a forward did to them on the sandbox stays there.
-        new = {c.name: t for c, t in _carried(view, plan, axes) if c.buffer} | {
-            name: settled.tensors[name]
-            for name, tensor in live.items()
-            if isinstance(tensor, nn.Parameter) and (name in changing or not torch.equal(settled.tensors[name], tensor))
-        }
-    else:
-        new = grown_tensors(view.values, plan, axes, proposals, treatment.scaling)
+        new |= _moved(model, settled.tensors)
     with counting() as counter:
         before = run(model, view.values, (), structure.example)
         after = run(model, {**view.values, **new}, plan.attributes, structure.example)
@@ -336,12 +330,6 @@ def perform(
     )
 
 
-def _carried(view: View, plan: Plan, axes: Sequence[Axis]) -> list[tuple[TensorChange, Tensor]]:
-    """Every changed tensor with its old entries carried and its new ones filled."""
-    grown = grown_tensors(view.values, plan, axes, [], Scaling())
-    return [(change, grown[change.name]) for change in plan.tensors]
-
-
 def _settled(view: View, plan: Plan, how: Settles, treatment: Treatment) -> Settled:
     """The weights that a method finds by growing and training a copy."""
     if treatment.scaling.tensors or treatment.scaling.places:
@@ -350,6 +338,14 @@ def _settled(view: View, plan: Plan, how: Settles, treatment: Treatment) -> Sett
             "(VarianceTransfer, Shrink) would undo it. hint: use WarmMoments or ResetMoments"
         )
     return how.settle(Sandbox(view), {name: plan.after[name] - plan.before[name] for name in plan.after})
+
+
+def _moved(model: nn.Module, settled: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The settled parameters that differ from the model's. Buffers are left out: what a forward on the side did to them
+    is not the user's.
+    """
+    parameters = dict(model.named_parameters())
+    return {name: settled[name] for name, p in parameters.items() if not torch.equal(settled[name], p)}
 
 
 def _check_preserved(view: View, before: Sequence[Tensor], change: float, how: How) -> None:

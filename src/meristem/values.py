@@ -180,8 +180,8 @@ class Growth:
         flops: What the growth cost, in floating-point operations: votes, proposals, adjustment, verification.
         health_flops: What later looks at the health of its units cost; diagnostics, like an evaluation.
         health: Figures of the new units by moment and axis (see `meristem.health`): "insertion", "adjust" where the method
-            adjusts, then "1", "10", "100" and "1000" steps later, "trained" at the end of a stage; `health["loss"]` holds the loss before, its spike
-            and the steps to recover. Completed by the grower.
+            adjusts, "1", "10", "100" and "1000" steps later, "trained" at the end of a stage; `health["loss"]` holds the
+            loss before, its spike and the steps to recover. Completed by the grower.
         votes: What `where` decided on, by axis, where it measured.
         notes: What the methods said, by axis.
         replaced: Old parameter -> new one, where torch did not allow to keep the object. Empty as a rule.
