@@ -98,6 +98,9 @@ def swe_svod(
     a warm second moment. The paper starts a fresh optimizer after each growth: see `swe_svod_stages`. An event costs two
     epochs of the candidate-widened copy and one epoch per grown layer.
 
+    Where the optimizer goes on, the coupling's published learning rate of 1e-3 moves the present weights too far: here it is
+    1e-4, which was better in accuracy and in inactive units (benchmarks/swe_svod/coupling_rate.toml).
+
     Args:
         model: As for `Grower`, like every argument that is not listed here.
         optimizer: As for `Grower`.
@@ -125,7 +128,7 @@ def swe_svod(
         loss=loss,
         data=data,
         when=when if when is not None else Every(epochs=5),
-        how=SWE(),
+        how=SWE(coupling_lr=1e-4),
         where=SVoD(),
         care=care.WarmMoments(),
         amount=amount,
