@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal, Protocol
 
 import numpy as np
@@ -157,7 +158,7 @@ class Coupling(Protocol):
 class FullCoupling:
     """D itself: (new, old, entries per unit, *other dimensions)."""
 
-    def __init__(self, rows: Iterator[Tensor]) -> None:
+    def __init__(self, rows: Iterator[Tensor], new: int) -> None:
         self.pairs = torch.stack(list(rows)).requires_grad_()
 
     def numbers(self) -> list[tuple[Tensor, int]]:
@@ -174,37 +175,42 @@ class FullCoupling:
 
 
 class FactoredCoupling:
-    """The sums of D alone: R, what old units give, and C, what new ones take."""
+    """The sums of D alone, as what each unit has gained: -R for old ones, C for new ones. The gains sum to zero."""
 
-    def __init__(self, rows: Iterator[Tensor]) -> None:
+    def __init__(self, rows: Iterator[Tensor], new: int) -> None:
         first = next(rows)
-        given, taken = first.clone(), [first.sum(0)]
-        for row in rows:
-            given += row
-            taken.append(row.sum(0))
-        self.given, self.taken = given.requires_grad_(), torch.stack(taken).requires_grad_()
+        old = len(first)
+        gained = first.new_zeros(old + new, *first.shape[1:])  # filled in place: one row of D at a time is in memory
+        for j, row in enumerate(chain([first], rows)):
+            gained[:old] -= row
+            gained[old + j] = row.sum(0)
+        self.gained = gained.requires_grad_()
+        # Views of the same memory: each side has a learning rate of its own.
+        self.old, self.new = self.gained.detach()[:old], self.gained.detach()[old:]
 
     def numbers(self) -> list[tuple[Tensor, int]]:
-        return [(self.given, len(self.taken)), (self.taken, len(self.given))]
+        return [(self.old, len(self.new)), (self.new, len(self.old))]
 
     def moved(self) -> Tensor:
-        return torch.cat([-self.given, self.taken])
+        return self.gained
 
     def before_step(self) -> None:
-        """Turn the gradients of R and C into the sums of dL/dD over new and over old units."""
-        given, taken = self.given.grad, self.taken.grad
-        assert given is not None
-        assert taken is not None
-        m, n = len(taken), len(given)
-        self.given.grad = taken.sum(0) + m * given
-        self.taken.grad = n * taken + given.sum(0)
+        """The sums of dL/dD over new and over old units, from the gradient of the effective weights."""
+        gradient = self.gained.grad
+        assert gradient is not None
+        m, n = len(self.new), len(self.old)
+        old, new = gradient[:n], gradient[n:]
+        from_new, from_old = new.sum(0), old.sum(0)
+        self.old.grad = old.mul_(m).sub_(from_new)
+        self.new.grad = new.mul_(n).sub_(from_old)
+        self.gained.grad = None
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """What is given is taken: Adam's element-wise steps are brought back to equal sums."""
-        surplus = self.taken.sum(0) - self.given.sum(0)
-        self.given += surplus / (2 * len(self.given))
-        self.taken -= surplus / (2 * len(self.taken))
+        """What is given is taken: Adam's element-wise steps are brought back to a sum of zero."""
+        surplus = self.gained.sum(0)
+        self.old -= surplus / (2 * len(self.old))
+        self.new -= surplus / (2 * len(self.new))
 
 
 _COUPLINGS: dict[str, type[FullCoupling] | type[FactoredCoupling]] = {
@@ -255,7 +261,7 @@ class Adjustment:
         new = (self.plan.after[self.axis.name] - self.plan.before[self.axis.name]) // self.axis.multiple
         shape = (len(layout) - new, layout.shape[1], *[n for d, n in enumerate(value.shape) if d != slot.dim])
         draw = self.sandbox.view.normal
-        return _COUPLINGS[self.method.coupling](_NOISE * draw(shape, value) for _ in range(new))
+        return _COUPLINGS[self.method.coupling]((_NOISE * draw(shape, value) for _ in range(new)), new)
 
     def effective(self) -> dict[str, Tensor]:
         """The tensors of the coupled forward pass, where they differ from the sandbox's."""
