@@ -266,7 +266,7 @@ class Grower:
         if planned.refusal is not None:
             raise GrowthRefused(f"{', '.join(planned.after)} cannot grow together: {planned.refusal}")
         if offered:
-            proposals = [offered[name].best(planned.after[name] - planned.before[name]) for name in planned.after]
+            proposals = [offered[name].best(count) for name, count in planned.added.items()]
         else:
             proposals = proposed(view, planned, self.how)
         growth = perform(view, planned, proposals, self.how, self.care, self.optimizers)

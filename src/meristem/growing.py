@@ -269,8 +269,7 @@ def proposed(view: View, plan: Plan, how: How) -> list[Proposal]:
     """What a method offers for every axis of a plan; nothing from one that settles its units in on a sandbox."""
     if isinstance(how, Settles):
         return []
-    added = {name: plan.after[name] - plan.before[name] for name in plan.after}
-    return [how.propose(view, view.structure.axes.named(name), count) for name, count in added.items()]
+    return [how.propose(view, view.structure.axes.named(name), count) for name, count in plan.added.items()]
 
 
 def perform(
@@ -315,7 +314,7 @@ def perform(
     check_free({name: live[name] for name in new})
     exchange(model, live, new, states, plan, owners if treatment.reset else ())
     return Growth(
-        added={name: plan.after[name] - plan.before[name] for name in plan.after},
+        added=plan.added,
         before=dict(plan.before),
         after=dict(plan.after),
         parameters=plan.parameters,
@@ -337,7 +336,7 @@ def _settled(view: View, plan: Plan, how: Settles, treatment: Treatment) -> Sett
             f"{type(how).__name__} settles new units beside the present weights; a care that scales these afterwards "
             "(VarianceTransfer, Shrink) would undo it. hint: use WarmMoments or ResetMoments"
         )
-    return how.settle(Sandbox(view), {name: plan.after[name] - plan.before[name] for name in plan.after})
+    return how.settle(Sandbox(view), plan.added)
 
 
 def _moved(model: nn.Module, settled: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -364,7 +363,7 @@ def _check_preserved(view: View, before: Sequence[Tensor], change: float, how: H
 
 def _health(view: View, plan: Plan, axes: Sequence[Axis], new: Mapping[str, Tensor]) -> dict[str, dict[str, Figures]]:
     """Figures of the new units right after the insertion; empty without loss and data, and where units were dropped."""
-    if view.loss is None or not view.batches or any(plan.after[name] < plan.before[name] for name in plan.after):
+    if view.loss is None or not view.batches or min(plan.added.values()) < 0:
         return {}
     copied = twin(view.structure.model, lambda name, _: new.get(name, view.values[name]).detach().clone())
     apply_edits(copied, plan.attributes)

@@ -61,6 +61,11 @@ class Plan:
     def __bool__(self) -> bool:
         return self.refusal is None
 
+    @property
+    def added(self) -> dict[str, int]:
+        """Units added by axis; negative where they are dropped."""
+        return {name: self.after[name] - self.before[name] for name in self.after}
+
     def change(self, name: str) -> TensorChange:
         """What happens to one tensor."""
         return next(change for change in self.tensors if change.name == name)

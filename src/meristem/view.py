@@ -36,7 +36,7 @@ class Widened:
 
     def loss(self, strips: Mapping[Place, Tensor], batch: Any) -> Tensor:
         """The loss on one batch, in eval mode, differentiable in `strips`."""
-        proposal = Proposal(self.axis.name, self.plan.after[self.axis.name] - self.plan.before[self.axis.name], strips)
+        proposal = Proposal(self.axis.name, self.plan.added[self.axis.name], strips)
         grown = grown_tensors(self.values, self.plan, [self.axis], [proposal], Scaling())
         tensors = {f"model.{name}": value for name, value in {**self.values, **grown}.items()}
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):

@@ -321,7 +321,7 @@ class Run:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "widths": self.progress.sizes,
             "growths": [growth.json() for growth in grower.history] if grower is not None else [],
-            "health": self._health(),
+            "health": last["health"] if "health" in last else self._health(),
             "training_flops": self.progress.flops,
             "growth_flops": grower.flops if grower is not None else 0,
             "steps": self.progress.step,

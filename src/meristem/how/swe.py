@@ -258,7 +258,7 @@ class Adjustment:
     def _coupling(self, slot: Slot) -> Coupling:
         layout = self.plan.layout[self.axis.name][slot.place]
         value = self.base[slot.name]
-        new = (self.plan.after[self.axis.name] - self.plan.before[self.axis.name]) // self.axis.multiple
+        new = self.plan.added[self.axis.name] // self.axis.multiple
         shape = (len(layout) - new, layout.shape[1], *[n for d, n in enumerate(value.shape) if d != slot.dim])
         draw = self.sandbox.view.normal
         return _COUPLINGS[self.method.coupling]((_NOISE * draw(shape, value) for _ in range(new)), new)

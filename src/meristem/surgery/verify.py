@@ -72,7 +72,7 @@ def probe(plan: Plan, axis: Axis, values: Mapping[str, Tensor], generator: torch
             strips[slot.place] = torch.zeros_like(strip)
         else:
             strips[slot.place] = strip.abs() + 0.5 if slot.name.endswith("running_var") else strip
-    return Proposal(axis.name, plan.after[axis.name] - plan.before[axis.name], strips)
+    return Proposal(axis.name, plan.added[axis.name], strips)
 
 
 def stream_strip(axis: Axis, name: str, dim: int, old: Tensor, where: np.ndarray[Any, Any]) -> dict[Place, Tensor]:

@@ -162,7 +162,7 @@ def _gates(axis: Axis, plan: Plan) -> list[Slot]:
 def _gate_gradients(
     axis: Axis, gates: list[Slot], plan: Plan, tensors: Mapping[str, Tensor], batches: int
 ) -> list[float]:
-    new = (plan.after[axis.name] - plan.before[axis.name]) // axis.multiple
+    new = plan.added[axis.name] // axis.multiple
     total = torch.zeros(new, dtype=torch.float64)
     for slot in gates:
         gradient = tensors[slot.name].grad
