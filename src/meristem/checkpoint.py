@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from meristem.errors import CheckpointError
 from meristem.grower import Grower
 from meristem.growing import Optimizers, optimizers
-from meristem.surgery.exchange import LINEAGE, check_free, rebuild
+from meristem.structure.twin import twin
+from meristem.surgery.exchange import LINEAGE, check_free, rebuild, replay
 
 MANIFEST = "meristem.json"
 Model = TypeVar("Model", bound=nn.Module)
@@ -58,7 +59,10 @@ def save(
     weights, training = f"weights-{token}.safetensors", f"training-{token}.pt"
     save_file(_unshared(model), folder / weights)
     state = {
-        "optimizers": [{"kind": type(one).__name__, "state": one.state_dict()} for one in optimizers(optimizer)],
+        "optimizers": [
+            {"kind": type(one).__name__, "state": one.state_dict(), "names": _group_names(one, model)}
+            for one in optimizers(optimizer)
+        ],
         "grower": grower.state_dict() if grower is not None else None,
         "extra": extra,
     }
@@ -101,13 +105,27 @@ def load(
     weights = load_file(folder / manifest["weights"])
     state = torch.load(folder / manifest["training"], weights_only=True, map_location="cpu")
     targets = model.state_dict(keep_vars=True)
-    _check_names(set(targets), set(weights), type(model).__name__)
+    lineage = manifest["lineage"]
+    blocks = set(targets) != set(weights)
+    # What the model will be like is tried on a copy without data, so that nothing has changed if it does not fit.
+    grown = twin(model, lambda _, tensor: tensor.detach().to("meta"))
+    followed = {id(p): q for p, q in zip(model.parameters(), grown.parameters(), strict=True)}
+    if blocks:
+        _replay(grown, lineage, type(model).__name__)
+    have = grown.state_dict(keep_vars=True)
+    _check_names(set(have), set(weights), type(model).__name__)
     given = optimizers(optimizer)
-    _check_shapes(targets, weights, manifest["lineage"], type(model).__name__)
+    _check_shapes(have, weights, lineage, type(model).__name__)
     _check_state(given, state, grower)
-    check_free({name: targets[name] for name in targets if targets[name].shape != weights[name].shape})
-    rebuild(model, targets, weights, manifest["lineage"])
+    names = {id(q): name for name, q in grown.named_parameters()}
     for one, saved in zip(given, state["optimizers"], strict=False):
+        _check_groups(one, saved, {i: names[id(q)] for i, q in followed.items() if id(q) in names}, followed)
+    check_free({name: t for name, t in targets.items() if name in weights and t.shape != weights[name].shape})
+    rebuild(model, weights, lineage, blocks)
+    live = dict(model.named_parameters())
+    for one, saved in zip(given, state["optimizers"], strict=False):
+        for group, listed in zip(one.param_groups, saved["names"], strict=True):
+            group["params"][:] = [live[name] for name in listed]
         one.load_state_dict(saved["state"])
     if grower is not None:
         grower.load_state_dict(state["grower"])
@@ -132,13 +150,39 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def _group_names(optimizer: Optimizer, model: nn.Module) -> list[list[str]]:
+    """The parameters of each group by name, in their order: blocks that grow later stand behind the others."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    foreign = sum(id(p) not in names for group in optimizer.param_groups for p in group["params"])
+    if foreign:
+        raise CheckpointError(
+            f"the {type(optimizer).__name__} holds {foreign} parameters that are not the model's. hint: save a module that "
+            "contains everything the optimizer trains"
+        )
+    return [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+
+
+def _replay(grown: nn.Module, lineage: list[Any], kind: str) -> None:
+    try:
+        replay(grown, lineage)
+    except (AttributeError, IndexError, KeyError, StopIteration) as error:
+        raise CheckpointError(
+            f"the checkpoint does not belong to this {kind}: its growths cannot be repeated on it ({error})"
+        ) from error
+
+
 def _check_shapes(have: dict[str, Tensor], saved: dict[str, Tensor], lineage: list[Any], kind: str) -> None:
-    """Raise unless the lineage explains every difference of shape."""
-    grown = {name: tuple(shape) for growth in lineage for name, shape in growth["shapes"].items()}
+    """Raise unless the lineage explains every difference of shape. Names shift where blocks are inserted; shapes do not."""
+    grown: dict[str, set[tuple[int, ...]]] = {}
+    for growth in lineage:
+        for name, shape in growth["shapes"].items():
+            grown.setdefault(name, set()).add(tuple(shape))
+    anywhere = set().union(*grown.values()) if any(growth["insertions"] for growth in lineage) else set()
     for name, tensor in have.items():
         shape = tuple(saved[name].shape)
         aliases = [other for other in have if have[other] is tensor]
-        if shape != tuple(tensor.shape) and shape not in [grown.get(alias) for alias in aliases]:
+        explained = anywhere.union(*[grown.get(alias, set()) for alias in aliases])
+        if shape != tuple(tensor.shape) and shape not in explained:
             raise CheckpointError(
                 f"the checkpoint does not belong to this {kind}: {name} was saved as {shape}, here it is "
                 f"{tuple(tensor.shape)}, and no growth of the checkpoint explains that"
@@ -148,15 +192,26 @@ def _check_shapes(have: dict[str, Tensor], saved: dict[str, Tensor], lineage: li
 def _check_state(given: Sequence[Optimizer], state: dict[str, Any], grower: Grower | None) -> None:
     if given and len(given) != len(state["optimizers"]):
         raise CheckpointError(f"{len(state['optimizers'])} optimizers were saved; got {len(given)}")
-    for one, saved in zip(given, state["optimizers"], strict=False):
-        sizes = [len(group["params"]) for group in saved["state"]["param_groups"]]
-        if saved["kind"] != type(one).__name__ or sizes != [len(group["params"]) for group in one.param_groups]:
-            raise CheckpointError(
-                f"a {saved['kind']} over parameter groups of sizes {sizes} was saved; got a {type(one).__name__} over "
-                f"{[len(group['params']) for group in one.param_groups]}"
-            )
     if grower is not None and state["grower"] is None:
         raise CheckpointError("no grower was saved in this checkpoint")
+
+
+def _check_groups(optimizer: Optimizer, saved: dict[str, Any], names: dict[int, str], known: Container[int]) -> None:
+    """Raise unless the optimizer's groups hold the parameters that were saved, apart from those that growth has added.
+
+    `names` are those that the parameters of the freshly built model will have; the dropped ones of `known` have none.
+    """
+    old = set(names.values())
+    sizes = [len(listed) for listed in saved["names"]]
+    fits = saved["kind"] == type(optimizer).__name__ and len(sizes) == len(optimizer.param_groups)
+    for group, listed in zip(optimizer.param_groups, saved["names"], strict=False):
+        fits &= all(id(p) in known for p in group["params"])
+        fits &= {names[id(p)] for p in group["params"] if id(p) in names} == {name for name in listed if name in old}
+    if not fits:
+        raise CheckpointError(
+            f"a {saved['kind']} over parameter groups of sizes {sizes} was saved; got a {type(optimizer).__name__} over "
+            f"{[len(group['params']) for group in optimizer.param_groups]}, or over other parameters"
+        )
 
 
 def _check_names(have: set[str], saved: set[str], kind: str) -> None:

@@ -15,22 +15,25 @@ from meristem.care import Care
 from meristem.errors import DataError, GrowthRefused
 from meristem.growing import (
     HEALTH_BATCHES,
+    Methods,
     Optimizers,
     cares,
     check_parts,
+    followed,
     growable,
+    method_for,
+    methods,
+    most_batches,
     optimizers,
     perform,
     private_generator,
     proposed,
 )
-from meristem.how import How
 from meristem.statistics.batches import check_reiterable, first_call, growth_batches, length
 from meristem.statistics.flops import counting
-from meristem.statistics.health import measure
+from meristem.statistics.health import look
 from meristem.statistics.losses import Loss
 from meristem.structure import Structure, clash, resized, resolve
-from meristem.structure.twin import twin
 from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.optimizers import check_ownership
 from meristem.values import Budget, Growth, Plan, Proposal, Share
@@ -55,11 +58,13 @@ class Grower:
         loss: `loss(model, batch)`, a scalar, the mean over the batch.
         data: A DataLoader or any re-iterable of batches; read on the side, by a loader of the grower's own.
         when: The trigger.
-        how: The method.
+        how: The method, or several: the first that speaks for the kind of an axis grows it. A kind that none speaks for gets
+            random units with zero fan-out, or `how.ZeroBlock`.
         where: Which axis gets how many units.
         care: What the optimizer and the old weights get; a warm second moment by default.
         amount: Units per growth: an int over all axes, a fraction of the present widths, a list of either (one per
-            growth), or {axis: count}.
+            growth), or {axis: count}. An int is shared out among the widths that `axes` lets grow, or among the depths
+            where it names these alone; `where.ByGain(per_flop=True)` weighs both.
         budget: Upper limits; a growth that would pass one grows what fits.
         axes: Glob patterns of the axes that may grow; a leading "!" excludes.
         round_to: Grown sizes are rounded down to a multiple of this.
@@ -101,7 +106,7 @@ class Grower:
         loss: Loss,
         data: Iterable[Any],
         when: When,
-        how: How,
+        how: Methods,
         where: Where | None = None,
         care: Care | Sequence[Care] | None = None,
         amount: Amount = 32,
@@ -115,7 +120,7 @@ class Grower:
         check_reiterable(data)
         self.model, self.loss, self.data = model, loss, data
         self.optimizers = optimizers(optimizer)
-        self.when, self.how, self.where = when, how, where if where is not None else Uniform()
+        self.when, self.how, self.where = when, methods(how), where if where is not None else Uniform()
         self.care = cares(care)
         self.amount = amount
         self.budget = budget if budget is not None else Budget()
@@ -131,7 +136,7 @@ class Grower:
         self.reason = ""
         self._epoch_length = length(data)
         self._example = example
-        check_parts(how, self.care)
+        check_parts(self.how, self.care)
         if not hasattr(self.where, "share") or isinstance(self.where, type):
             raise TypeError(f"where must be a choice such as meristem.where.Uniform(); got {where!r}")
         self._check()
@@ -149,7 +154,7 @@ class Grower:
             raise ValueError(f"round_to must be an int in [1, inf); got {self.round_to}")
         with undisturbed():
             structure = self._structure()
-            found = growable(structure, self.axes)
+            found = growable(structure, self.axes, self.how)
         for name in self.budget.sizes:
             structure.axes.named(name)
         named = set(self.amount) if isinstance(self.amount, Mapping) else set(found)
@@ -161,6 +166,8 @@ class Grower:
         slots = {slot.name for name in named for slot in found.named(name).slots}
         live = dict(self.model.named_parameters())
         check_ownership(self.optimizers, {n: live[n] for n in slots & live.keys() if live[n].requires_grad})
+        for name in named & structure.depths.keys():
+            check_ownership(self.optimizers, followed(structure, resized(structure, {name: 1})))
 
     def _structure(self) -> Structure:
         if self._example is None:
@@ -246,7 +253,7 @@ class Grower:
         if not isinstance(self.amount, Mapping) and total < min(axis.multiple for axis in axes):
             self._finish(f"an amount of {total} is less than one step of any axis")
             return None
-        batches = growth_batches(self.data, max(self.how.batches, HEALTH_BATCHES), self.generator)
+        batches = growth_batches(self.data, most_batches(self.how), self.generator)
         view = View(structure, self.generator, self.loss, batches, self.data, self.progress)
         offered: dict[str, Proposal] = {}
         if isinstance(self.amount, Mapping):
@@ -266,7 +273,9 @@ class Grower:
         if planned.refusal is not None:
             raise GrowthRefused(f"{', '.join(planned.after)} cannot grow together: {planned.refusal}")
         if offered:
-            proposals = [offered[name].best(count) for name, count in planned.added.items()]
+            wider = any(axis.kind != "depth" for axis in axes if axis.name in planned.after)
+            deep = {axis.name for axis in axes if axis.kind == "depth"} if wider else set()
+            proposals = [offered[name].best(count) for name, count in planned.added.items() if name not in deep]
         else:
             proposals = proposed(view, planned, self.how)
         growth = perform(view, planned, proposals, self.how, self.care, self.optimizers)
@@ -277,7 +286,10 @@ class Grower:
     def _open(self, structure: Structure) -> list[Axis]:
         """The axes that may still grow, without those that multiply an earlier one (groups, and the width of a group)."""
         kept: list[Axis] = []
-        for axis in growable(structure, self.axes).values():
+        axes = list(growable(structure, self.axes, self.how).values())
+        if not self.where.weighs_kinds and any(axis.kind != "depth" for axis in axes):
+            axes = [axis for axis in axes if axis.kind != "depth"]
+        for axis in axes:
             room = self.budget.sizes.get(axis.name, axis.size + axis.multiple) - axis.size
             if room >= axis.multiple and clash(structure, [*[other.name for other in kept], axis.name]) is None:
                 kept.append(axis)
@@ -296,7 +308,8 @@ class Grower:
 
     def _offers(self, view: View, axes: Sequence[Axis], total: int) -> dict[str, Proposal]:
         return {
-            axis.name: self.how.propose(view, axis, max(total // axis.multiple, 1) * axis.multiple) for axis in axes
+            axis.name: method_for(self.how, axis).propose(view, axis, max(total // axis.multiple, 1) * axis.multiple)
+            for axis in axes
         }
 
     def _flops_per_unit(self, structure: Structure, axis: Axis) -> float:
@@ -313,7 +326,7 @@ class Grower:
                 cap = self.budget.sizes.get(name)
                 wanted = int(count * fraction) if cap is None else min(int(count * fraction), cap - axis.size)
                 target = axis.size + wanted
-                target -= target % self.round_to if self.round_to > 1 else 0
+                target -= target % self.round_to if axis.kind != "depth" else 0
                 wanted = (target - axis.size) // axis.multiple * axis.multiple
                 if wanted > 0:
                     result[name] = wanted
@@ -362,11 +375,8 @@ class Grower:
                 for axis in axes:
                     if axis.size < growth.after[axis.name]:
                         raise GrowthRefused(f"{axis.name} has been narrowed since; its units are not followed any more")
-                copied = twin(self.model, lambda _, tensor: tensor.detach().clone())
-                layouts = {axis.name: structure.layout(axis.name) for axis in axes}
                 batches = growth_batches(self.data, HEALTH_BATCHES, self.generator)
-                units = {name: range(growth.before[name], growth.after[name]) for name in growth.added}
-                growth.health[moment] = measure(copied, axes, layouts, self.loss, batches, units)
+                growth.health[moment] = look(structure, axes, self.loss, batches, growth.units())
         except Exception as error:  # a look at the units never stops the training
             growth.health[moment] = {"error": f"{type(error).__name__}: {error}"}
         finally:

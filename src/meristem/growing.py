@@ -6,35 +6,38 @@ import operator
 import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from meristem.axis import Axes, Axis, matches
+from meristem.axis import Axes, Axis, Kind, matches
 from meristem.care import Care, WarmMoments
 from meristem.errors import DataError, GrowthRefused, VerificationError
-from meristem.how import How, Random, Settles
+from meristem.how import How, Random, Settles, ZeroBlock
 from meristem.sandbox import Sandbox
 from meristem.statistics.batches import first_call, growth_batches
 from meristem.statistics.flops import counting
-from meristem.statistics.health import Figures, measure
+from meristem.statistics.health import Figures, measure, measure_blocks
 from meristem.statistics.losses import Loss
-from meristem.structure import Structure, clash, resolve
-from meristem.structure.discover import apply_edits
-from meristem.structure.twin import named_tensors, twin
+from meristem.structure import Structure, clash, resolve, with_insertions
+from meristem.structure.twin import named_tensors
 from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.exchange import check_free, exchange
 from meristem.surgery.optimizers import check_ownership, grown_state
 from meristem.surgery.tensors import grown_tensors
-from meristem.surgery.verify import check_edit, relative_change, rounding_gap, run
-from meristem.values import Growth, Plan, Proposal, Settled, Treatment
+from meristem.surgery.verify import check_edit, grown_twin, relative_change, rounding_gap, run
+from meristem.values import Blocks, Growth, Plan, Proposal, Settled, Treatment, new_blocks
 from meristem.view import Progress, View
 
+METHOD_OF: dict[Kind, How] = {"width": Random(), "heads": Random(), "depth": ZeroBlock()}
+"""What grows an axis of a kind that the chosen method does not speak for."""
 _GENERATORS: weakref.WeakKeyDictionary[nn.Module, torch.Generator] = weakref.WeakKeyDictionary()
 
 Optimizers = Optimizer | Sequence[Optimizer] | None
+Methods = How | Sequence[How] | None
 TOLERANCE = 1e-5
 """Largest relative change of an output, in float32, that still counts as the same function."""
 HEALTH_BATCHES = 4
@@ -52,7 +55,8 @@ def find_axes(model: nn.Module, example: Any, axes: str | Sequence[str] = "*") -
     """The axes that `grow_` accepts, by name; prints as a table.
 
     The model is run once on `example`, on data-free copies of its tensors, and is left untouched. An axis is named
-    after the module whose output units it counts. `.frozen` maps what cannot grow to the reason, `.ends` holds the
+    after the module whose output units it counts; a depth, after the container of its blocks ("h"), or, where a layer fits
+    into a chain, after the layer that it would stand behind or (at the output) before ("fc1:depth"). `.frozen` maps what cannot grow to the reason, `.ends` holds the
     model's classes and vocabulary.
 
     Args:
@@ -68,31 +72,47 @@ def find_axes(model: nn.Module, example: Any, axes: str | Sequence[str] = "*") -
         >>> import torch
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> list(find_axes(net, torch.randn(3, 4)))
-        ['0']
+        ['0', '0:depth', '2:depth']
     """
     with undisturbed():
         return growable(Structure(model, example), axes)
 
 
-def growable(structure: Structure, patterns: str | Sequence[str] = "*") -> Axes:
-    """The axes of a structure whose growth was tried: each is re-traced, all at once first, then one by one."""
+def growable(structure: Structure, patterns: str | Sequence[str] = "*", how: Methods = ()) -> Axes:
+    """The axes of a structure whose growth was tried: each is re-traced, all at once first, then one by one.
+
+    Depths whose new blocks cannot preserve the function count where `how` names a method that does not claim to.
+    """
     found = structure.axes
     refused = dict(found.frozen)
     candidates = {**found, **found.ends}
     # Distinct counts keep sizes that must change together from passing by accident.
-    together = {name: axis.multiple * (i % 7 + 1) for i, (name, axis) in enumerate(found.items())}
+    widths = {name: axis for name, axis in found.items() if axis.kind != "depth"}
+    together = {name: axis.multiple * (i % 7 + 1) for i, (name, axis) in enumerate(widths.items())}
     plain = bool(together) and resolve(structure, together)
     own = all(_is_layer(structure.model.get_submodule(e.module)) for e in plain.attributes) if plain else False
     for name, axis in candidates.items():
         reason = _held(structure, axis)
-        if reason is None and not (own and name in found):
+        if reason is None and not (own and name in widths):
             reason = resolve(structure, {name: axis.multiple}).refusal
         if reason is not None:
             refused[name] = reason
-    refused |= _inexact(structure, {name: axis for name, axis in candidates.items() if name not in refused})
+    left = {name: axis for name, axis in candidates.items() if name not in refused}
+    refused |= _inexact(structure, {name: axis for name, axis in left.items() if axis.kind != "depth"})
+    exact = {name: axis for name, axis in left.items() if axis.kind == "depth" and method_for(how, axis).kinds["depth"]}
+    refused |= _inexact(structure, exact)
     kept = {name: axis for name, axis in found.items() if name not in refused and matches(name, patterns)}
     ends = {name: axis for name, axis in found.ends.items() if name not in refused}
     return Axes(kept, ends, refused)
+
+
+def sizes_of(axes: Axes) -> dict[str, int]:
+    """Sizes by axis, as records list them: a place in a chain counts once it has grown."""
+    return {
+        name: axis.size
+        for name, axis in axes.items()
+        if axis.kind != "depth" or axis.size > 1 or not name.endswith(":depth")
+    }
 
 
 def _held(structure: Structure, axis: Axis) -> str | None:
@@ -121,7 +141,9 @@ def _inexact(structure: Structure, axes: Mapping[str, Axis]) -> dict[str, str]:
     for axis in listed:
         if changes([axis]):
             reasons[axis.name] = (
-                f"a {axis.norm.replace('_', ' ')} normalises over it, and its producers do not feed it directly"
+                "no new block of it leaves the function as it is; it grows when its method is named, as how.Stack()"
+                if axis.kind == "depth"
+                else f"a {axis.norm.replace('_', ' ')} normalises over it, and its producers do not feed it directly"
                 if axis.streamed and axis.norm is not None
                 else "the model's code depends on its size: the outputs would change"
             )
@@ -167,7 +189,7 @@ def grow_(
     model: nn.Module,
     counts: Mapping[str, int],
     example: Any = None,
-    how: How | None = None,
+    how: Methods = None,
     *,
     care: Care | Sequence[Care] | None = None,
     optimizer: Optimizers = None,
@@ -187,7 +209,8 @@ def grow_(
         counts: Units to add by axis name.
         example: A tensor, a tuple of arguments or a dict of keyword arguments; None takes the model's first call inside
             `loss` on the first batch.
-        how: The method; random fan-in and zero fan-out by default.
+        how: The method, or several, of which the first that speaks for the kind of an axis grows it; by default random
+            fan-in and zero fan-out for widths, and `how.ZeroBlock` for depths.
         care: What the optimizer and the old weights get; by default the new slices get a warm second moment.
         optimizer: The optimizer, or all of them, whose state follows.
         loss: For methods that measure or train: `loss(model, batch)`, a mean over the batch.
@@ -211,13 +234,13 @@ def grow_(
         ({'0': 10}, 10)
     """
     generator = generator if generator is not None else private_generator(model)
-    how = how if how is not None else Random()
+    hows = methods(how)
     counts = _counts(counts)
-    check_parts(how, cares(care))
+    check_parts(hows, cares(care))
     state = generator.get_state()
     try:
         with undisturbed():
-            batches = growth_batches(data, max(how.batches, HEALTH_BATCHES), generator) if data is not None else []
+            batches = growth_batches(data, most_batches(hows), generator) if data is not None else []
             if example is None:
                 if loss is None or not batches:
                     raise DataError("grow_ needs an example input, or loss= and data= to find one")
@@ -225,7 +248,7 @@ def grow_(
             structure = Structure(model, example)
             planned = _accepted(_planned(structure, counts))
             view = View(structure, generator, loss, batches, data, progress)
-            return perform(view, planned, proposed(view, planned, how), how, cares(care), optimizers(optimizer))
+            return perform(view, planned, proposed(view, planned, hows), hows, cares(care), optimizers(optimizer))
     except BaseException:
         generator.set_state(state)
         raise
@@ -262,57 +285,86 @@ def narrow_(
         structure = Structure(model, example)
         planned = _accepted(_planned(structure, _drops(units)))
         view = View(structure, torch.Generator())
-        return perform(view, planned, [], None, (), optimizers(optimizer))
+        return perform(view, planned, [], (), (), optimizers(optimizer))
 
 
-def proposed(view: View, plan: Plan, how: How) -> list[Proposal]:
-    """What a method offers for every axis of a plan; nothing from one that settles its units in on a sandbox."""
-    if isinstance(how, Settles):
-        return []
-    return [how.propose(view, view.structure.axes.named(name), count) for name, count in plan.added.items()]
+def method_for(how: Methods, axis: Axis) -> How:
+    """The method that grows an axis: the first of those given that speaks for its kind, else the kind's default."""
+    return next((one for one in methods(how) if axis.kind in one.kinds), METHOD_OF[axis.kind])
+
+
+def most_batches(how: Methods) -> int:
+    """Growth batches that the methods, and a look at the new units, need."""
+    return max(HEALTH_BATCHES, *(one.batches for one in (*methods(how), *METHOD_OF.values())))
+
+
+def proposed(view: View, plan: Plan, how: Methods) -> list[Proposal]:
+    """What the methods offer for the axes of a plan; nothing where new units are settled in on a sandbox, and nothing for
+    depths that grow with widths: their blocks are made when the widths are known (see `perform`).
+    """
+    offers = []
+    axes = [view.structure.axes.named(name) for name in plan.after]
+    wider = any(axis.kind != "depth" for axis in axes)
+    for axis in axes:
+        method = method_for(how, axis)
+        if not isinstance(method, Settles) and not (axis.kind == "depth" and wider):
+            offers.append(method.propose(view, axis, plan.added[axis.name]))
+    return offers
 
 
 def perform(
     view: View,
     plan: Plan,
     proposals: Sequence[Proposal],
-    how: How | None,
+    how: Methods,
     care: Sequence[Care],
     owners: Sequence[Optimizer],
 ) -> Growth:
-    """Build every new tensor, verify, swap; the last steps of every growth. Raises before anything has changed."""
+    """Build every new tensor and block, verify, swap; the last steps of every growth. Raises before anything has changed."""
     started = time.perf_counter()
     structure = view.structure
     model = structure.model
     axes = [structure.axes.named(name) for name in plan.after]
-    treatment = sum((c.treat(model, plan, axes) for c in care), Treatment())
+    widths = [axis for axis in axes if axis.kind != "depth"]
+    deep = [axis for axis in axes if axis.kind == "depth"]
+    growing = any(count > 0 for count in plan.added.values())
+    chosen = [method_for(how, axis) for axis in axes] if growing else []
+    treatment = sum((c.treat(model, plan, widths) for c in care), Treatment())
     live = named_tensors(model)
-    settled = None
     changing = {change.name: live[change.name] for change in plan.tensors}
     check_ownership(owners, {name: tensor for name, tensor in changing.items() if tensor.requires_grad})
+    check_ownership(owners, followed(structure, plan))
     check_free(changing)  # before anything is measured or trained; again below, where every tensor is known
+    exact_depth = all(method_for(how, axis).kinds["depth"] for axis in deep)
     with counting() as checking:
-        check_edit(structure, plan, axes)
-    new = grown_tensors(view.values, plan, axes, proposals, treatment.scaling)
-    if isinstance(how, Settles):
-        settled = _settled(view, plan, how, treatment)
+        check_edit(structure, plan, axes, deepen=exact_depth)
+    new = grown_tensors(view.values, plan, widths, proposals, treatment.scaling)
+    settles = next((one for one in chosen if isinstance(one, Settles)), None)
+    settled = _settled(view, plan, settles, widths, treatment) if settles is not None else None
+    if settled is not None:
         new |= _moved(model, settled.tensors)
+    values = {**view.values, **new}
+    plan, proposals, blocks = _with_blocks(view, plan, proposals, how, deep, values)
     with counting() as counter:
-        before = run(model, view.values, (), structure.example)
-        after = run(model, {**view.values, **new}, plan.attributes, structure.example)
+        before = run(model, view.values, structure.example)
+        after = run(model, values, structure.example, plan, blocks)
         change = relative_change(plan, before, after)
-        if how is not None and how.preserves and not treatment.scaling.tensors and not treatment.scaling.places:
-            _check_preserved(view, before, change, how)
-        health = settled.health if settled is not None else _health(view, plan, axes, new)
+        scaled = treatment.scaling.tensors or treatment.scaling.places
+        keeps = all(one.kinds[axis.kind] for one, axis in zip(chosen, axes, strict=True)) if growing else False
+        if keeps and not scaled:
+            _check_preserved(view, before, change, chosen[0])
+        health = dict(settled.health) if settled is not None else {}
+        for moment, figures in _health(view, plan, axes, values, blocks, settled is None).items():
+            health[moment] = {**health.get(moment, {}), **figures}
     states = []
     for optimizer in owners:
         for tensor_change in plan.tensors:
             parameter = live[tensor_change.name]
             if parameter in optimizer.state:
-                state = grown_state(optimizer, parameter, tensor_change, plan, axes, proposals, treatment.warm)
+                state = grown_state(optimizer, parameter, tensor_change, plan, widths, proposals, treatment.warm)
                 states.append((optimizer, parameter, state))
     check_free({name: live[name] for name in new})
-    exchange(model, live, new, states, plan, owners if treatment.reset else ())
+    exchange(model, live, new, states, plan, owners if treatment.reset else (), blocks, owners)
     return Growth(
         added=plan.added,
         before=dict(plan.before),
@@ -326,17 +378,56 @@ def perform(
         + (settled.flops if settled else 0),
         health={moment: dict(figures) for moment, figures in health.items()},
         notes=dict(settled.notes) if settled else {p.axis: p.note for p in proposals if p.note},
+        blocks={i.axis: new_blocks(i) for i in plan.insertions if new_blocks(i)},
     )
 
 
-def _settled(view: View, plan: Plan, how: Settles, treatment: Treatment) -> Settled:
+def followed(structure: Structure, plan: Plan) -> dict[str, Tensor]:
+    """The trained parameters whose groups in the optimizer new blocks will join."""
+    parents = {
+        structure.depths[insertion.axis].blocks[block]
+        for insertion in plan.insertions
+        for block, new in zip(insertion.blocks, insertion.new, strict=True)
+        if new
+    }
+    return {
+        f"{name}.{inner}": parameter
+        for name in sorted(parents)
+        for inner, parameter in structure.model.get_submodule(name).named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def _with_blocks(
+    view: View, plan: Plan, proposals: Sequence[Proposal], how: Methods, deep: Sequence[Axis], values: Mapping[str, Tensor]
+) -> tuple[Plan, list[Proposal], list[Blocks]]:
+    """The plan with the blocks where the methods want them. Beside growing widths, blocks are made on a widened copy."""
+    proposals = list(proposals)
+    offered = {proposal.axis for proposal in proposals}
+    if any(plan.added[axis.name] > 0 and axis.name not in offered for axis in deep):
+        widened = grown_twin(view.structure.model, values, replace(plan, counts=()))
+        structure = Structure(widened, view.structure.example)
+        looked = View(structure, view.generator, view.loss, view.batches, view.data, view.progress)
+        for axis in deep:
+            if axis.name not in offered:
+                same = structure.axes.named(axis.name)
+                proposals.append(method_for(how, axis).propose(looked, same, plan.added[axis.name]))
+    found = {proposal.axis: proposal.blocks for proposal in proposals if proposal.blocks is not None}
+    blocks = [found.get(insertion.axis) or Blocks(insertion) for insertion in plan.insertions]
+    insertions = [one.insertion for one in blocks]
+    if insertions != list(plan.insertions):
+        plan = _accepted(with_insertions(view.structure, plan, insertions))
+    return plan, proposals, blocks
+
+
+def _settled(view: View, plan: Plan, how: Settles, widths: Sequence[Axis], treatment: Treatment) -> Settled:
     """The weights that a method finds by growing and training a copy."""
     if treatment.scaling.tensors or treatment.scaling.places:
         raise GrowthRefused(
             f"{type(how).__name__} settles new units beside the present weights; a care that scales these afterwards "
             "(VarianceTransfer, Shrink) would undo it. hint: use WarmMoments or ResetMoments"
         )
-    return how.settle(Sandbox(view), plan.added)
+    return how.settle(Sandbox(view), {axis.name: plan.added[axis.name] for axis in widths})
 
 
 def _moved(model: nn.Module, settled: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -361,14 +452,26 @@ def _check_preserved(view: View, before: Sequence[Tensor], change: float, how: H
     )
 
 
-def _health(view: View, plan: Plan, axes: Sequence[Axis], new: Mapping[str, Tensor]) -> dict[str, dict[str, Figures]]:
-    """Figures of the new units right after the insertion; empty without loss and data, and where units were dropped."""
+def _health(
+    view: View, plan: Plan, axes: Sequence[Axis], values: Mapping[str, Tensor], blocks: Sequence[Blocks], widths: bool
+) -> dict[str, dict[str, Figures]]:
+    """Figures of the new units and blocks right after the insertion, of the widths only where asked for; empty without loss
+    and data, and where something was dropped.
+    """
     if view.loss is None or not view.batches or min(plan.added.values()) < 0:
         return {}
-    copied = twin(view.structure.model, lambda name, _: new.get(name, view.values[name]).detach().clone())
-    apply_edits(copied, plan.attributes)
-    units = {name: range(plan.before[name], plan.after[name]) for name in plan.after}
-    return {"insertion": measure(copied, axes, plan.layout, view.loss, view.batches, units)}
+    figures: dict[str, Figures] = {}
+    grown = [axis for axis in axes if axis.kind != "depth"]
+    if widths and grown:
+        copied = grown_twin(view.structure.model, values, replace(plan, counts=()))
+        units = {axis.name: range(plan.before[axis.name], plan.after[axis.name]) for axis in grown}
+        figures |= measure(copied, grown, plan.layout, view.loss, view.batches, units)
+    if blocks:
+        copied = grown_twin(view.structure.model, values, plan, blocks)
+        structure = Structure(copied, view.structure.example)
+        new = {one.insertion.axis: new_blocks(one.insertion) for one in blocks}
+        figures |= measure_blocks(structure, copied, new, view.loss, view.batches)
+    return {"insertion": figures} if figures else {}
 
 
 def _planned(structure: Structure, wishes: Mapping[str, Any]) -> Plan:
@@ -418,10 +521,16 @@ def _drops(units: Mapping[str, Any]) -> dict[str, int | list[int]]:
     return wishes
 
 
-def check_parts(how: Any, care: Sequence[Any]) -> None:
-    """Raise unless a method and cares are what they should be."""
-    if not isinstance(how, How) or isinstance(how, type):
-        raise TypeError(f"how must be a method such as meristem.how.Random(); got {how!r}")
+def methods(how: Methods) -> tuple[How, ...]:
+    """One method, several or none as a tuple."""
+    return () if how is None else tuple(how) if isinstance(how, Sequence) else (how,)
+
+
+def check_parts(how: Sequence[Any], care: Sequence[Any]) -> None:
+    """Raise unless methods and cares are what they should be."""
+    for one in how:
+        if not isinstance(one, How) or isinstance(one, type):
+            raise TypeError(f"how must be a method such as meristem.how.Random(), or several; got {one!r}")
     for one in care:
         if not hasattr(one, "treat") or isinstance(one, type):
             raise TypeError(f"care must be made of cares such as meristem.care.WarmMoments(); got {one!r}")

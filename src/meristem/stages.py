@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from meristem.errors import DataError
 from meristem.grower import Grower
-from meristem.growing import find_axes
-from meristem.how import SWE, How
+from meristem.growing import Methods, find_axes, sizes_of
+from meristem.how import SWE
 from meristem.statistics.batches import check_reiterable, first_call, growth_batches
 from meristem.statistics.flops import batch_size, step_flops
 from meristem.statistics.losses import Loss
@@ -76,7 +76,7 @@ class Stages(Iterator[Stage]):
         data: Iterable[Any],
         validation: Iterable[Any],
         amount: Sequence[int | float],
-        how: How = SWE(),  # noqa: B008  frozen
+        how: Methods = SWE(),  # noqa: B008  frozen
         where: Where = SVoD(),  # noqa: B008
         adjust_data: Iterable[Any] | None = None,
         epochs: int = 250,
@@ -155,7 +155,7 @@ class Stages(Iterator[Stage]):
         growth = self.grower.history[-1] if self.index else None
         if growth is not None:
             self.grower.measure(growth, "trained")
-        sizes = {name: axis.size for name, axis in find_axes(self.model, self._example).items()}
+        sizes = sizes_of(find_axes(self.model, self._example))
         spent = self.flops + (growth.flops if growth is not None else 0)
         return Stage(self.index, growth, sizes, self.best, self.epoch, self.best_epoch, spent, tuple(self.curve))
 

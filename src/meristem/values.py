@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -38,12 +38,36 @@ class AttributeChange:
 
 
 @dataclass(frozen=True)
+class Insertion:
+    """The blocks of a depth axis after a change: on place i stands the present block `blocks[i]` or, where `new[i]`, a new
+    one made after it.
+
+    `form` is "run" where like blocks stand in the container at `path`, the first of them at `first`; "after" and "before"
+    where layers stand behind or in front of the layer at `path`, which is block 0, with `activation` between.
+    """
+
+    axis: str
+    path: str
+    form: Literal["run", "after", "before"]
+    first: int
+    size: int
+    blocks: tuple[int, ...]
+    new: tuple[bool, ...]
+    activation: str = ""
+
+    def __str__(self) -> str:
+        placed = [f"+{block}" if new else str(block) for block, new in zip(self.blocks, self.new, strict=True)]
+        return f"{self.path}: blocks {', '.join(map(str, range(self.size)))} -> {', '.join(placed)}"
+
+
+@dataclass(frozen=True)
 class Plan:
     """The dry run of a growth: every shape and attribute that would change, or why it is refused. Truthy if possible.
 
     `before` and `after` are sizes by axis; `layout[axis][place]` tells where the units of an axis lie along a dimension
     after the change, an array (units, entries per unit), old units first; `rescaled` holds the factor of norm weights whose
-    width changes, `outputs` the sources of every output dimension; `parameters` and `flops` (of one forward pass on the example) are pairs,
+    width changes, `outputs` the sources of every output dimension; `insertions` say where new blocks stand, `counts` which
+    attributes follow them (in modules named as they are then); `parameters` and `flops` (of one forward pass on the example) are pairs,
     before and after.
     """
 
@@ -53,6 +77,8 @@ class Plan:
     layout: Mapping[str, Mapping[Place, Sources]] = field(default_factory=dict, repr=False)
     attributes: tuple[AttributeChange, ...] = ()
     rescaled: Mapping[str, float] = field(default_factory=dict)
+    insertions: tuple[Insertion, ...] = ()
+    counts: tuple[AttributeChange, ...] = ()
     outputs: tuple[tuple[Sources, ...], ...] = field(default=(), repr=False)
     parameters: tuple[int, int] = (0, 0)
     flops: tuple[int, int] = (0, 0)
@@ -75,9 +101,16 @@ class Plan:
         if self.refusal is not None:
             return "\n".join([*lines, f"refused: {self.refusal}"])
         lines += [f"  {t.name}: {t.before} -> {t.after}" for t in self.tensors]
-        lines += [f"  {a.module or 'model'}.{a.attribute}: {a.before} -> {a.after}" for a in self.attributes]
+        lines += [f"  {insertion}" for insertion in self.insertions]
+        edits = (*self.attributes, *self.counts)
+        lines += [f"  {a.module or 'model'}.{a.attribute}: {a.before} -> {a.after}" for a in edits]
         lines.append("parameters: {} -> {}; forward FLOPs: {} -> {}".format(*self.parameters, *self.flops))
         return "\n".join(lines)
+
+
+def new_blocks(insertion: Insertion) -> list[int]:
+    """The places of the new blocks."""
+    return [place for place, new in enumerate(insertion.new) if new]
 
 
 @dataclass(frozen=True)
@@ -93,19 +126,42 @@ class Copies:
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """New blocks of a depth axis.
+
+    A new block starts as a copy of the one it is made after; `values` holds its own tensors where these differ, by its
+    place and their name inside it. `inherits` says that the optimizer's state is copied too, `exact` that the function is
+    preserved.
+    """
+
+    insertion: Insertion
+    values: Mapping[tuple[int, str], Tensor] = field(default_factory=dict)
+    inherits: bool = False
+    exact: bool = False
+
+    def first(self, count: int) -> Blocks:
+        """The first `count` new blocks alone; all of them stand behind the present ones."""
+        placed = self.insertion
+        kept = placed.size + count
+        insertion = replace(placed, blocks=placed.blocks[:kept], new=placed.new[:kept])
+        return replace(self, insertion=insertion, values={k: v for k, v in self.values.items() if k[0] < kept})
+
+
+@dataclass(frozen=True)
 class Proposal:
     """The weights that a method offers for `count` new units of one axis.
 
     A strip holds the new entries of one place, unit by unit: shape (units, entries per unit, *the other dimensions of
     the tensor at their present size). A place without a strip starts by its fill, or as a copy where `copies` is given.
-    `gains` are predicted first-order gains per unit, best first, where the method finds them; `flops` is what finding
-    them cost; `note` is for the reader of the log.
+    New units of a depth axis are `blocks`. `gains` are predicted first-order gains per unit, best first, where the method
+    finds them; `flops` is what finding them cost; `note` is for the reader of the log.
     """
 
     axis: str
     count: int
     strips: Mapping[Place, Tensor] = field(default_factory=dict)
     copies: Copies | None = None
+    blocks: Blocks | None = None
     gains: tuple[float, ...] = ()
     flops: int = 0
     note: str = ""
@@ -116,6 +172,8 @@ class Proposal:
             return self
         if self.copies is not None:
             raise ValueError("a proposal of copies cannot be cut: its shares belong together")
+        if self.blocks is not None:
+            return replace(self, count=count, blocks=self.blocks.first(count), gains=self.gains[:count])
         units = count * len(next(iter(self.strips.values()))) // self.count
         strips = {place: strip[:units] for place, strip in self.strips.items()}
         return replace(self, count=count, strips=strips, gains=self.gains[:units])
@@ -189,6 +247,7 @@ class Growth:
             loss before, its spike and the steps to recover. Completed by the grower.
         votes: What `where` decided on, by axis, where it measured.
         notes: What the methods said, by axis.
+        blocks: The places of new blocks, by depth axis, as they were right after the growth.
         replaced: Old parameter -> new one, where torch did not allow to keep the object. Empty as a rule.
     """
 
@@ -204,10 +263,15 @@ class Growth:
     health: dict[str, Any] = field(default_factory=dict)
     votes: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    blocks: dict[str, list[int]] = field(default_factory=dict)
     replaced: dict[nn.Parameter, nn.Parameter] = field(default_factory=dict, repr=False)
 
     def __bool__(self) -> bool:
         return any(self.added.values())
+
+    def units(self) -> dict[str, Sequence[int]]:
+        """The new units by axis: the last ones of a width, the new blocks of a depth."""
+        return {name: self.blocks.get(name, range(self.before[name], self.after[name])) for name in self.added}
 
     def json(self) -> dict[str, Any]:
         """Everything but `replaced`, in plain types."""

@@ -198,7 +198,7 @@ def test_code_that_hard_codes_a_size_is_refused_with_its_place() -> None:
     model, x = Hard(), torch.randn(3, 10)
     opt = torch.optim.SGD(model.parameters(), lr=0.1)
     axes = ms.find_axes(model, x)
-    assert not axes
+    assert all(axis.kind == "depth" for axis in axes.values())
     plan = ms.plan(model, {"fc1": 4}, x) if "fc1" not in axes.frozen else None
     assert plan is None or not plan
     unchanged(model, opt, lambda: ms.grow_(model, {"fc1": 4}, x, optimizer=opt), ms.GrowthRefused, "fc1")
@@ -208,14 +208,14 @@ def test_an_error_during_the_exchange_rolls_everything_back(net: Any, monkeypatc
     from meristem.surgery import exchange
 
     model, opt, batch = net
-    real = exchange._set_attribute
+    real = exchange.set_attribute
 
-    def fail(owner: nn.Module, edit: Any) -> Any:
-        if edit.module == "fc2":
+    def fail(owner: nn.Module, module: str, attribute: str, value: Any) -> Any:
+        if module == "fc2":
             raise RuntimeError("no more")
-        return real(owner, edit)
+        return real(owner, module, attribute, value)
 
-    monkeypatch.setattr(exchange, "_set_attribute", fail)
+    monkeypatch.setattr(exchange, "set_attribute", fail)
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     state = copy.deepcopy(opt.state_dict())
     with pytest.raises(RuntimeError, match="no more"):

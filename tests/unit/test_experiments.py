@@ -62,7 +62,7 @@ def command(*words: str, cwd: Path, env: dict[str, str] | None = None) -> subpro
         ({"grow": {"when": {"every": "2 epochs"}, "care": ["shrnk"]}}, r"Did you mean 'shrink'"),
         ({"train": {"epochs": 1, "schedule": {"wsd": {"decay": 3}}}}, r"a fraction of training"),
         ({"train": {"epochs": 1, "optimizer": "adm"}}, r"Did you mean 'adam'"),
-        ({"train": {}}, r"either epochs or flops"),
+        ({"train": {}}, r"one of epochs, steps and flops"),
         ({"model": "mpl"}, r"Did you mean 'mlp'"),
     ],
 )

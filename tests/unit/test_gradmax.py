@@ -171,7 +171,7 @@ def test_measuring_does_not_disturb() -> None:
     structure = Structure(model, x)
     view = View(structure, torch.Generator().manual_seed(0), loss, [(x, y)])
     rng = torch.get_rng_state()
-    for axis in structure.axes.values():
+    for axis in (axis for axis in structure.axes.values() if axis.kind == "width"):
         GradMax(steps=2).propose(view, axis, 2)
     assert torch.equal(rng, torch.get_rng_state())
     assert model.training

@@ -246,7 +246,7 @@ def test_the_cost_of_a_vote_is_two_epochs_of_the_widened_copy() -> None:
     data = data_of(x, 4)
     structure = Structure(model, x)
     view = View(structure, torch.Generator().manual_seed(0), square, data[:1], data)
-    axes = list(structure.axes.values())
+    axes = [axis for axis in structure.axes.values() if axis.kind == "width"]
     share = SVoD().share(Choice(axes, 8, view=view))
     wide = copy.deepcopy(model)
     ms.grow_(wide, {axis.name: 16 for axis in axes}, x)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -14,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from meristem.care import CARES
 from meristem.errors import MeristemError, nearest
 from meristem.how import METHODS
-from meristem.when import TRIGGERS, At, Every
+from meristem.when import TRIGGERS, At, Every, duration, moment
 from meristem.where import PLACES
 
 
@@ -28,7 +27,6 @@ Choice = str | dict[str, dict[str, Any]]
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "cosine", "wsd")
 MODELS = ("mlp", "convnet", "vgg", "gpt")
-_DURATION = re.compile(r"\s*(\d+)\s*(steps?|epochs?)\s*")
 
 
 class _Strict(BaseModel):
@@ -58,12 +56,18 @@ def built(choice: Choice, known: Mapping[str, Any], key: str) -> Any:
     return kind(**{key: None if value == "none" else value for key, value in parameters.items()})
 
 
-def trigger(choice: Mapping[str, Any]) -> Every | At:
-    """A trigger from { every = "2 epochs" } or { at = ["4 epochs", "6 epochs"] }."""
+def trigger(choice: Mapping[str, Any], steps: int | None = None) -> Every | At:
+    """A trigger from { every = "2 epochs" }, { at = ["4 epochs", "6 epochs"] } or { at = 0.5 }, a fraction of training.
+
+    Without the `steps` of the whole run a fraction is only checked.
+    """
     name, value = next(iter(choice.items()), ("", None))
     if name not in TRIGGERS or len(choice) != 1:
         raise ValueError(f"when = {dict(choice)} is not known.{nearest(name, TRIGGERS)} Known: {', '.join(TRIGGERS)}")
-    moments = [duration(text) for text in (value if isinstance(value, list) else [value])]
+    listed = value if isinstance(value, list) else [value]
+    if name == "at" and listed and all(isinstance(one, float) for one in listed):
+        return At(steps=tuple(moment(one, steps or 10**9) for one in listed))
+    moments = [duration(text) for text in listed]
     units = {unit for _, unit in moments}
     if len(units) != 1:
         raise ValueError(f"when.{name} mixes steps and epochs: {value}")
@@ -75,22 +79,20 @@ def trigger(choice: Mapping[str, Any]) -> Every | At:
     return Every(**{units.pop(): numbers[0]})
 
 
-def duration(text: Any) -> tuple[int, Literal["steps", "epochs"]]:
-    """The number and unit of "500 steps" or "2 epochs"."""
-    match = _DURATION.fullmatch(text) if isinstance(text, str) else None
-    if match is None:
-        raise ValueError(f'a duration carries its unit, as in "500 steps" or "2 epochs"; got {text!r}')
-    return int(match[1]), "steps" if match[2].startswith("step") else "epochs"
-
-
 class Train(_Strict):
-    """How to train."""
+    """How to train, for so many epochs, steps, or floating-point operations; `clip` is the largest norm of a gradient.
+
+    The curve gets a point after every `evaluate` steps; after every epoch, where nothing is said.
+    """
 
     epochs: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=1)
     flops: float | None = Field(None, gt=0)
     batch_size: int = Field(128, ge=1)
     optimizer: Choice = "adamw"
     schedule: Choice = "constant"
+    clip: float | None = Field(None, gt=0)
+    evaluate: int | None = Field(None, ge=1)
     precision: Literal["no", "bf16"] = "no"
 
     @field_validator("optimizer")
@@ -257,9 +259,12 @@ def checked(table: Mapping[str, Any], source: str = "the configuration") -> Expe
         experiment = Experiment.model_validate(table)
     except ValidationError as error:
         raise ConfigError("\n".join(f"{source}: {_readable(problem)}" for problem in error.errors())) from None
-    lengths = [experiment.train.epochs, experiment.train.flops, experiment.stages]
+    train = experiment.train
+    lengths = [train.epochs, train.steps, train.flops, experiment.stages]
     if sum(length is not None for length in lengths) != 1:
-        raise ConfigError(f"{source}: [train] takes either epochs or flops, to say how long to train, or [stages] does")
+        raise ConfigError(
+            f"{source}: [train] takes one of epochs, steps and flops, to say how long to train, or [stages] does"
+        )
     if experiment.stages is not None:
         if experiment.grow is not None:
             raise ConfigError(f"{source}: [grow] and [stages] are two ways to grow; choose one")

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -38,7 +39,7 @@ from meristem.experiments.config import (
 )
 from meristem.experiments.data import Batches
 from meristem.grower import Grower
-from meristem.growing import find_axes
+from meristem.growing import find_axes, sizes_of
 from meristem.how import METHODS
 from meristem.stages import Stages
 from meristem.statistics.flops import step_flops
@@ -92,10 +93,10 @@ class Run:
         self.progress = Progress(sizes=self._sizes())
         self.first_sizes = dict(self.progress.sizes)
         self.stopping = False
-        self.grower = self._grower(experiment.grow) if experiment.grow is not None else None
-        self.stages = self._stages(experiment.stages) if experiment.stages is not None else None
         self.flops_per_example = self._flops_per_example()
         self.progress.steps = self._steps()
+        self.grower = self._grower(experiment.grow) if experiment.grow is not None else None
+        self.stages = self._stages(experiment.stages) if experiment.stages is not None else None
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The mean loss of a batch, on the model's device."""
@@ -109,7 +110,7 @@ class Run:
             self.optimizer,
             loss=self.loss,
             data=self.batches,
-            when=trigger(grow.when),
+            when=trigger(grow.when, self.progress.steps),
             how=built(grow.how, METHODS, "how"),
             where=built(grow.where, PLACES, "where"),
             care=[built(one, CARES, "care") for one in grow.care],
@@ -157,7 +158,7 @@ class Run:
         return step_flops(self.model, self.loss, (self.data.x_train[:8], self.data.y_train[:8]))
 
     def _sizes(self) -> dict[str, int]:
-        return {name: axis.size for name, axis in find_axes(self.model, self.example).items()}
+        return sizes_of(find_axes(self.model, self.example))
 
     def _steps(self) -> int:
         """Steps of the whole run; with stages, the most that it can take."""
@@ -166,6 +167,8 @@ class Run:
             return (len(self.experiment.stages.amount) + 1) * self.experiment.stages.epochs * len(self.batches)
         if train.epochs is not None:
             return train.epochs * len(self.batches)
+        if train.steps is not None:
+            return train.steps
         assert train.flops is not None
         epochs, rest = divmod(train.flops / self.flops_per_example, len(self.data.x_train))
         return max(1, int(epochs) * len(self.batches) + round(rest / train.batch_size))
@@ -239,6 +242,8 @@ class Run:
         loss = self.loss(self.model, batch)
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
+        if self.experiment.train.clip is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.experiment.train.clip)
         self.optimizer.step()
         progress.step += 1
         progress.flops += self.flops_per_example * len(batch[0])
@@ -249,7 +254,7 @@ class Run:
                 progress.flops += growth.flops
                 progress.sizes |= growth.after
                 self.flops_per_example = self._flops_per_example()
-        if progress.step % len(self.batches) == 0 or progress.step == progress.steps:
+        if progress.step % (self.experiment.train.evaluate or len(self.batches)) == 0 or progress.step == progress.steps:
             self._record()
         self.report(progress)
 
@@ -263,12 +268,12 @@ class Run:
         progress.curve.append({**point, "sizes": dict(progress.sizes)})
 
     def _health(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Health over the un-augmented training data, of all units and of those that have grown."""
+        """Health over the un-augmented training data, of all units and blocks, and of the units that have grown."""
         plain = Batches(self.data.x_train, self.data.y_train, EVALUATION)
         new = {
-            name: range(first, self.progress.sizes[name])
-            for name, first in self.first_sizes.items()
-            if self.progress.sizes[name] > first
+            name: range(self.first_sizes[name], axis.size)
+            for name, axis in find_axes(self.model, self.example).items()
+            if axis.kind != "depth" and name in self.first_sizes and axis.size > self.first_sizes[name]
         }
         if not math.isfinite(self.progress.curve[-1]["loss"]):
             return {}  # a net that has diverged has no health to look at
@@ -300,7 +305,7 @@ class Run:
 
     def _resume(self, folder: Path) -> None:
         extra = checkpoint.load_extra(folder)
-        if extra is None or json.loads(extra["config"]) != self.experiment.model_dump(mode="json"):
+        if extra is None or not _same(json.loads(extra["config"]), self.experiment):
             return  # left by a run of another configuration
         if self.stages is not None:
             self.stages.load_state_dict(extra["stages"])
@@ -351,7 +356,7 @@ def run(experiment: Experiment, out: Path, name: str, report: Report = lambda pr
     A finished run is not run again. The checkpoint lies beside the result until the run is finished.
     """
     result = out / f"{name}_seed{experiment.seed}.json"
-    if result.exists() and json.loads(result.read_text())["config"] == experiment.model_dump(mode="json"):
+    if result.exists() and _same(json.loads(result.read_text())["config"], experiment):
         return result
     folder = out / "checkpoints" / f"{name}_seed{experiment.seed}"
     running = Run(experiment, report)
@@ -362,6 +367,14 @@ def run(experiment: Experiment, out: Path, name: str, report: Report = lambda pr
     os.replace(draft, result)
     shutil.rmtree(folder, ignore_errors=True)
     return result
+
+
+def _same(config: Any, experiment: Experiment) -> bool:
+    """Whether a stored configuration asks for this experiment; what it does not say yet has its default."""
+    try:
+        return Experiment.model_validate(config) == experiment
+    except ValidationError:
+        return False
 
 
 def rate(experiment: Experiment, progress: float) -> float:

@@ -36,7 +36,13 @@ TUNING_VALIDATION = 0.1
 
 
 class Suite(BaseModel):
-    """What a suite file says. A method's table is merged into the task's [grow] or [stages]."""
+    """What a suite file says. A method's table is merged into the task's [grow] or [stages]; what it says of `model` and
+    `train`, into the task's own.
+
+    Baselines are those of the methods in `baselines_of` (of all where nothing is said); where several methods end in one
+    shape, `final_of` names the one whose final shape is trained. `learning_rates` are tried for every row named in `tuned` (for all of them where nothing is said); the other rows take
+    the rate of the first tuned one of their side, grown or fixed.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -44,7 +50,9 @@ class Suite(BaseModel):
     reference: str
     baselines: list[Baseline] = ["small", "final", "equal"]
     baselines_of: list[str] | None = None
+    final_of: list[str] | None = None
     learning_rates: list[float] = []
+    tuned: list[str] | None = None
     tasks: dict[str, dict[str, Any]] = Field(min_length=1)
     methods: dict[str, dict[str, Any]] = Field(min_length=1)
 
@@ -89,7 +97,10 @@ class Comparison:
             rows.append(Row(task, TITLES["small"], None, "small"))
         for baseline in self.suite.baselines:
             if baseline != "small":
-                of = self.suite.methods if self.suite.baselines_of is None else self.suite.baselines_of
+                of = self.suite.baselines_of
+                if baseline == "final" and self.suite.final_of is not None:
+                    of = self.suite.final_of
+                of = list(self.suite.methods) if of is None else of
                 rows += [Row(task, TITLES[baseline].format(method), method, baseline) for method in of]
         return rows
 
@@ -98,19 +109,22 @@ class Comparison:
         table = copy.deepcopy(self.suite.tasks[row.task])
         if row.baseline is None:
             assert row.method is not None
+            method = dict(self.suite.methods[row.method])
+            table["model"] = method.pop("model", table["model"])
+            table["train"] = table["train"] | method.pop("train", {})
             for key in ("grow", "stages"):
                 if key in table:
-                    table[key] = table[key] | self.suite.methods[row.method]
+                    table[key] = table[key] | method
             return checked(table | {"seed": seed}, f"{self.path}: {row.task}, {row.title}")
         if "stages" in table and row.baseline != "equal":
             table["stages"] |= {"amount": []}
         table.pop("grow", None)
         if row.baseline != "small":
             result = self.done[_method(row), seed]
-            table["sizes"] = result["widths"]
+            table["sizes"] = {name: size for growth in result["growths"] for name, size in growth["after"].items()}
             if row.baseline == "equal":
                 table.pop("stages", None)
-                table["train"] = {k: v for k, v in table["train"].items() if k != "epochs"}
+                table["train"] = {k: v for k, v in table["train"].items() if k not in ("epochs", "steps")}
                 table["train"]["flops"] = float(result["training_flops"])
         return checked(table | {"seed": seed}, f"{self.path}: {row.task}, {row.title}")
 
@@ -122,8 +136,11 @@ class Comparison:
 
     def runs(self) -> int:
         """How many runs the suite takes, tuning included."""
-        rows = sum(len(self.rows(task)) for task in self.suite.tasks)
-        return rows * (len(self.suite.seeds) + len(self.suite.learning_rates))
+        rows = [row for task in self.suite.tasks for row in self.rows(task)]
+        return len(rows) * len(self.suite.seeds) + len(self._to_tune(rows)) * len(self.suite.learning_rates)
+
+    def _to_tune(self, rows: Sequence[Row]) -> list[Row]:
+        return [row for row in rows if self.suite.tuned is None or row.title in self.suite.tuned]
 
     def finish(self, workers: int, report: Callable[[int, str], None]) -> None:
         """Run all that is not done yet; `report(done, name)` after every run.
@@ -157,7 +174,7 @@ class Comparison:
     def _tuned(self, rows: Sequence[Row], workers: int, told: Callable[[Job], None]) -> dict[Row, float]:
         """The learning rate of each row with the smallest held-out loss, with the first seed."""
         jobs = []
-        for row in rows:
+        for row in self._to_tune(rows):
             for rate in self.suite.learning_rates:
                 experiment = _with_rate(_held_out(self.experiment(row, self.suite.seeds[0])), rate)
                 jobs.append(Job(row, experiment, f"{slug(row.task)}_{slug(row.title)}_lr{rate:g}"))
@@ -166,7 +183,13 @@ class Comparison:
             loss = json.loads(path.read_text())["validation"] if path is not None else math.inf
             found.setdefault(job.row, []).append((math.inf if math.isnan(loss) else loss, _rate(job.experiment)))
             told(job)
-        return {row: min(pairs)[1] for row, pairs in found.items()}
+        best = {row: min(pairs)[1] for row, pairs in found.items()}
+        for row in rows:
+            side = [other for other in best if other.task == row.task and (other.method is None) == (row.method is None)]
+            side = [other for other in side if (other.baseline is None) == (row.baseline is None)]
+            if row not in best and side:
+                best[row] = best[side[0]]
+        return best
 
 
 def read(path: Path, out: Path | None = None) -> Comparison:
@@ -182,12 +205,15 @@ def read(path: Path, out: Path | None = None) -> Comparison:
         key = ".".join(map(str, first["loc"]))
         hint = nearest(key, Suite.model_fields) if first["type"] == "extra_forbidden" else ""
         raise ConfigError(f"{path}: {key}: {first['msg']}.{hint} Known: {', '.join(Suite.model_fields)}") from None
-    named_methods = [suite.reference, *(suite.baselines_of or [])]
     comparison = Comparison(path, suite, out if out is not None else path.parent / "results" / path.stem)
     titles = {row.title for task in suite.tasks for row in comparison.rows(task)}
-    for method in named_methods[1:]:
-        if method not in suite.methods:
-            raise ConfigError(f"{path}: baselines_of names {method!r}.{nearest(method, suite.methods)}")
+    for key in ("baselines_of", "final_of"):
+        for method in getattr(suite, key) or []:
+            if method not in suite.methods:
+                raise ConfigError(f"{path}: {key} names {method!r}.{nearest(method, suite.methods)}")
+    for title in suite.tuned or []:
+        if title not in titles:
+            raise ConfigError(f"{path}: tuned names {title!r}, which is no row.{nearest(title, titles)}")
     if suite.reference not in titles:
         raise ConfigError(f"{path}: reference = {suite.reference!r} is no row.{nearest(suite.reference, titles)}")
     for task, table in suite.tasks.items():

@@ -1,12 +1,34 @@
 """How new units start: one method a file."""
 
 from meristem.how.gradmax import GradMax
+from meristem.how.interpose import Interpose
 from meristem.how.net2net import Net2Net
 from meristem.how.protocol import How, Settles
 from meristem.how.random import Random
+from meristem.how.stack import Stack
 from meristem.how.swe import SWE
+from meristem.how.zero_block import ZeroBlock
 
-METHODS = {"random": Random, "net2net": Net2Net, "gradmax": GradMax, "swe": SWE}
+METHODS = {
+    "random": Random,
+    "net2net": Net2Net,
+    "gradmax": GradMax,
+    "swe": SWE,
+    "zero_block": ZeroBlock,
+    "stack": Stack,
+    "interpose": Interpose,
+}
 """Every method by its name in a configuration file."""
 
-__all__ = ["METHODS", "SWE", "GradMax", "How", "Net2Net", "Random", "Settles"]
+__all__ = [
+    "METHODS",
+    "SWE",
+    "GradMax",
+    "How",
+    "Interpose",
+    "Net2Net",
+    "Random",
+    "Settles",
+    "Stack",
+    "ZeroBlock",
+]

@@ -21,14 +21,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from meristem.axis import Axis, Place, Slot
+from meristem.axis import Axis, Kind, Place, Slot
 from meristem.errors import DataError, GrowthRefused
 from meristem.how.draws import flat_size, mean_norm, unflatten
 from meristem.statistics.flops import counting
@@ -79,6 +79,10 @@ class GradMax:
     batches: int = 1
     tolerance: float = 1e-5
     iterations: int = 30
+
+    @property
+    def kinds(self) -> Mapping[Kind, bool]:
+        return {"width": self.preserves, "heads": self.preserves}
 
     @property
     def preserves(self) -> bool:

@@ -7,11 +7,12 @@ paper divides equally and adds noise; here the shares are unequal, which parts t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from meristem.axis import Axis, Place
+from meristem.axis import Axis, Kind, Place
 from meristem.values import Copies, Proposal
 from meristem.view import View
 
@@ -33,6 +34,10 @@ class Net2Net:
     """
 
     noise: float = 0.0
+
+    @property
+    def kinds(self) -> Mapping[Kind, bool]:
+        return {"width": self.preserves, "heads": self.preserves}
 
     @property
     def preserves(self) -> bool:

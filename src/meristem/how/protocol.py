@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
-from meristem.axis import Axis
+from meristem.axis import Axis, Kind
 from meristem.sandbox import Sandbox
 from meristem.values import Proposal, Settled
 from meristem.view import View
@@ -15,9 +15,13 @@ from meristem.view import View
 class How(Protocol):
     """A method that offers weights for new units.
 
-    `preserves` says whether the network computes the same function right after the growth; `batches` how many growth
+    `kinds` are the kinds of axes that it speaks for, each with whether the network computes the same function right after
+    such a growth; `preserves` says so of the widths (of the depths, where it speaks for these alone); `batches` how many growth
     batches the method measures on, 0 where it needs neither `loss` nor `data`.
     """
+
+    @property
+    def kinds(self) -> Mapping[Kind, bool]: ...
 
     @property
     def preserves(self) -> bool: ...

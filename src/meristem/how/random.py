@@ -5,13 +5,15 @@ Preserves the function where one side is zero (the default). Costs one batch whe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from meristem.axis import Axis
+from meristem.axis import Axis, Kind
+from meristem.how.blocks import fresh_blocks
 from meristem.how.draws import awake, drawn
 from meristem.statistics.flops import counting
-from meristem.values import Proposal
+from meristem.values import Blocks, Proposal
 from meristem.view import View
 
 
@@ -39,6 +41,10 @@ class Random:
             raise ValueError(f'Random(zero=...) is "fan_out", "fan_in" or None; got {self.zero!r}')
 
     @property
+    def kinds(self) -> Mapping[Kind, bool]:
+        return {"width": self.preserves, "heads": self.preserves, "depth": False}
+
+    @property
     def preserves(self) -> bool:
         return self.zero is not None
 
@@ -47,7 +53,13 @@ class Random:
         return 0
 
     def propose(self, view: View, axis: Axis, count: int) -> Proposal:
-        """Drawn weights for `count` units; where growth batches are at hand, no unit starts dead."""
+        """Drawn weights for `count` units; where growth batches are at hand, no unit starts dead. On a depth axis, fresh
+        blocks behind the present ones (in a chain a fresh layer); their outputs are not zero, so the function changes.
+        """
+        if axis.kind == "depth":
+            depth = view.structure.depths[axis.name]
+            insertion = depth.appended(count)
+            return Proposal(axis.name, count, blocks=Blocks(insertion, fresh_blocks(view, depth, insertion)))
         strips = drawn(view, axis, count, self.zero, self.scale)
         with counting() as counter:
             if self.zero == "fan_out" and view.loss is not None and view.batches:

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from meristem.axis import Axis, Slot
+from meristem.axis import Axis, Kind, Slot
 from meristem.errors import DataError, GrowthRefused
 from meristem.how.draws import drawn
 from meristem.sandbox import Sandbox
@@ -92,6 +92,10 @@ class SWE:
                 continue
             if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise ValueError(f"SWE({name}=...) must be a float in [0, inf); got {value}")
+
+    @property
+    def kinds(self) -> Mapping[Kind, bool]:
+        return {"width": self.preserves, "heads": self.preserves}
 
     @property
     def preserves(self) -> bool:

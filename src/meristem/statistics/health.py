@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from itertools import chain, islice
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from meristem.errors import GrowthRefused
 from meristem.statistics.batches import first_call, one_pass
 from meristem.statistics.losses import Loss, called, measured
 from meristem.structure import Structure
+from meristem.structure.tracer import tensors as tensors_in
 from meristem.structure.twin import named_tensors, twin
 from meristem.structure.undisturbed import undisturbed
 from meristem.values import Sources, by_unit
@@ -58,6 +60,10 @@ def health(
     And where `units` names some: `gradient_ratio`, the mean fan-in gradient norm of these over that of the others, and
     `cosine`, the mean over these of the largest cosine between their fan-in and that of another unit.
 
+    Of the blocks of a depth axis: `contribution`, ||y - x|| / ||x|| over what goes into a block and comes out, the mean over
+    batches and blocks; `gradient_ratio`, the mean gradient norm of the named blocks over that of the others; `dead`, the share
+    of blocks whose weights receive no gradient.
+
     Args:
         model: Any module that runs.
         example: A tensor, a tuple of arguments or a dict of keyword arguments; by default the model's first call inside
@@ -94,10 +100,31 @@ def health(
             chosen = [_checked(structure.axes.named(name), units[name]) for name in units]
         else:
             chosen = [axis for name, axis in structure.axes.items() if matches(name, axes)]
-        copied = twin(model, lambda _, tensor: tensor.detach().clone())
-        layouts = {axis.name: structure.layout(axis.name) for axis in chosen}
         rest = passing if batches is None else islice(passing, batches - 1)
-        return measure(copied, chosen, layouts, loss, chain([first], rest), units)
+        return look(structure, chosen, loss, chain([first], rest), units)
+
+
+def look(
+    structure: Structure,
+    axes: Sequence[Axis],
+    loss: Loss,
+    batches: Iterable[Any],
+    units: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, Figures]:
+    """The figures of `health` for widths and depths of a model that has been traced."""
+    widths = [axis for axis in axes if axis.kind != "depth"]
+    deep = [axis for axis in axes if axis.kind == "depth"]
+    copied = twin(structure.model, lambda _, tensor: tensor.detach().clone())
+    figures: dict[str, Figures] = {}
+    read = list(batches) if widths and deep else batches
+    if widths:
+        layouts = {axis.name: structure.layout(axis.name) for axis in widths}
+        chosen = {axis.name: units[axis.name] for axis in widths} if units is not None else None
+        figures |= measure(copied, widths, layouts, loss, read, chosen)
+    if deep:
+        places = {axis.name: units[axis.name] if units is not None else range(axis.size) for axis in deep}
+        figures |= measure_blocks(structure, copied, places, loss, read)
+    return figures
 
 
 def _checked(axis: Axis, units: Any) -> Axis:
@@ -138,6 +165,64 @@ def measure(
         copied.zero_grad()
         for name, flag in required.items():
             tensors[name].requires_grad_(flag)
+
+
+def measure_blocks(
+    structure: Structure, copied: nn.Module, places: Mapping[str, Sequence[int]], loss: Loss, batches: Iterable[Any]
+) -> dict[str, Figures]:
+    """Figures of some blocks of depth axes, on a copy whose gradients may be written. `structure` is the copy's or its like.
+
+    - `contribution`: ||y - x|| / ||x|| over what goes into the block and comes out, the mean over batches and these blocks.
+    - `gradient_ratio`: the mean gradient norm of these blocks over that of the others.
+    - `dead`: the share of these blocks whose weights receive no gradient from any batch.
+    """
+    copied.eval()
+    copied.zero_grad()
+    moved: dict[str, list[float]] = {}
+
+    def watch(name: str) -> Any:
+        def seen(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            (out, *_), inward = tensors_in(output), tensors_in((args, kwargs))
+            stream = next((tensor for tensor in inward if tensor.shape == out.shape), None)
+            if stream is not None and bool(stream.any()):
+                change = (out.detach().double() - stream.detach().double()).norm() / stream.detach().double().norm()
+                moved.setdefault(name, []).append(change.item())
+
+        return seen
+
+    named = {axis: [structure.depths[axis].blocks[place] for place in found] for axis, found in places.items()}
+    hooks = [
+        copied.get_submodule(name).register_forward_hook(watch(name), with_kwargs=True)
+        for names in named.values()
+        for name in names
+    ]
+    try:
+        for batch in batches:
+            value = measured(lambda: called(loss, copied, batch))  # noqa: B023
+            if value.requires_grad:
+                value.backward()
+        result: dict[str, Figures] = {}
+        for axis, names in named.items():
+            norms = {block: _gradient_norm(copied.get_submodule(block)) for block in structure.depths[axis].blocks}
+            ours = [norms[name] for name in names]
+            others = [norm for block, norm in norms.items() if block not in names]
+            figures: Figures = {"units": float(len(names)), "dead": sum(norm == 0 for norm in ours) / len(ours)}
+            contributions = [fmean(moved[name]) for name in names if name in moved]
+            if contributions:
+                figures["contribution"] = fmean(contributions)
+            if others and sum(others) > 0:
+                figures["gradient_ratio"] = fmean(ours) / fmean(others)
+            result[axis] = figures
+        return result
+    finally:
+        for hook in hooks:
+            hook.remove()
+        copied.zero_grad()
+
+
+def _gradient_norm(module: nn.Module) -> float:
+    gradients = [g for p in module.parameters() if (g := dense_gradient(p)) is not None]
+    return sum(g.double().square().sum().item() for g in gradients) ** 0.5
 
 
 def _figures(

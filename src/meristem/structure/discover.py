@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meristem.axis import Axes, Axis, Kind, Place, Role, Slot
 from meristem.errors import DiscoveryError, GrowthRefused
+from meristem.structure.depth import CHAIN, Depth, find_places, find_runs, silent_tensors
 from meristem.structure.labels import (
     Label,
     atoms,
@@ -18,8 +20,8 @@ from meristem.structure.labels import (
     positions,
 )
 from meristem.structure.rules import apply_rule
-from meristem.structure.tracer import Dim, ModuleStack, Norm, Traced, Tracer, tensors
-from meristem.structure.twin import Example, as_example, fake_mode, looking, map_tensors, named_tensors, twin
+from meristem.structure.tracer import Dim, ModuleStack, Norm, Pass, Traced, Tracer, tensors
+from meristem.structure.twin import Example, as_example, fake_mode, looking, map_tensors, named_tensors, set_attribute, twin
 from meristem.structure.undisturbed import undisturbed
 from meristem.values import AttributeChange, Plan, Sources
 
@@ -36,6 +38,7 @@ class Structure:
         atoms: The label that an axis changes, by axis name.
         norms: The layer and RMS norms over an axis, by axis name.
         outputs: Labels of the model's output tensors.
+        depths: Where the blocks of each depth axis stand.
         plans: What has been resolved so far.
     """
 
@@ -67,6 +70,7 @@ class Structure:
         copied = self.twin_of_shape({}, (), mode).eval()
         stack = ModuleStack(copied)
         tracer = Tracer(stack, apply_rule)
+        stack.counted = lambda: len(tracer.trace.macs)
         self.labels: dict[str, list[Label]] = {}
         averaged = {
             id(b) for m in copied.modules() if isinstance(m, nn.modules.batchnorm._NormBase) for b in m.buffers(False)
@@ -87,10 +91,40 @@ class Structure:
             output = copied(*args, **kwargs)
         self.trace = tracer.trace
         self.outputs = [[dim.label for dim in tracer.dims(tensor)] for tensor in tensors(output)]
-        trained = self._train_mode(copied, tracer, mode)
-        for labels in [*self.outputs, *trained]:
+        for labels in self.outputs:
             for label in labels:
                 mark_end(label, "output")
+        self.depths, self.undeepened = self._find_depths(copied, stack, tracer)
+        stack.close()
+        for labels in self._train_mode(copied, tracer, mode):
+            for label in labels:
+                mark_end(label, "output")
+
+    def _find_depths(self, copied: nn.Module, stack: ModuleStack, tracer: Tracer) -> tuple[dict[str, Depth], dict[str, str]]:
+        """The depth axes by name, and the reasons of the containers that are none."""
+        runs, reasons = find_runs(copied, stack.passes)
+        last = {one.name for one in stack.passes if self._is_output(one, copied, tracer)}
+        depths = {}
+        costs = {one.name: tuple(self.trace.macs[slice(*one.costs)]) for one in stack.passes}
+        streams = {one.name: one.outputs for one in stack.passes}
+        for depth in [*runs, *find_places(copied, stack.passes, runs, last)]:
+            silent: list[tuple[str, ...]] = []
+            for block in depth.blocks if depth.form == "run" else ():
+                stream = {atom for dim in tracer.dims(streams[block][0]) for atom in atoms(dim.label)}
+                silent.append(silent_tensors(block, copied, stack.passes, self.trace, self.labels, stream))
+            spent = tuple(costs.get(block, ()) for block in depth.blocks)
+            passed = next((one for one in stack.passes if one.name == depth.path), None)
+            activation = "" if depth.form == "run" or passed is None else _activation_at(depth.form, passed, tracer)
+            depths[depth.name] = replace(depth, silent=tuple(silent), costs=spent, activation=activation)
+        return depths, reasons
+
+    def _is_output(self, one: Pass, copied: nn.Module, tracer: Tracer) -> bool:
+        """Whether a layer makes units of the model's output."""
+        module = copied.get_submodule(one.name)
+        if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or not one.outputs:
+            return False
+        label = tracer.dims(one.outputs[0])[-1 if isinstance(module, nn.Linear) else 1 - module.weight.dim()].label
+        return any(atom.end is not None for atom in atoms(label))
 
     def _train_mode(self, copied: nn.Module, tracer: Tracer, mode: FakeTensorMode | None) -> list[list[Label]]:
         """Label what runs only while training (auxiliary heads, drop paths) too; returns the outputs' labels.
@@ -160,7 +194,8 @@ class Structure:
             self.atoms[name] = atom
             self.norms[name] = [norm for norm in self.trace.norms if atom in atoms(norm.label)]
             (ends if axis.end else axes)[name] = axis
-        self.axes = Axes(axes, ends, frozen)
+        axes |= {name: depth.axis() for name, depth in self.depths.items()}
+        self.axes = Axes(axes, ends, frozen | self.undeepened)
 
     def _owner(self, places: Sequence[Place]) -> Place:
         """The place that names an axis: its first producer in forward order, else its first place."""
@@ -184,8 +219,11 @@ class Structure:
     def _name(self, atom: Label, owner: Place, label: Label, heads: set[Label], taken: set[str]) -> str:
         module_name, _, leaf = owner.name.rpartition(".")
         module = self.model.get_submodule(module_name)
+        outer = module_name.rpartition(".")[0]
+        chain = getattr(self.model.get_submodule(outer), CHAIN, None) if outer else None
+        old = chain is not None and self.depths[f"{outer}:depth"].blocks[0] == module_name
         leaf_module = bool(module_name) and leaf == "weight" and next(module.children(), None) is None
-        name = module_name if leaf_module else owner.name
+        name = (outer if old else module_name) if leaf_module else owner.name
         if atom.end == "vocabulary":
             return f"{name}:vocabulary"
         if self._role(owner) == "fan_out" and not self._tied(owner):
@@ -257,7 +295,7 @@ class Structure:
         return Slot(place.name, place.dim, role, fill, buffer, self._tied(place))
 
     def layout(self, axis: str) -> dict[Place, Sources]:
-        """Where the present units of an axis lie: for each place, an array (units, entries per unit)."""
+        """Where the present units of an axis lie: for each place, an array (units, entries per unit); none for a depth."""
         slots = self.axes.named(axis).slots
         return {s.place: positions(self.labels[s.name][s.dim], self.atoms[axis], {}) for s in slots}
 
@@ -268,10 +306,17 @@ class Structure:
         return int(first.shape[0]) if first is not None and first.dim() else 1
 
 
+def _activation_at(form: str, passed: Pass, tracer: Tracer) -> str:
+    """Where a ReLU of the model's own follows (or its output comes in), a second one changes nothing; elsewhere it would."""
+    if form == "after":
+        return "relu" if tracer.of(passed.outputs[0]).readers in (["relu"], ["relu_"]) else "rational"
+    return "relu" if tracer.of(passed.inputs[0]).positive else "rational"
+
+
 def apply_edits(model: nn.Module, edits: Sequence[AttributeChange]) -> None:
     """Set module attributes; on a twin, or by surgery."""
     for edit in edits:
-        setattr(model.get_submodule(edit.module), edit.attribute, edit.after)
+        set_attribute(model, edit.module, edit.attribute, edit.after)
 
 
 def refuse_wrapped(model: nn.Module) -> None:

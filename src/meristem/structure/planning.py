@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -11,10 +12,11 @@ from torch import nn
 
 from meristem.axis import Axis, Place
 from meristem.errors import GrowthRefused
+from meristem.structure.depth import Depth, identity_layer
 from meristem.structure.discover import Structure
 from meristem.structure.labels import Changes, Label, atoms, multiply, positions, size, sources
-from meristem.structure.repair import attributes_for
-from meristem.values import AttributeChange, Plan, Sources, TensorChange
+from meristem.structure.repair import attributes_for, counts_for
+from meristem.values import AttributeChange, Insertion, Plan, Sources, TensorChange
 
 Amount = int | Sequence[int]
 """What `resolve` is asked for: units to add (negative: the last ones to drop), or the indices of units to drop."""
@@ -30,28 +32,59 @@ def resolve(structure: Structure, wishes: Mapping[str, Amount]) -> Plan:
 
 def resized(structure: Structure, wishes: Mapping[str, Amount]) -> Plan:
     """Shapes and costs of a wish alone: no attribute is looked at, nothing is re-traced."""
-    changes = _changes(structure, wishes)
+    deep = {name: amount for name, amount in wishes.items() if structure.axes.named(name).kind == "depth"}
+    changes = _changes(structure, {name: amount for name, amount in wishes.items() if name not in deep})
+    insertions = {name: _insertion(structure.depths[name], amount) for name, amount in deep.items()}
     before = {name: structure.axes.named(name).size for name in wishes}
-    after = {name: len(changes[structure.atoms[name]]) * structure.axes.named(name).multiple for name in wishes}
-    return _lay_out(structure, changes, before, after)
+    after = {
+        name: len(insertions[name].blocks)
+        if name in deep
+        else len(changes[structure.atoms[name]]) * structure.axes.named(name).multiple
+        for name in wishes
+    }
+    # The last runs of a container first: the places of the others then hold.
+    ordered = sorted(insertions.values(), key=lambda insertion: -insertion.first)
+    return _lay_out(structure, changes, before, after, tuple(ordered))
 
 
 def _changes(structure: Structure, wishes: Mapping[str, Amount]) -> dict[Label, Sources]:
-    return {structure.atoms[n]: _sources_of(structure.axes.named(n), structure.atoms[n], a) for n, a in wishes.items()}
+    return {
+        structure.atoms[n]: _sources_of(structure.axes.named(n), structure.atoms[n], a)
+        for n, a in wishes.items()
+        if n in structure.atoms
+    }
+
+
+def _insertion(depth: Depth, amount: Amount) -> Insertion:
+    if not isinstance(amount, int) or amount < 0:
+        return depth.without(-amount if isinstance(amount, int) else amount)
+    return depth.appended(amount)
 
 
 def _resolve(structure: Structure, wishes: Mapping[str, Amount]) -> Plan:
     plan, changes = resized(structure, wishes), _changes(structure, wishes)
-    factors = clash(structure, list(wishes))
+    widths = [name for name in wishes if name in structure.atoms]
+    factors = clash(structure, widths)
     if factors is not None:
         return replace(plan, refusal=f"{factors[0]} and {factors[1]} multiply each other; grow one after the other")
-    edits, refusal = attributes_for(structure, plan, changes)
-    rescaled, constants = _renormalise(structure, wishes, changes)
-    return replace(plan, attributes=(*edits, *constants), rescaled=rescaled, refusal=refusal)
+    if widths:
+        edits, refusal = attributes_for(structure, plan, changes)
+        rescaled, constants = _renormalise(structure, widths, changes)
+        plan = replace(plan, attributes=(*edits, *constants), rescaled=rescaled, refusal=refusal)
+    return with_insertions(structure, plan, plan.insertions) if plan else plan
+
+
+def with_insertions(structure: Structure, plan: Plan, insertions: Sequence[Insertion]) -> Plan:
+    """A plan whose new blocks stand where `insertions` say, with the attributes that follow them, or the refusal."""
+    if not insertions:
+        return plan
+    counts, refusal = counts_for(structure, plan, insertions)
+    return replace(plan, insertions=tuple(insertions), counts=counts, refusal=refusal)
 
 
 def clash(structure: Structure, names: Sequence[str]) -> tuple[str, str] | None:
     """Two of the named axes that are factors of one dimension, or None."""
+    names = [name for name in names if name in structure.atoms]
     dims = {label.root for labels in structure.labels.values() for label in labels if label.root.kind == "product"}
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
@@ -79,7 +112,13 @@ def _renormalise(
     return rescaled, constants
 
 
-def _lay_out(structure: Structure, changes: Changes, before: Mapping[str, int], after: Mapping[str, int]) -> Plan:
+def _lay_out(
+    structure: Structure,
+    changes: Changes,
+    before: Mapping[str, int],
+    after: Mapping[str, int],
+    insertions: tuple[Insertion, ...],
+) -> Plan:
     """The shape changes that follow from `changes`, before any attribute is looked at."""
     changed = []
     for name, labels in structure.labels.items():
@@ -91,14 +130,76 @@ def _lay_out(structure: Structure, changes: Changes, before: Mapping[str, int], 
         changed.append(TensorChange(name, tuple(tensor.shape), new, maps, not isinstance(tensor, nn.Parameter)))
     layout: dict[str, dict[Place, Sources]] = {}
     for axis_name in after:
+        if axis_name not in structure.atoms:
+            continue
         atom = structure.atoms[axis_name]
         slots = structure.axes.named(axis_name).slots
         layout[axis_name] = {s.place: positions(structure.labels[s.name][s.dim], atom, changes) for s in slots}
     count = sum(p.numel() for p in structure.model.parameters())
     grown = sum(int(np.prod(c.after)) - int(np.prod(c.before)) for c in changed if not c.buffer)
     costs = (flops(structure), flops(structure, changes))
+    for insertion in insertions:
+        parameters, spent = _added(structure, structure.depths[insertion.axis], insertion, changes)
+        grown, costs = grown + parameters, (costs[0], costs[1] + spent)
     outputs = tuple(tuple(sources(label, changes) for label in labels) for labels in structure.outputs)
-    return Plan(before, after, tuple(changed), layout, outputs=outputs, parameters=(count, count + grown), flops=costs)
+    pair = (count, count + grown)
+    return Plan(
+        before, after, tuple(changed), layout, insertions=insertions, outputs=outputs, parameters=pair, flops=costs
+    )
+
+
+def _added(structure: Structure, depth: Depth, insertion: Insertion, changes: Changes) -> tuple[int, int]:
+    """Parameters and floating-point operations that an insertion adds, at the new widths; negative where blocks go."""
+    gone = [i for i in range(depth.size) if i not in insertion.blocks]
+    made = [block for block, new in zip(insertion.blocks, insertion.new, strict=True) if new]
+    parameters = spent = 0
+    for sign, block in [(1, b) for b in made] + [(-1, b) for b in gone]:
+        if depth.form == "run" or sign < 0:
+            names = _own(structure, depth, block)
+            macs = list(depth.costs[block])
+        else:
+            names, macs = [], [_squared(structure, depth, factors) for factors in depth.costs[block]]
+            parameters += _layer_parameters(structure, depth, insertion, changes)
+        parameters += sign * sum(math.prod(size(x, changes) for x in structure.labels[name]) for name in names)
+        spent += sign * 2 * sum(math.prod(size(x, changes) for x in factors) for factors in macs)
+    return parameters, spent
+
+
+def _own(structure: Structure, depth: Depth, block: int) -> list[str]:
+    """The parameters that one block does not share with the rest of the model; in a chain, its activation's too."""
+    inside = [structure.model.get_submodule(depth.blocks[block])]
+    if depth.form != "run":
+        chain, number = depth.blocks[block].rpartition(".")[::2]
+        activation = int(number) + (-1 if depth.form == "after" else 1)
+        inside.append(structure.model.get_submodule(f"{chain}.{activation}"))
+    held = {id(p) for module in inside for p in module.parameters()}
+    within = {id(module) for one in inside for module in one.modules()}
+    others = {id(p) for m in structure.model.modules() if id(m) not in within for p in m.parameters(False)}
+    return [name for name, p in structure.model.named_parameters() if id(p) in held - others]
+
+
+def _ends(structure: Structure, depth: Depth) -> tuple[Label, Label]:
+    """The labels of what the layer of a chain gives and takes."""
+    weight = structure.model.get_submodule(depth.blocks[0]).weight
+    out, into, *_ = next(structure.labels[name] for name, tensor in structure.tensors.items() if tensor is weight)
+    return out, into
+
+
+def _squared(structure: Structure, depth: Depth, factors: list[Label]) -> list[Label]:
+    """The multiply-adds of an identity layer at a place of a chain, from those of the layer that stands there."""
+    out, into = _ends(structure, depth)
+    kept, gone = (out, into) if depth.form == "after" else (into, out)
+    return [kept if label.root is gone.root else label for label in factors]
+
+
+def _layer_parameters(structure: Structure, depth: Depth, insertion: Insertion, changes: Changes) -> int:
+    out, into = _ends(structure, depth)
+    width = size(out if depth.form == "after" else into, changes)
+    layer = identity_layer(structure.model.get_submodule(depth.blocks[0]), depth.form)
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
+    kernel = math.prod(weight.shape[2:])
+    return width * width * kernel + width + (3 * width if insertion.activation == "rational" else 0)
 
 
 def flops(structure: Structure, changes: Changes | None = None) -> int:

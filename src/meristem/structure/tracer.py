@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -15,6 +16,15 @@ from meristem.structure.labels import UNIT, Conflict, Label, freeze, fresh, mix,
 Fill = Literal["draw", "bias", "zero", "one", "mean"]
 
 
+_RECTIFIED = {"relu", "relu_", "sigmoid", "softmax", "exp"}
+_SIGN_KEPT = {
+    "view", "reshape", "_unsafe_view", "flatten", "permute", "transpose", "t", "clone", "contiguous", "mean", "sum", "add",
+    "mul", "cat", "max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "max_pool1d", "max_pool3d_with_indices",
+    "dropout", "native_dropout", "expand", "unsqueeze", "squeeze", "select", "slice", "alias", "detach",
+}  # fmt: skip
+"""Operations whose output is nowhere negative: always, or where their inputs are not."""
+
+
 class Dim(NamedTuple):
     """One dimension of a traced tensor: its label, and the (parameter, dimension) pairs that it views."""
 
@@ -24,10 +34,14 @@ class Dim(NamedTuple):
 
 @dataclass
 class Traced:
-    """What the trace knows of one tensor; `weight` says that it was computed from parameters alone."""
+    """What the trace knows of one tensor; `weight` says that it was computed from parameters alone, `positive` that no
+    entry can be below zero; `readers` are the operations that took it in.
+    """
 
     dims: list[Dim]
     weight: bool = False
+    positive: bool = False
+    readers: list[str] = field(default_factory=list)
 
     def parameters(self) -> set[str]:
         return {name for dim in self.dims for name, _ in dim.origin}
@@ -85,18 +99,50 @@ def tensors(tree: Any) -> list[Tensor]:
     return leaves
 
 
+@dataclass
+class Pass:
+    """One call of a module: the tensors that went in and came out, and the stretch of `Trace.macs` that it caused."""
+
+    name: str
+    inputs: list[Tensor]
+    outputs: list[Tensor] = field(default_factory=list)
+    costs: tuple[int, int] = (0, 0)
+
+
 class ModuleStack:
-    """The names of the modules that are running, outermost first; what a failing forward was doing stays readable."""
+    """The names of the modules that are running, outermost first; what a failing forward was doing stays readable.
+
+    `passes` lists every call in the order in which they began, up to `close`.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.running: list[str] = []
+        self.passes: list[Pass] = []
+        self.counted: Callable[[], int] = lambda: 0
+        self.recording = True
+        self._open: list[Pass] = []
         self.modules = dict(model.named_modules())
         for name, module in self.modules.items():
-            module.register_forward_pre_hook(lambda _m, _a, name=name: self.running.append(name))
+            module.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True)
             module.register_forward_hook(self._leave)
 
-    def _leave(self, *_: Any) -> None:
+    def _enter(self, name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.running.append(name)
+        if self.recording:
+            entered = Pass(name, tensors((args, kwargs)), costs=(self.counted(), 0))
+            self.passes.append(entered)
+            self._open.append(entered)
+
+    def _leave(self, _module: nn.Module, _args: Any, output: Any) -> None:
         self.running.pop()
+        if self.recording:
+            left = self._open.pop()
+            left.outputs, left.costs = tensors(output), (left.costs[0], self.counted())
+
+    def close(self) -> None:
+        """Record no more, and let go of the tensors."""
+        self.recording = False
+        self.passes, self._open = [], []
 
     @property
     def innermost(self) -> str:
@@ -141,7 +187,11 @@ class Tracer(TorchDispatchMode):
             traced = self._freeze_all(call, f"{self.place()}: {conflict}")
         if traced is None:
             traced = self._freeze_all(call, f"{self.place()}: no rule for the operation {call.name!r}")
+        positive = call.name in _RECTIFIED or (call.name in _SIGN_KEPT and all(self.of(tensor).positive for tensor in inputs))
+        for tensor in inputs:
+            self.of(tensor).readers.append(call.name)
         for tensor, known in zip(outputs, traced, strict=True):
+            known.positive = positive
             tensor._meristem = known  # type: ignore[attr-defined]
         if self.recording:
             self.trace.laws.append((call.name, [[d.label for d in known.dims] for known in traced]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -52,9 +53,61 @@ def twin(model: nn.Module, convert: Convert) -> nn.Module:
         if isinstance(tensor, nn.Parameter) and not isinstance(new, nn.Parameter):
             new = nn.Parameter(new, requires_grad=tensor.requires_grad and new.is_floating_point())
         memo[id(tensor)] = new
+    return _copied(model, memo)
+
+
+def copy_part(model: nn.Module, part: nn.Module) -> nn.Module:
+    """A deep copy of one module; what it shares with the rest of the model (weights, modules, a config) stays shared."""
+    inside = {id(module) for module in part.modules()}
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        if id(module) not in inside:
+            memo[id(module)] = module
+            for value in (*vars(module).values(), *module.parameters(False), *module.buffers(False)):
+                if isinstance(value, Tensor) or (hasattr(value, "__dict__") and not isinstance(value, nn.Module)):
+                    memo[id(value)] = value
+    for tensor in named_tensors(part).values():
+        new = tensor.detach().clone()
+        own = nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+        memo.setdefault(id(tensor), own)
+    return _copied(part, memo)
+
+
+def set_attribute(model: nn.Module, module: str, attribute: str, value: Any) -> Callable[[], None]:
+    """Set an attribute of a module, or "config.n_layer" in a plain object that it holds; returns what undoes it.
+
+    The object itself may be the user's, and other models may be built from it: every module of this model that holds it
+    gets a changed copy.
+    """
+    holder = model.get_submodule(module)
+    outer, _, inner = attribute.rpartition(".")
+    if not outer:
+        old = getattr(holder, attribute)
+        setattr(holder, attribute, value)
+        return lambda: setattr(holder, attribute, old)
+    present = getattr(holder, outer)
+    changed = copy.copy(present)
+    setattr(changed, inner, value)
+    held = [(m, key) for m in model.modules() for key, v in vars(m).items() if v is present]
+    for one, key in held:
+        one.__dict__[key] = changed
+
+    def undo() -> None:
+        for one, key in held:
+            one.__dict__[key] = present
+
+    return undo
+
+
+def get_attribute(model: nn.Module, module: str, attribute: str) -> Any:
+    """The attribute that `set_attribute` would set."""
+    return operator.attrgetter(attribute)(model.get_submodule(module))
+
+
+def _copied(model: nn.Module, memo: dict[int, Any]) -> Any:
     for module in model.modules():
         for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
+            if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo:
                 memo[id(value)] = value.detach()
     hooks = [(module, name, list(getattr(module, name).items())) for module, name in _hooked(model)]
     for _, _, own in hooks:

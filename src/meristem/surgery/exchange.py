@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from meristem.errors import GrowthRefused, PendingBackward
+from meristem.structure.depth import CHAIN, insert, kin
+from meristem.structure.twin import get_attribute, set_attribute
 from meristem.surgery.tensors import carry
-from meristem.values import AttributeChange, Plan, TensorChange
+from meristem.values import Blocks, Insertion, Plan, TensorChange
 
 LINEAGE = "_meristem_lineage"
 """The attribute of a grown model that lists its growths, so that copies and checkpoints know their shape."""
@@ -40,8 +43,11 @@ def exchange(
     states: Sequence[tuple[Optimizer, Tensor, dict[str, Any]]],
     plan: Plan,
     resets: Sequence[Optimizer] = (),
+    blocks: Sequence[Blocks] = (),
+    optimizers: Sequence[Optimizer] = (),
 ) -> None:
-    """Swap in `new` values, grown gradients and optimizer states, and set the plan's attributes; undo all on any error.
+    """Swap in `new` values, grown gradients and optimizer states, put new blocks in their places and their parameters into
+    the groups of those that they follow, and set the plan's attributes; undo all on any error.
 
     The module and Parameter objects stay: `torch.utils.swap_tensors` exchanges what they hold.
     """
@@ -55,7 +61,11 @@ def exchange(
         for optimizer in resets:
             undo.append(_reset(optimizer))
         for edit in plan.attributes:
-            undo.append(_set_attribute(model, edit))
+            undo.append(set_attribute(model, edit.module, edit.attribute, edit.after))
+        for one in blocks:
+            place_blocks(model, one, optimizers, undo)
+        for edit in plan.counts:
+            undo.append(set_attribute(model, edit.module, edit.attribute, edit.after))
         wrong = [c.name for c in plan.tensors if tuple(tensors[c.name].shape) != c.after]
         if wrong:
             raise RuntimeError(f"{wrong[0]} did not take its planned shape")
@@ -66,19 +76,103 @@ def exchange(
     record(model, plan)
 
 
+def place_blocks(
+    model: nn.Module, blocks: Blocks, optimizers: Sequence[Optimizer], undo: list[Callable[[], None]]
+) -> None:
+    """Put new blocks in their places, or drop old ones, with the optimizers' groups and states."""
+    undo.append(_modules_of(model, blocks.insertion))
+    before = {id(p) for p in model.parameters()}
+    made = insert(model, blocks.insertion, blocks.values)
+    live = {id(p) for p in model.parameters()}
+    for parent, block in made.values():
+        block.train(parent.training)
+        for _, tensor, followed in kin(parent, block):
+            if id(tensor) in before or not isinstance(tensor, nn.Parameter):
+                continue
+            for optimizer in optimizers:
+                undo += _join(optimizer, tensor, followed, blocks.inherits)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            gone = [p for p in group["params"] if id(p) in before - live]
+            if gone:
+                undo.append(_leave(optimizer, group, gone))
+
+
+def _modules_of(model: nn.Module, insertion: Insertion) -> Callable[[], None]:
+    """Undoes what an insertion will do to the container, and to the module that holds it."""
+    holders = [model.get_submodule(insertion.path), model.get_submodule(insertion.path.rpartition(".")[0])]
+    tables = [(holder, dict(holder._modules), vars(holder).get(CHAIN)) for holder in holders]
+
+    def undo() -> None:
+        for holder, table, chain in tables:
+            holder._modules.clear()
+            holder._modules.update(table)
+            if chain is None:
+                vars(holder).pop(CHAIN, None)
+
+    return undo
+
+
+def _join(optimizer: Optimizer, new: Tensor, followed: Tensor, inherits: bool) -> list[Callable[[], None]]:
+    """A new parameter joins the group of the one it follows and, as a copy, gets a copy of its state."""
+    for group in optimizer.param_groups:
+        if any(p is followed for p in group["params"]):
+            group["params"].append(new)
+            if inherits and followed in optimizer.state:
+                state = optimizer.state[followed]
+                optimizer.state[new] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+            return [lambda: (group["params"].pop(), optimizer.state.pop(new, None), None)[-1]]
+    return []
+
+
+def _leave(optimizer: Optimizer, group: dict[str, Any], gone: Sequence[Tensor]) -> Callable[[], None]:
+    held = list(group["params"])
+    states = {p: optimizer.state.pop(p) for p in gone if p in optimizer.state}
+    group["params"][:] = [p for p in held if not any(p is one for one in gone)]
+
+    def undo() -> None:
+        group["params"][:] = held
+        optimizer.state.update(states)
+
+    return undo
+
+
 def record(model: nn.Module, plan: Plan) -> None:
-    """Append a growth to the model's lineage: sizes, shapes and attributes, enough to rebuild it without an example."""
+    """Append a growth to the model's lineage: sizes, shapes, attributes and blocks, enough to rebuild it without an example."""
     entry = {
         "before": dict(plan.before),
         "after": dict(plan.after),
         "shapes": {change.name: list(change.after) for change in plan.tensors},
         "attributes": [[e.module, e.attribute, e.after] for e in plan.attributes],
+        "insertions": [dataclasses.asdict(insertion) for insertion in plan.insertions],
+        "counts": [[e.module, e.attribute, e.after] for e in plan.counts],
     }
     model.__dict__.setdefault(LINEAGE, []).append(entry)
 
 
-def rebuild(model: nn.Module, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor], lineage: list[Any]) -> None:
-    """Give a freshly built model the shapes and values of a grown one, and every attribute that growth has changed."""
+def replay(model: nn.Module, lineage: Sequence[Any]) -> None:
+    """Give a freshly built model the blocks and the attributes of a grown one, in the order of its growths."""
+    for growth in lineage:
+        _set_all(model, growth["attributes"])
+        for entry in growth["insertions"]:
+            insertion = Insertion(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()})
+            insert(model, insertion)
+        _set_all(model, growth["counts"])
+
+
+def _set_all(model: nn.Module, attributes: Sequence[Any]) -> None:
+    for module_name, attribute, value in attributes:
+        old = get_attribute(model, module_name, attribute)
+        set_attribute(model, module_name, attribute, type(old)(value) if isinstance(old, (tuple, list)) else value)
+
+
+def rebuild(model: nn.Module, values: Mapping[str, Tensor], lineage: list[Any], blocks: bool) -> None:
+    """Give a freshly built model the shapes and values of a grown one, and everything that growth has changed.
+
+    `blocks` says that its blocks are to be replayed too; else it was built at its grown depth.
+    """
+    replay(model, lineage if blocks else [{**growth, "insertions": []} for growth in lineage])
+    tensors = model.state_dict(keep_vars=True)
     seen: set[int] = set()
     for name, tensor in tensors.items():
         if id(tensor) not in seen and tuple(tensor.shape) != tuple(values[name].shape):
@@ -87,11 +181,6 @@ def rebuild(model: nn.Module, tensors: Mapping[str, Tensor], values: Mapping[str
     with torch.no_grad():
         for name, value in values.items():
             tensors[name].copy_(value)
-    for growth in lineage:
-        for module_name, attribute, value in growth["attributes"]:
-            module = model.get_submodule(module_name)
-            old = getattr(module, attribute)
-            setattr(module, attribute, type(old)(value) if isinstance(old, (tuple, list)) else value)
     model.__dict__[LINEAGE] = list(lineage)
 
 
@@ -138,10 +227,3 @@ def _reset(optimizer: Optimizer) -> Callable[[], None]:
     old = {parameter: dict(state) for parameter, state in optimizer.state.items()}
     optimizer.state.clear()
     return lambda: optimizer.state.update(old)
-
-
-def _set_attribute(model: nn.Module, edit: AttributeChange) -> Callable[[], None]:
-    module = model.get_submodule(edit.module)
-    old = getattr(module, edit.attribute)
-    setattr(module, edit.attribute, edit.after)
-    return lambda: setattr(module, edit.attribute, old)

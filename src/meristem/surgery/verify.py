@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,22 +13,24 @@ from torch import Tensor, nn
 from meristem.axis import Axis, Place
 from meristem.errors import VerificationError
 from meristem.structure import Structure
+from meristem.structure.depth import insert
 from meristem.structure.discover import apply_edits
 from meristem.structure.tracer import tensors
 from meristem.structure.twin import Example, looking, map_tensors, named_tensors, twin
 from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.tensors import grown_tensors, new_units
-from meristem.values import Plan, Proposal, Scaling, index
+from meristem.values import Blocks, Insertion, Plan, Proposal, Scaling, index
 
 STRUCTURAL_TOLERANCE = 1e-9
 """Largest relative output change of a function-preserving edit on random float64 weights."""
 
 
-def check_edit(structure: Structure, plan: Plan, axes: Sequence[Axis]) -> None:
+def check_edit(structure: Structure, plan: Plan, axes: Sequence[Axis], deepen: bool = True) -> None:
     """Raise unless the planned edit preserves the function on random float64 weights.
 
-    Grown units get random fan-in and zero fan-out; units that are dropped get a zero fan-out before they go. Real
-    weights would hide wrong edits (layer scale of 1e-6, zero initialisations), so they are not used here.
+    Grown units get random fan-in and zero fan-out, new blocks (left out where `deepen` is false, as for methods that do
+    not preserve the function) random weights and a silent end; units that are dropped get a zero fan-out before they go.
+    Real weights would hide wrong edits (layer scale of 1e-6, zero initialisations), so they are not used here.
     """
     generator = torch.Generator().manual_seed(0)
     old = {name: _random_tensor(tensor, generator) for name, tensor in named_tensors(structure.model).items()}
@@ -35,7 +38,12 @@ def check_edit(structure: Structure, plan: Plan, axes: Sequence[Axis]) -> None:
     for name in averaged & old.keys():
         old[name] = old[name].abs() + 0.5
     proposals = []
+    insertions = plan.insertions if deepen else ()
+    if any(len(insertion.blocks) < insertion.size for insertion in insertions):
+        return
     for axis in axes:
+        if axis.kind == "depth":
+            continue
         if plan.after[axis.name] > plan.before[axis.name]:
             proposals.append(probe(plan, axis, old, generator))
         elif axis.streamed:
@@ -45,12 +53,21 @@ def check_edit(structure: Structure, plan: Plan, axes: Sequence[Axis]) -> None:
     grown = {**old, **grown_tensors(old, plan, axes, proposals, Scaling())}
     example = map_tensors(structure.example, lambda t: t.double() if t.is_floating_point() else t)
     try:
-        before = run(structure.model, old, (), example)
-        after = run(structure.model, grown, plan.attributes, example)
+        before = run(structure.model, old, example)
+        probes = [silenced(structure, insertion) for insertion in insertions]
+        after = run(structure.model, grown, example, replace(plan, counts=plan.counts if insertions else ()), probes)
     except Exception:
         return  # code that insists on float32 is left to the check on the real weights
     change = relative_change(plan, before, after)
     if not change <= STRUCTURAL_TOLERANCE:
+        if insertions and plan.tensors:
+            check_edit(structure, plan, axes, deepen=False)
+        if insertions:
+            raise VerificationError(
+                f"no new block of {', '.join(i.axis for i in insertions)} leaves the function as it is: the outputs would "
+                f"change by {change:.1e} of the largest one; nothing was changed. hint: a method that does not preserve the "
+                "function, as how.Stack(), grows it"
+            )
         raise VerificationError(
             f"growing {', '.join(plan.after)} would change what the model computes, by {change:.1e} of its largest output "
             "on random weights; nothing was changed"
@@ -107,10 +124,39 @@ def _silence_dropped(plan: Plan, axis: Axis, values: dict[str, Tensor]) -> None:
         values[slot.name] = values[slot.name].index_fill(slot.dim, index(dropped).to(values[slot.name].device), 0.0)
 
 
-def run(model: nn.Module, values: Mapping[str, Tensor], edits: Sequence[Any], example: Example) -> list[Tensor]:
-    """The output tensors of a twin that holds `values`, in eval mode, on the example; random layers are seeded alike."""
-    copied = twin(model, lambda name, tensor: values[name].detach()).eval()
-    apply_edits(copied, edits)
+def silenced(structure: Structure, insertion: Insertion) -> Blocks:
+    """New blocks as copies that add nothing to the stream; in a chain, identity layers."""
+    values = {}
+    if insertion.form == "run":
+        depth = structure.depths[insertion.axis]
+        for place, (block, new) in enumerate(zip(insertion.blocks, insertion.new, strict=True)):
+            if new:
+                tensors_of = named_tensors(structure.model.get_submodule(depth.blocks[block]))
+                values |= {(place, name): torch.zeros_like(tensors_of[name].detach()) for name in depth.silent[block]}
+    return Blocks(insertion, values, exact=True)
+
+
+def grown_twin(model: nn.Module, values: Mapping[str, Tensor], plan: Plan, blocks: Sequence[Blocks] = ()) -> nn.Module:
+    """A twin that holds `values` (at their grown shapes) and the new blocks."""
+    copied = twin(model, lambda name, _: values[name].detach().clone())
+    apply_edits(copied, plan.attributes)
+    for one in blocks:
+        insert(copied, one.insertion, one.values)
+    apply_edits(copied, plan.counts)
+    return copied
+
+
+def run(
+    model: nn.Module,
+    values: Mapping[str, Tensor],
+    example: Example,
+    plan: Plan | None = None,
+    blocks: Sequence[Blocks] = (),
+) -> list[Tensor]:
+    """The output tensors of a twin that holds `values`, grown by a plan or not, in eval mode, on the example; random layers
+    are seeded alike.
+    """
+    copied = grown_twin(model, values, plan if plan is not None else Plan({}, {}), blocks).eval()
     if any(value.dtype == torch.float64 for value in values.values()):
         copied.double()
     with undisturbed(), looking(None):
@@ -142,7 +188,7 @@ def rounding_gap(structure: Structure, values: Mapping[str, Tensor], before: Seq
     doubled = {name: value.double() if value.is_floating_point() else value for name, value in values.items()}
     example = map_tensors(structure.example, lambda t: t.double() if t.is_floating_point() else t)
     try:
-        exact = run(structure.model, doubled, (), example)
+        exact = run(structure.model, doubled, example)
     except Exception:
         return 0.0
     floats = [(a, b) for a, b in zip(before, exact, strict=True) if a.is_floating_point() and a.numel()]

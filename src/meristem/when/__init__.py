@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
+
+_DURATION = re.compile(r"\s*(\d+)\s*(steps?|epochs?)\s*")
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,23 @@ class When(Protocol):
     """A trigger."""
 
     def due(self, clock: Clock) -> bool: ...
+
+
+def duration(text: object) -> tuple[int, Literal["steps", "epochs"]]:
+    """The number and unit of "500 steps" or "2 epochs"."""
+    match = _DURATION.fullmatch(text) if isinstance(text, str) else None
+    if match is None or int(match[1]) < 1:
+        raise ValueError(f'a duration carries its unit, as in "500 steps" or "2 epochs"; got {text!r}')
+    return int(match[1]), "steps" if match[2].startswith("step") else "epochs"
+
+
+def moment(fraction: float, total: int) -> int:
+    """The step (or epoch) at a fraction of training, `total` of which there are."""
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
+        raise ValueError(f"a growth moment is a fraction of training in (0, 1); got {fraction!r}")
+    if round(fraction * total) < 1:
+        raise ValueError(f"{fraction} of {total} is before the first; hint: train longer, or grow later")
+    return round(fraction * total)
 
 
 def _one_unit(name: str, steps: object, epochs: object) -> None:

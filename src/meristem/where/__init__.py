@@ -24,6 +24,10 @@ class Uniform:
     def reads_gains(self) -> bool:
         return False
 
+    @property
+    def weighs_kinds(self) -> bool:
+        return False
+
     def share(self, choice: Choice) -> Share:
         """Equal counts."""
         each = choice.total / len(choice.axes)
@@ -41,6 +45,10 @@ class Proportional:
 
     @property
     def reads_gains(self) -> bool:
+        return False
+
+    @property
+    def weighs_kinds(self) -> bool:
         return False
 
     def share(self, choice: Choice) -> Share:
@@ -63,6 +71,10 @@ class RoundRobin:
     def reads_gains(self) -> bool:
         return False
 
+    @property
+    def weighs_kinds(self) -> bool:
+        return False
+
     def share(self, choice: Choice) -> Share:
         """All units to one axis."""
         axis = choice.axes[choice.growths % len(choice.axes)]
@@ -74,7 +86,8 @@ class ByGain:
     """The units with the largest predicted gain win, over all axes together.
 
     Args:
-        per_flop: Compare gains per floating-point operation that a unit adds.
+        per_flop: Compare gains per floating-point operation that a unit adds. Units and blocks then compete: depths take
+            part too.
 
     Examples:
         >>> ByGain(per_flop=True)
@@ -87,13 +100,17 @@ class ByGain:
     def reads_gains(self) -> bool:
         return True
 
+    @property
+    def weighs_kinds(self) -> bool:
+        return self.per_flop
+
     def share(self, choice: Choice) -> Share:
         """Counts by gain, taken greedily."""
         ranked = []
         for axis in choice.axes:
             proposal = choice.proposals[axis.name]
             if not proposal.gains:
-                raise ValueError("where.ByGain needs a method that predicts gains. hint: how.GradMax does")
+                raise ValueError("where.ByGain needs a method that predicts gains. hint: how.GradMax does for widths, how.ZeroBlock for depths")
             cost = choice.flops_per_unit[axis.name] if self.per_flop else 1.0
             ranked += [(gain / cost, axis) for gain in proposal.gains]
         return Share(taken(ranked, choice.total))

@@ -28,10 +28,17 @@ class Choice:
 
 
 class Where(Protocol):
-    """A rule that gives `total` units to the axes."""
+    """A rule that gives `total` units to the axes.
+
+    `reads_gains` says that it looks at the proposals, `weighs_kinds` that it can weigh a unit of a width against a block of a
+    depth; a rule that cannot gets axes of one sort.
+    """
 
     @property
     def reads_gains(self) -> bool: ...
+
+    @property
+    def weighs_kinds(self) -> bool: ...
 
     def share(self, choice: Choice) -> Share: ...
 

@@ -73,6 +73,10 @@ class SVoD:
     def reads_gains(self) -> bool:
         return False
 
+    @property
+    def weighs_kinds(self) -> bool:
+        return False
+
     def share(self, choice: Choice) -> Share:
         """Counts by vote; with one axis there is nothing to vote on."""
         if len(choice.axes) == 1:

@@ -1,0 +1,79 @@
+"""New blocks: fresh weights for them, and the gain that they promise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from meristem.axis import Axis
+from meristem.errors import GrowthRefused
+from meristem.statistics.losses import called, measured
+from meristem.structure.depth import Depth, insert
+from meristem.structure.discover import apply_edits
+from meristem.structure.planning import resolve, with_insertions
+from meristem.structure.twin import copy_part, named_tensors, twin
+from meristem.structure.undisturbed import undisturbed
+from meristem.values import Blocks, Insertion
+from meristem.view import View
+
+
+def only_runs(view: View, axis: Axis, method: str) -> Depth:
+    """The depth of an axis whose blocks can be copied.
+
+    Raises:
+        GrowthRefused: It is a place in a chain.
+    """
+    depth = view.structure.depths[axis.name]
+    if depth.form != "run":
+        raise GrowthRefused(
+            f"{method} copies blocks, and {axis.name!r} is a place in a chain, which has none. hint: how.ZeroBlock() "
+            "inserts an identity layer there"
+        )
+    return depth
+
+
+def fresh_blocks(view: View, depth: Depth, insertion: Insertion) -> dict[tuple[int, str], Tensor]:
+    """Weights as the layers of a new block draw them: every module that has `reset_parameters` calls it, the inner ones
+    first. What has none (a bare scale) starts as in the block that it is made after; what is shared stays.
+    """
+    values: dict[tuple[int, str], Tensor] = {}
+    model = view.structure.model
+    with undisturbed():
+        torch.manual_seed(int(torch.randint(2**62, (), generator=view.generator)))
+        for place, new in enumerate(insertion.new):
+            if not new:
+                continue
+            copied = twin(model, lambda name, _: view.values[name].clone())
+            present = {id(tensor) for tensor in named_tensors(copied).values()}
+            known = {id(module) for module in copied.modules()}
+            if depth.form == "run":
+                block = copy_part(copied, copied.get_submodule(depth.blocks[insertion.blocks[place]]))
+            else:
+                block = insert(copied, insertion)[place][1]
+            for module in reversed(list(block.modules())):
+                reset = getattr(module, "reset_parameters", None)
+                own = [*module.parameters(), *module.buffers()]
+                if callable(reset) and id(module) not in known and not any(id(t) in present for t in own):
+                    reset()
+            values |= {(place, n): t.detach() for n, t in named_tensors(block).items() if id(t) not in present}
+    return values
+
+
+def gains(view: View, axis: Axis, blocks: Blocks) -> tuple[float, ...]:
+    """For every new block the norm of the gradient that its weights receive on the first growth batch."""
+    assert view.loss is not None
+    model = view.structure.model
+    plan = resolve(view.structure, {axis.name: sum(blocks.insertion.new)})
+    plan = with_insertions(view.structure, plan, [blocks.insertion])
+    if plan.refusal is not None:
+        raise GrowthRefused(f"{axis.name} cannot grow: {plan.refusal}")
+    copied = twin(model, lambda name, _: view.values[name].clone()).eval()
+    made = insert(copied, blocks.insertion, blocks.values)
+    apply_edits(copied, plan.counts)
+    copied.zero_grad()
+    loss = measured(lambda: called(view.loss, copied, view.batches[0]))  # type: ignore[arg-type]
+    parameters = [[p for p in block.parameters() if p.requires_grad] for _, block in made.values()]
+    listed = [p for own in parameters for p in own]
+    received = torch.autograd.grad(loss, listed, allow_unused=True) if listed else ()
+    squares = {id(p): g.double().square().sum().item() for p, g in zip(listed, received, strict=True) if g is not None}
+    return tuple(sum(squares.get(id(p), 0.0) for p in own) ** 0.5 for own in parameters)

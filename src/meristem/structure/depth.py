@@ -1,0 +1,476 @@
+"""Depth: runs of like blocks that one stream passes through in order, and places in a chain where a layer fits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from meristem.axis import Axis
+from meristem.errors import GrowthRefused
+from meristem.rational import Rational
+from meristem.structure.labels import Label, atoms
+from meristem.structure.tracer import Pass, Trace
+from meristem.structure.twin import copy_part, named_tensors
+from meristem.values import AttributeChange, Insertion
+
+CHAIN = "_meristem_chain"
+"""The attribute of a grown nn.Sequential that says where its new layers stand: "after" or "before" the old one."""
+_COUNT = re.compile(r"(^|_)(n|num|number_of)_?(\w+_)?(layers?|blocks?)$|(^|_)depth$")
+_POSITION = re.compile(r"(layer|block|depth)_?(idx|index|id|number|num)$")
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+
+@dataclass(frozen=True)
+class Depth:
+    """A depth axis of one model: where its blocks stand, and what makes one of them silent.
+
+    `blocks` names the modules; the first `fixed` of them are neither copied nor dropped. `silent[i]` are the tensors of
+    block i that add to the stream, under their names inside it: where these are zero, a residual block passes the stream on.
+    `costs[i]` are the multiply-adds of block i.
+    """
+
+    name: str
+    path: str
+    form: Literal["run", "after", "before"]
+    first: int
+    fixed: int
+    blocks: tuple[str, ...]
+    silent: tuple[tuple[str, ...], ...] = ()
+    costs: tuple[tuple[list[Label], ...], ...] = ()
+    activation: str = ""
+
+    @property
+    def size(self) -> int:
+        return len(self.blocks)
+
+    def axis(self) -> Axis:
+        """The depth as an axis: it counts blocks, and no tensor dimension follows it."""
+        return Axis(self.name, "depth", self.size, 1, ())
+
+    def with_blocks(self, blocks: Sequence[int], new: Sequence[bool]) -> Insertion:
+        """The change that puts old and new blocks in this order."""
+        activation = self.activation if any(new) else ""
+        return Insertion(
+            self.name, self.path, self.form, self.first, self.size, tuple(blocks), tuple(new), activation
+        )
+
+    def appended(self, count: int) -> Insertion:
+        """`count` new blocks behind the present ones, each made after the last (in a chain: after the layer it stands at)."""
+        parent = self.size - 1 if self.form == "run" else 0
+        present = list(range(self.size))
+        return self.with_blocks(present + [parent] * count, [False] * self.size + [True] * count)
+
+    def without(self, amount: int | Sequence[int]) -> Insertion:
+        """The change that drops the last so many blocks, or those with the given indices."""
+        drop = _dropped(self, amount)
+        kept = [i for i in range(self.size) if i not in drop]
+        return self.with_blocks(kept, [False] * len(kept))
+
+
+def _dropped(depth: Depth, amount: int | Sequence[int]) -> set[int]:
+    drop = set(range(depth.size - amount, depth.size)) if isinstance(amount, int) else {int(i) for i in amount}
+    least = depth.fixed + (1 if depth.form == "run" else 0)
+    wrong = sorted(i for i in drop if not depth.fixed <= i < depth.size)
+    if not drop or wrong or depth.size - len(drop) < least:
+        raise GrowthRefused(
+            f"axis {depth.name!r} has blocks 0..{depth.size - 1}, of which {depth.fixed or 'none'} must stay as "
+            f"{'they are' if depth.fixed != 1 else 'it is'} and {least} in all must be left; got {amount!r}"
+        )
+    return drop
+
+
+# -- what there is ----------------------------------------------------------------------------------------------------
+
+
+def find_runs(model: nn.Module, passes: Sequence[Pass]) -> tuple[list[Depth], dict[str, str]]:
+    """The runs of like blocks in the containers of a model that has been called, and why others are none."""
+    called: dict[str, list[int]] = {}
+    for number, one in enumerate(passes):
+        called.setdefault(one.name, []).append(number)
+    names = {id(module): name for name, module in model.named_modules()}
+    runs: list[Depth] = []
+    reasons: dict[str, str] = {}
+    inside: list[str] = []
+    for path, container in model.named_modules():
+        if not isinstance(container, (nn.Sequential, nn.ModuleList)) or hasattr(container, CHAIN):
+            continue
+        if any(path.startswith(block + ".") for block in inside):
+            continue
+        children = list(container._modules.values())
+        if not children and isinstance(container, nn.ModuleList):
+            reasons[path] = "it holds no block"
+        found: list[Depth] = []
+        position = 0
+        for like, grouped in groupby(children, key=_signature):
+            group = list(grouped)
+            start, position = position, position + len(group)
+            if like is None:
+                continue
+            if len({id(block) for block in group}) < len(group):
+                reasons[path] = "its blocks are one and the same module"
+                continue
+            blocks = [names[id(block)] for block in group if block is not None]
+            times = {len(called.get(name, ())) for name in blocks}
+            if times != {1}:
+                if len(group) > 1:
+                    reasons[path] = (
+                        "the forward on the example does not pass through each of its blocks once: they are shared, or "
+                        "picked by index or data"
+                    )
+                continue
+            numbers = [called[name][0] for name in blocks]
+            problem = None if numbers == sorted(numbers) else "its blocks are not called in their order"
+            problem = problem or _diverted([passes[number] for number in numbers])
+            segments = _segments([passes[number] for number in numbers]) if problem is None else []
+            if not segments and len(group) > 1:
+                reasons[path] = problem or "its blocks change the shape of the stream"
+            for fixed, offset, end in segments:
+                lead = fixed if fixed or offset else _lead(children, start, called, names, passes, numbers[0])
+                first = start + offset - (lead - fixed)
+                inside_run = [names[id(block)] for block in children[first : start + end] if block is not None]
+                found.append(Depth("", path, "run", first, lead, tuple(inside_run)))
+        for run in found:
+            inside += run.blocks
+            name = path if len(found) == 1 and path else f"{run.blocks[run.fixed]}:depth"
+            runs.append(Depth(name, path, "run", run.first, run.fixed, run.blocks))
+    return runs, {path: reason for path, reason in reasons.items() if path and path not in {r.name for r in runs}}
+
+
+def _signature(block: nn.Module | None) -> Any:
+    """What like blocks have in common; None for what is no block: a layer without parts, or without weights."""
+    if block is None or next(block.children(), None) is None or next(block.parameters(), None) is None:
+        return None
+    modules = tuple((name, type(module)) for name, module in block.named_modules())
+    return modules, tuple(named_tensors(block)), id(block) if hasattr(block, CHAIN) else 0
+
+
+def _diverted(passes: Sequence[Pass]) -> str | None:
+    """Where something else than the next block reads the stream, or None."""
+    for before, after in zip(passes, passes[1:], strict=False):
+        if not before.outputs or not any(before.outputs[0] is tensor for tensor in after.inputs):
+            return f"between {before.name} and {after.name} the stream passes through something else"
+    return None
+
+
+def _segments(passes: Sequence[Pass]) -> list[tuple[int, int, int]]:
+    """Stretches of one stream shape: how many leading blocks change into it (0 or 1), the first block, the end."""
+    starts = []
+    stream: Any = None
+    for number, one in enumerate(passes):
+        after = _kind(one.outputs[0]) if one.outputs else None
+        came = [stream] if number else [_kind(tensor) for tensor in one.inputs]
+        if after is None or after not in came:
+            starts.append((1, number))
+        elif not starts:
+            starts.append((0, number))
+        stream = after
+    ends = [number for _, number in starts[1:]] + [len(passes)]
+    return [(fixed, start, end) for (fixed, start), end in zip(starts, ends, strict=True) if end - start > fixed]
+
+
+def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype
+
+
+def _lead(
+    children: Sequence[nn.Module | None], start: int, called: Mapping[str, list[int]], names: Mapping[int, str],
+    passes: Sequence[Pass], entry: int,
+) -> int:  # fmt: skip
+    """How many blocks of the same class, but not alike, lead into a run."""
+    count, kind, reader = 0, type(children[start]), passes[entry]
+    for block in reversed(children[:start]):
+        if type(block) is not kind or isinstance(block, nn.Sequential) or called.get(names[id(block)], []) == []:
+            break
+        (number, *others) = called[names[id(block)]]
+        outputs = passes[number].outputs
+        if others or not outputs or not any(outputs[0] is tensor for tensor in reader.inputs):
+            break
+        count, reader = count + 1, passes[number]
+    return count
+
+
+def find_places(model: nn.Module, passes: Sequence[Pass], runs: Sequence[Depth], outputs: set[str]) -> list[Depth]:
+    """Layers that a chain passes through: hidden ones, behind which a layer fits, and those named in `outputs`, before which."""
+    times: dict[str, int] = {}
+    for one in passes:
+        times[one.name] = times.get(one.name, 0) + 1
+    held: dict[int, int] = {}
+    for _, module in model.named_modules(remove_duplicate=False):
+        held[id(module)] = held.get(id(module), 0) + 1
+    inside = tuple(f"{block}." for run in runs for block in run.blocks)
+    places = []
+    grown: list[str] = []
+    for name, module in model.named_modules():
+        if not name or name.startswith((*inside, *grown)) or times.get(name) != 1 or held[id(module)] != 1:
+            continue
+        if hasattr(module, CHAIN):
+            form = getattr(module, CHAIN)
+            keys = list(module._modules)[:: 2]
+            keys = keys if form == "after" else [keys[-1], *keys[:-1]]
+            places.append(Depth(f"{name}:depth", name, form, 0, 1, tuple(f"{name}.{key}" for key in keys)))
+            grown.append(f"{name}.")
+        elif _fits(module):
+            form: Literal["after", "before"] = "before" if name in outputs else "after"
+            places.append(Depth(f"{name}:depth", name, form, 0, 1, (name,)))
+    return places
+
+
+def _fits(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return not module.transposed and module.groups == 1 and type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return isinstance(module, nn.Linear)
+
+
+def silent_tensors(
+    block: str, model: nn.Module, passes: Sequence[Pass], trace: Trace, labels: Mapping[str, Sequence[Label]],
+    stream: set[Label],
+) -> tuple[str, ...]:  # fmt: skip
+    """The tensors of a block that add to the stream, under their names inside it.
+
+    These are the weights that produce units of the stream, with their biases; where a norm follows such a weight inside
+    the block, the norm's weight and bias, as it would turn a zero into its own bias.
+    """
+    prefix = block + "."
+    within = [one for one in passes if one.name.startswith(prefix)]
+    found: list[str] = []
+    for name, dim in sorted(trace.produced, key=lambda place: trace.order.get(place[0], 0)):
+        if not name.startswith(prefix) or not stream & set(atoms(labels[name][dim])):
+            continue
+        owner, _, leaf = name.rpartition(".")
+        norm = _norm_behind(owner, model, within)
+        names = [f"{norm}.weight", f"{norm}.bias"] if norm is not None else [name]
+        if norm is None and leaf.endswith("weight"):
+            names.append(f"{owner}.{leaf.removesuffix('weight')}bias")
+        elif norm is None:
+            names += [n for n in labels if n.startswith(f"{owner}.") and trace.fills.get(n) == "bias"]
+        found += [n.removeprefix(prefix) for n in names if n in labels]
+    return tuple(dict.fromkeys(found))
+
+
+def _norm_behind(owner: str, model: nn.Module, within: Sequence[Pass]) -> str | None:
+    """The norm that reads what a layer makes, possibly through layers without weights."""
+    start = next((number for number, one in enumerate(within) if one.name == owner), len(within))
+    stream = within[start].outputs[:1] if start < len(within) else []
+    for reader in within[start + 1 :]:
+        if not stream or not any(stream[0] is tensor for tensor in reader.inputs):
+            continue
+        module = model.get_submodule(reader.name)
+        if isinstance(module, _NORMS) and getattr(module, "weight", None) is not None:
+            return reader.name
+        if next(module.parameters(), None) is not None or next(module.children(), None) is not None:
+            return None
+        stream = reader.outputs[:1]
+    return None
+
+
+# -- changing it ------------------------------------------------------------------------------------------------------
+
+
+def insert(
+    model: nn.Module, insertion: Insertion, values: Mapping[tuple[int, str], Tensor] | None = None
+) -> dict[int, tuple[nn.Module, nn.Module]]:
+    """Put the blocks of an insertion in their places, on a twin or by surgery.
+
+    Returns:
+        For the place of every new block, the block that it was made after, and itself.
+    """
+    made = _insert_blocks(model, insertion) if insertion.form == "run" else _insert_layers(model, insertion)
+    for (place, name), value in (values or {}).items():
+        with torch.no_grad():
+            named_tensors(made[place][1])[name].copy_(value)
+    return made
+
+
+def _insert_blocks(model: nn.Module, insertion: Insertion) -> dict[int, tuple[nn.Module, nn.Module]]:
+    container = model.get_submodule(insertion.path)
+    old = [(key, module) for key, module in container._modules.items() if module is not None]
+    run = old[insertion.first : insertion.first + insertion.size]
+    taken = set(container._modules)
+    placed: list[tuple[str, nn.Module]] = []
+    made = {}
+    for place, (number, new) in enumerate(zip(insertion.blocks, insertion.new, strict=True)):
+        key, block = run[number]
+        if new:
+            copied = copy_part(model, block)
+            made[place] = (block, copied)
+            key = _free_key(key, taken)
+            taken.add(key)
+            placed.append((key, copied))
+        else:
+            placed.append((key, block))
+    entries = [*old[: insertion.first], *placed, *old[insertion.first + insertion.size :]]
+    if isinstance(container, nn.ModuleList):
+        entries = [(str(i), module) for i, (_, module) in enumerate(entries)]
+    container._modules.clear()
+    container._modules.update(entries)
+    return made
+
+
+def _free_key(key: str, taken: set[str]) -> str:
+    """A name for a new block; the names of the others stay."""
+    if key.isdigit():
+        return str(next(i for i in range(len(taken) + 1) if str(i) not in taken))
+    return next(f"{key}_{i}" for i in range(2, len(taken) + 3) if f"{key}_{i}" not in taken)
+
+
+def _insert_layers(model: nn.Module, insertion: Insertion) -> dict[int, tuple[nn.Module, nn.Module]]:
+    module = model.get_submodule(insertion.path)
+    parts = list(module.children()) if hasattr(module, CHAIN) else [module]
+    if insertion.form == "after":
+        old, pairs = parts[0], list(zip(parts[1::2], parts[2::2], strict=True))
+    else:
+        old, pairs = parts[-1], [(act, layer) for layer, act in zip(parts[:-1:2], parts[1::2], strict=True)]
+    made: dict[int, tuple[nn.Module, nn.Module]] = {}
+    placed = []
+    for place, (number, new) in enumerate(zip(insertion.blocks, insertion.new, strict=True)):
+        if new:
+            layer = identity_layer(old, insertion.form)
+            act = _activation(insertion.activation, layer, old)
+            made[place] = (old, nn.ModuleList([act, layer]))
+            placed.append((act, layer))
+        elif number:
+            placed.append(pairs[number - 1])
+    parent_name, _, leaf = insertion.path.rpartition(".")
+    if not placed:
+        model.get_submodule(parent_name)._modules[leaf] = old
+        return made
+    order = [old, *(m for act, layer in placed for m in (act, layer))]
+    if insertion.form == "before":
+        order = [*(m for act, layer in placed for m in (layer, act)), old]
+    chain = module if hasattr(module, CHAIN) else nn.Sequential().train(old.training)
+    chain._modules.clear()
+    chain._modules.update({str(i): m for i, m in enumerate(order)})
+    setattr(chain, CHAIN, insertion.form)
+    model.get_submodule(parent_name)._modules[leaf] = chain
+    return made
+
+
+def identity_layer(old: nn.Module, form: str) -> nn.Module:
+    """A layer like `old` that starts as the identity of what `old` gives ("after") or takes ("before")."""
+    weight = old.weight
+    assert isinstance(weight, Tensor)
+    width = weight.shape[0 if form == "after" else 1]
+    layer: nn.Module
+    if isinstance(old, nn.Linear):
+        layer = nn.Linear(width, width, device="meta")
+        start = torch.eye(width)
+    else:
+        assert isinstance(old, nn.modules.conv._ConvNd)
+        odd = all(k % 2 for k in old.kernel_size)
+        kernel = tuple(old.kernel_size) if odd else (1,) * len(old.kernel_size)
+        kind = next(k for k in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(old, k))
+        padding: Any = tuple(k // 2 for k in kernel)
+        size: Any = kernel
+        layer = kind(width, width, size, padding=padding, padding_mode=old.padding_mode, device="meta")
+        start = nn.init.dirac_(torch.empty(width, width, *kernel))
+    for name, value in (("weight", start), ("bias", torch.zeros(width))):
+        setattr(layer, name, nn.Parameter(_like(weight, value), requires_grad=weight.requires_grad))
+    return layer.train(old.training)
+
+
+def _activation(kind: str, layer: nn.Module, old: nn.Module) -> nn.Module:
+    if kind == "relu":
+        return nn.ReLU().train(old.training)
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    module = Rational(weight.shape[0], dim=-1 if isinstance(layer, nn.Linear) else 1 - weight.dim())
+    for name, parameter in list(module.named_parameters()):
+        setattr(module, name, nn.Parameter(_like(weight, parameter.detach()), requires_grad=weight.requires_grad))
+    return module.train(old.training)
+
+
+def _like(weight: Tensor, value: Tensor) -> Tensor:
+    """`value` with the dtype and on the device of a weight; data-free where the weight is."""
+    return weight.detach().new_zeros(value.shape) if _is_fake(weight) else value.to(weight)
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    return isinstance(tensor, torch._subclasses.fake_tensor.FakeTensor) or tensor.is_meta
+
+
+def kin(parent: nn.Module, new: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Every tensor of a new block: its name inside the block, itself, and the parent's that it follows in the optimizer."""
+    theirs = dict(parent.named_parameters()) | dict(parent.named_buffers())
+    for name, tensor in named_tensors(new).items():
+        leaf = name.rpartition(".")[2]
+        relative = theirs.get(name) if name in theirs else theirs.get(leaf, theirs.get("bias", theirs.get("weight")))
+        assert relative is not None
+        yield name, tensor, relative
+
+
+# -- what follows it --------------------------------------------------------------------------------------------------
+
+
+def standing(model: nn.Module, insertion: Insertion, beside: Sequence[Insertion] = ()) -> list[str]:
+    """The names of the blocks of a run that has been changed, in order; `beside` may have changed the same container."""
+    keys = list(model.get_submodule(insertion.path)._modules)
+    prefix = f"{insertion.path}." if insertion.path else ""
+    ahead = [other for other in beside if other.path == insertion.path and other.first < insertion.first]
+    first = insertion.first + sum(len(other.blocks) - other.size for other in ahead)
+    return [f"{prefix}{key}" for key in keys[first : first + len(insertion.blocks)]]
+
+
+def counted(model: nn.Module, depths: Sequence[Depth], insertion: Insertion) -> Iterator[AttributeChange]:
+    """Attributes that surely follow: numbers of layers on the way to the container, by their names; positions in blocks."""
+    rivals = [d for d in depths if d.form == "run" and d.size == insertion.size and d.path != insertion.path]
+    for owner, attribute, value in _numbers(model, insertion.path):
+        shared = any(d.path.startswith(f"{owner}." if owner else "") for d in rivals)
+        if value == insertion.size and _COUNT.search(attribute.rpartition(".")[2]) and not shared:
+            yield AttributeChange(owner, attribute, value, len(insertion.blocks))
+
+
+def candidates(model: nn.Module, insertion: Insertion) -> Iterator[AttributeChange]:
+    """Attributes that may follow: any number that equals the old depth, any table with an entry for every block."""
+    for owner, attribute, value in _numbers(model, insertion.path):
+        if value == insertion.size:
+            yield AttributeChange(owner, attribute, value, len(insertion.blocks))
+        elif isinstance(value, (list, tuple)) and len(value) == insertion.size:
+            yield AttributeChange(owner, attribute, value, type(value)(value[block] for block in insertion.blocks))
+
+
+def _numbers(model: nn.Module, path: str) -> Iterator[tuple[str, str, Any]]:
+    """Ints, lists and tuples that the modules on the way to `path` hold, themselves or in a plain object (a config)."""
+    parts = path.split(".") if path else []
+    for depth in range(len(parts) + 1):
+        owner = ".".join(parts[:depth])
+        for attribute, value in vars(model.get_submodule(owner)).items():
+            if attribute.startswith("_") or isinstance(value, (bool, nn.Module, Tensor)):
+                continue
+            if isinstance(value, (int, list, tuple)):
+                yield owner, attribute, value
+            elif hasattr(value, "__dict__") and not callable(value):
+                for key, inner in vars(value).items():
+                    if isinstance(inner, (int, list, tuple)) and not isinstance(inner, bool) and not key.startswith("_"):
+                        yield owner, f"{attribute}.{key}", inner
+
+
+def positions_in(model: nn.Module, depth: Depth) -> dict[tuple[str, str], int]:
+    """Attributes inside the blocks that number them, with the number of the first: (module inside the block, name)."""
+    blocks = [model.get_submodule(name) for name in depth.blocks[depth.fixed :]]
+    found = {}
+    for name, module in blocks[0].named_modules():
+        for attribute, value in vars(module).items():
+            if type(value) is not int or attribute.startswith("_"):
+                continue
+            values = [vars(block.get_submodule(name)).get(attribute) for block in blocks]
+            if values == [value + i for i in range(len(blocks))] and (len(blocks) > 1 or _POSITION.search(attribute)):
+                found[name, attribute] = value
+    return found
+
+
+def renumbered(
+    model: nn.Module, depth: Depth, names: Sequence[str], found: Mapping[tuple[str, str], int]
+) -> Iterator[AttributeChange]:
+    """The positions of the blocks that now stand in `model` under `names`."""
+    for place, block in enumerate(names[depth.fixed :]):
+        for (name, attribute), first in found.items():
+            module = f"{block}.{name}" if name else block
+            before = getattr(model.get_submodule(module), attribute)
+            if before != first + place:
+                yield AttributeChange(module, attribute, before, first + place)
