@@ -261,6 +261,68 @@ class Conv3dNet(nn.Module):
         return self.head(self.drop(F.max_pool3d(x, 2).flatten(1)))
 
 
+class ConvNeXtBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.dwconv, self.norm = nn.Conv2d(width, width, 7, padding=3, groups=width), nn.LayerNorm(width)
+        self.pwconv1, self.pwconv2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.gamma = nn.Parameter(1e-6 * torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
+        return x + (self.gamma * self.pwconv2(F.gelu(self.pwconv1(y)))).permute(0, 3, 1, 2)
+
+
+class ConvNeXt(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 2, 2)
+        self.stages = nn.ModuleList(
+            [nn.Sequential(ConvNeXtBlock(6), ConvNeXtBlock(6)), nn.Sequential(ConvNeXtBlock(8), ConvNeXtBlock(8))]
+        )
+        self.down, self.norm, self.head = nn.Conv2d(6, 8, 2, 2), nn.LayerNorm(8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stages[1](self.down(self.stages[0](self.stem(x))))
+        return self.head(self.norm(x.mean((2, 3))))
+
+
+class MixerBlock(nn.Module):
+    def __init__(self, tokens: int, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.tokens = nn.Sequential(nn.Linear(tokens, 10), nn.GELU(), nn.Linear(10, tokens))
+        self.channels = nn.Sequential(nn.Linear(width, 14), nn.GELU(), nn.Linear(14, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.tokens(self.norm1(x).transpose(1, 2)).transpose(1, 2)
+        return x + self.channels(self.norm2(x))
+
+
+class Mixer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 6, 4, 4)
+        self.blocks, self.head = nn.Sequential(MixerBlock(4, 6), MixerBlock(4, 6)), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.patch(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+class Encoder(nn.Module):
+    """torch's own encoder layers; post-norm as they come."""
+
+    def __init__(self, norm_first: bool) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, 8)
+        layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True, norm_first=norm_first)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embed(x)).mean(1))
+
+
 def _images(size: int = 8) -> Tensor:
     return torch.randn(3, 3, size, size)
 
@@ -280,6 +342,10 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "normed_mlp": (NormedMLP, lambda: torch.randn(3, 10)),
     "bare": (BareParameters, lambda: torch.randn(3, 10)),
     "conv1d": (Conv1dNet, lambda: torch.randn(3, 3, 9)),
+    "convnext": (ConvNeXt, _images),
+    "mixer": (Mixer, _images),
+    "pre_norm": (lambda: Encoder(True), lambda: torch.randn(3, 7, 5)),
+    "post_norm": (lambda: Encoder(False), lambda: torch.randn(3, 7, 5)),
     "conv3d": (Conv3dNet, lambda: torch.randn(3, 2, 4, 2, 4)),
 }
 

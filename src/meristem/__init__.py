@@ -16,6 +16,7 @@ from meristem.errors import (
 )
 from meristem.grower import Grower
 from meristem.growing import find_axes, grow_, narrow_, plan
+from meristem.rational import Rational
 from meristem.statistics.health import health
 from meristem.surgery.optimizers import STATE_RULES
 from meristem.values import Budget, Growth, Plan
@@ -37,6 +38,7 @@ __all__ = [
     "OptimizerError",
     "PendingBackward",
     "Plan",
+    "Rational",
     "Slot",
     "UnknownAxis",
     "VerificationError",

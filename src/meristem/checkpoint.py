@@ -106,22 +106,21 @@ def load(
     state = torch.load(folder / manifest["training"], weights_only=True, map_location="cpu")
     targets = model.state_dict(keep_vars=True)
     lineage = manifest["lineage"]
-    blocks = set(targets) != set(weights)
+    growths = _missing(model, lineage, targets, weights)
     # What the model will be like is tried on a copy without data, so that nothing has changed if it does not fit.
     grown = twin(model, lambda _, tensor: tensor.detach().to("meta"))
     followed = {id(p): q for p, q in zip(model.parameters(), grown.parameters(), strict=True)}
-    if blocks:
-        _replay(grown, lineage, type(model).__name__)
+    _replay(grown, growths, type(model).__name__)
     have = grown.state_dict(keep_vars=True)
     _check_names(set(have), set(weights), type(model).__name__)
     given = optimizers(optimizer)
-    _check_shapes(have, weights, lineage, type(model).__name__)
+    _check_shapes(have, weights, type(model).__name__)
     _check_state(given, state, grower)
     names = {id(q): name for name, q in grown.named_parameters()}
     for one, saved in zip(given, state["optimizers"], strict=False):
         _check_groups(one, saved, {i: names[id(q)] for i, q in followed.items() if id(q) in names}, followed)
-    check_free({name: t for name, t in targets.items() if name in weights and t.shape != weights[name].shape})
-    rebuild(model, weights, lineage, blocks)
+    check_free({name: targets[name] for growth in growths for name in growth["shapes"] if name in targets})
+    rebuild(model, weights, growths, lineage)
     live = dict(model.named_parameters())
     for one, saved in zip(given, state["optimizers"], strict=False):
         for group, listed in zip(one.param_groups, saved["names"], strict=True):
@@ -162,29 +161,34 @@ def _group_names(optimizer: Optimizer, model: nn.Module) -> list[list[str]]:
     return [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
 
 
-def _replay(grown: nn.Module, lineage: list[Any], kind: str) -> None:
+def _missing(model: nn.Module, lineage: list[Any], have: dict[str, Tensor], saved: dict[str, Tensor]) -> list[Any]:
+    """The growths that a model has not had yet: none of its own, or the first ones of the checkpoint's.
+
+    A model that was built at its grown size only lacks the attributes that no constructor knows (an eps).
+    """
+    own = json.loads(json.dumps(getattr(model, LINEAGE, [])))
+    if own and own == lineage[: len(own)]:
+        return lineage[len(own) :]
+    if have.keys() != saved.keys() or any(have[name].shape != saved[name].shape for name in have):
+        return lineage
+    return [{**growth, "shapes": {}, "insertions": []} for growth in lineage]
+
+
+def _replay(grown: nn.Module, growths: list[Any], kind: str) -> None:
     try:
-        replay(grown, lineage)
+        replay(grown, growths)
     except (AttributeError, IndexError, KeyError, StopIteration) as error:
         raise CheckpointError(
             f"the checkpoint does not belong to this {kind}: its growths cannot be repeated on it ({error})"
         ) from error
 
 
-def _check_shapes(have: dict[str, Tensor], saved: dict[str, Tensor], lineage: list[Any], kind: str) -> None:
-    """Raise unless the lineage explains every difference of shape. Names shift where blocks are inserted; shapes do not."""
-    grown: dict[str, set[tuple[int, ...]]] = {}
-    for growth in lineage:
-        for name, shape in growth["shapes"].items():
-            grown.setdefault(name, set()).add(tuple(shape))
-    anywhere = set().union(*grown.values()) if any(growth["insertions"] for growth in lineage) else set()
+def _check_shapes(have: dict[str, Tensor], saved: dict[str, Tensor], kind: str) -> None:
+    """Raise unless the growths explain every difference of shape."""
     for name, tensor in have.items():
-        shape = tuple(saved[name].shape)
-        aliases = [other for other in have if have[other] is tensor]
-        explained = anywhere.union(*[grown.get(alias, set()) for alias in aliases])
-        if shape != tuple(tensor.shape) and shape not in explained:
+        if tensor.shape != saved[name].shape:
             raise CheckpointError(
-                f"the checkpoint does not belong to this {kind}: {name} was saved as {shape}, here it is "
+                f"the checkpoint does not belong to this {kind}: {name} was saved as {tuple(saved[name].shape)}, here it is "
                 f"{tuple(tensor.shape)}, and no growth of the checkpoint explains that"
             )
 

@@ -348,7 +348,7 @@ class Grower:
         limits = (
             (self.budget.parameters, sizes.parameters[1]),
             (self.budget.flops, sizes.flops[1] / structure.batch),
-            (self.budget.units, sum(a.size for a in structure.axes.values()) + sum(counts.values())),
+            (self.budget.units, _units(structure, {}) + _units(structure, counts)),
         )
         return all(limit is None or value <= limit for limit, value in limits)
 
@@ -413,6 +413,12 @@ def _amounts(amount: Amount) -> list[Any]:
     if isinstance(amount, Mapping):
         return list(amount.values())
     return list(amount) if isinstance(amount, Sequence) else [amount]
+
+
+def _units(structure: Structure, counts: Mapping[str, int]) -> int:
+    """Units of all widths together, or those that `counts` adds to them."""
+    widths = {axis.name: axis.size for axis in structure.axes.values() if axis.kind != "depth"}
+    return sum(count for name, count in counts.items() if name in widths) if counts else sum(widths.values())
 
 
 def _spike(losses: Sequence[float]) -> dict[str, float | None]:

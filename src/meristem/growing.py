@@ -399,7 +399,12 @@ def followed(structure: Structure, plan: Plan) -> dict[str, Tensor]:
 
 
 def _with_blocks(
-    view: View, plan: Plan, proposals: Sequence[Proposal], how: Methods, deep: Sequence[Axis], values: Mapping[str, Tensor]
+    view: View,
+    plan: Plan,
+    proposals: Sequence[Proposal],
+    how: Methods,
+    deep: Sequence[Axis],
+    values: Mapping[str, Tensor],
 ) -> tuple[Plan, list[Proposal], list[Blocks]]:
     """The plan with the blocks where the methods want them. Beside growing widths, blocks are made on a widened copy."""
     proposals = list(proposals)

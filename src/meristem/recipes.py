@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from meristem import care, how, where
+from meristem.errors import GrowthRefused
 from meristem.grower import Amount, Grower
 from meristem.growing import Optimizers
 from meristem.how import SWE
 from meristem.stages import MakeOptimizer, Stages
+from meristem.statistics.batches import check_reiterable, first_call, growth_batches
 from meristem.statistics.losses import Loss
+from meristem.structure import Structure
+from meristem.structure.undisturbed import undisturbed
 from meristem.values import Budget
 from meristem.view import Progress
-from meristem.when import Every, When
+from meristem.when import At, Every, When, duration, moment
 from meristem.where import SVoD
 
 
@@ -73,6 +77,83 @@ def gradmax(
         amount=amount,
         budget=budget,
         axes=axes,
+        example=example,
+        generator=generator,
+    )
+
+
+def stack(
+    model: nn.Module,
+    optimizer: Optimizers,
+    *,
+    loss: Loss,
+    data: Iterable[Any],
+    to: Mapping[str, int],
+    at: float = 0.5,
+    total: str,
+    budget: Budget | None = None,
+    example: Any = None,
+    generator: torch.Generator | None = None,
+) -> Grower:
+    """Train a shallow net, then repeat its blocks: one growth to the full depth, as in arXiv 2405.15319 and 2511.04981.
+
+    Copies take the optimizer's state along. Use a schedule that holds its rate until after the growth (warm-up, stable,
+    decay), and tune the rate for the grown net as you would for the fixed one: see benchmarks/gpt.
+
+    Args:
+        model: As for `Grower`, like every argument that is not listed here.
+        optimizer: As for `Grower`.
+        loss: As for `Grower`.
+        data: As for `Grower`.
+        to: The final number of blocks, by depth axis.
+        at: When to grow, as a fraction of training in (0, 1).
+        total: How long training is, as "1600 steps" or "12 epochs".
+
+    Returns:
+        A `Grower`.
+
+    Raises:
+        GrowthRefused: An axis is no depth, or not smaller than it shall become.
+
+    Examples:
+        >>> import torch, meristem as ms
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+        >>> net = torch.nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        >>> optimizer = torch.optim.AdamW(net.parameters())
+        >>> data = [torch.randn(4, 5, 8)]
+        >>> loss = lambda model, batch: model(batch).square().mean()
+        >>> grower = ms.recipes.stack(net, optimizer, loss=loss, data=data, to={"layers": 3}, at=0.5, total="4 steps")
+        >>> [len(net.layers) for _ in range(4) if grower.step() or True]
+        [1, 3, 3, 3]
+    """
+    length, unit = duration(total)
+    due = At(**{unit: (moment(at, length),)})
+    if example is None:
+        check_reiterable(data)
+        with undisturbed():
+            example = first_call(model, loss, growth_batches(data, 1, torch.Generator().manual_seed(0))[0])
+    with undisturbed():
+        axes = Structure(model, example).axes
+    sizes = {name: axes[name].size for name in to}
+    flat = [name for name in to if axes[name].kind != "depth"]
+    if flat:
+        raise GrowthRefused(f"axis {flat[0]!r} is a {axes[flat[0]].kind}, not a depth; only depths are stacked")
+    small = [
+        name for name, size in to.items() if isinstance(size, bool) or not isinstance(size, int) or size <= sizes[name]
+    ]
+    if small or not to:
+        raise GrowthRefused(
+            f"to={dict(to)} must give every depth more blocks than it has now: {sizes or 'name a depth axis'}"
+        )
+    return Grower(
+        model,
+        optimizer,
+        loss=loss,
+        data=data,
+        when=due,
+        how=how.Stack(),
+        amount={name: size - sizes[name] for name, size in to.items()},
+        budget=budget,
         example=example,
         generator=generator,
     )

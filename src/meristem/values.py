@@ -285,7 +285,7 @@ class Budget:
     Args:
         parameters: Trainable and frozen parameters of the whole model.
         flops: Floating-point operations of one forward pass, per example.
-        units: Sum of all axis sizes.
+        units: Sum of the sizes of all widths.
         growths: Number of growths.
         sizes: Largest size by axis name.
 

@@ -26,7 +26,7 @@ Choice = str | dict[str, dict[str, Any]]
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "cosine", "wsd")
-MODELS = ("mlp", "convnet", "vgg", "gpt")
+MODELS = ("mlp", "convnet", "vgg", "resnet", "gpt")
 
 
 class _Strict(BaseModel):
@@ -64,7 +64,7 @@ def trigger(choice: Mapping[str, Any], steps: int | None = None) -> Every | At:
     name, value = next(iter(choice.items()), ("", None))
     if name not in TRIGGERS or len(choice) != 1:
         raise ValueError(f"when = {dict(choice)} is not known.{nearest(name, TRIGGERS)} Known: {', '.join(TRIGGERS)}")
-    listed = value if isinstance(value, list) else [value]
+    listed: list[Any] = value if isinstance(value, list) else [value]
     if name == "at" and listed and all(isinstance(one, float) for one in listed):
         return At(steps=tuple(moment(one, steps or 10**9) for one in listed))
     moments = [duration(text) for text in listed]

@@ -136,6 +136,41 @@ class GPT(nn.Module):
         return out
 
 
+class PreActBlock(nn.Module):
+    """A pre-activation residual block of two 3x3 convolutions."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.conv2(F.relu(self.norm2(self.conv1(F.relu(self.norm1(x))))))
+        return out
+
+
+class ResNet(nn.Module):
+    """Three stages of pre-activation blocks of widths w, 2w, 4w; a strided convolution leads into the second and third."""
+
+    def __init__(self, channels: int, outputs: int, width: int, blocks: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+        self.stage1 = nn.Sequential(*[PreActBlock(width) for _ in range(blocks)])
+        self.down1 = nn.Conv2d(width, 2 * width, 3, 2, padding=1, bias=False)
+        self.stage2 = nn.Sequential(*[PreActBlock(2 * width) for _ in range(blocks)])
+        self.down2 = nn.Conv2d(2 * width, 4 * width, 3, 2, padding=1, bias=False)
+        self.stage3 = nn.Sequential(*[PreActBlock(4 * width) for _ in range(blocks)])
+        self.norm = nn.BatchNorm2d(4 * width)
+        self.head = nn.Linear(4 * width, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down1(self.stage1(self.stem(x)))
+        x = self.stage3(self.down2(self.stage2(x)))
+        out: Tensor = self.head(F.relu(self.norm(x)).mean((2, 3)))
+        return out
+
+
 def build(choice: Choice, data: Data) -> nn.Module:
     """The model that a configuration names, sized for the data.
 
@@ -153,11 +188,12 @@ def build(choice: Choice, data: Data) -> nn.Module:
     fixed: dict[str, Any]
     if name == "mlp":
         make, fixed = mlp, {"inputs": int(shape.numel()), "outputs": data.outputs}
-    elif name in ("convnet", "vgg"):
+    elif name in ("convnet", "vgg", "resnet"):
         if len(shape) != 3:
             raise ConfigError(f"model = {name!r} needs images; the data have shape {tuple(shape)}")
         fixed = {"channels": int(shape[0]), "outputs": data.outputs}
-        make, fixed = (ConvNet, fixed) if name == "convnet" else (vgg, {**fixed, "size": int(shape[1])})
+        make = {"convnet": ConvNet, "vgg": vgg, "resnet": ResNet}[name]
+        fixed |= {"size": int(shape[1])} if name == "vgg" else {}
     else:
         if data.task != "language":
             raise ConfigError("model = 'gpt' needs text; hint: data = 'text/tinyshakespeare'")
@@ -178,6 +214,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "mlp": {"hidden": [32, 32], "norm": False},
     "convnet": {"width": 16},
     "vgg": {"convs": [[8], [16]], "hidden": [32, 32], "strided": False, "positive_bias": False},
+    "resnet": {"width": 16, "blocks": 1},
     "gpt": {"width": 96, "heads": 4, "hidden": 384, "depth": 2},
 }
 

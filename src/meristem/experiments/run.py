@@ -254,7 +254,10 @@ class Run:
                 progress.flops += growth.flops
                 progress.sizes |= growth.after
                 self.flops_per_example = self._flops_per_example()
-        if progress.step % (self.experiment.train.evaluate or len(self.batches)) == 0 or progress.step == progress.steps:
+        if (
+            progress.step % (self.experiment.train.evaluate or len(self.batches)) == 0
+            or progress.step == progress.steps
+        ):
             self._record()
         self.report(progress)
 

@@ -39,20 +39,24 @@ class Suite(BaseModel):
     """What a suite file says. A method's table is merged into the task's [grow] or [stages]; what it says of `model` and
     `train`, into the task's own.
 
+    `score` is what differences are in and what is plotted, for the rows in `drawn` (all of them where nothing is said).
     Baselines are those of the methods in `baselines_of` (of all where nothing is said); where several methods end in one
     shape, `final_of` names the one whose final shape is trained. `learning_rates` are tried for every row named in `tuned` (for all of them where nothing is said); the other rows take
-    the rate of the first tuned one of their side, grown or fixed.
+    the rate of the first tuned one of their side, grown or fixed. `rates` names rates by row, found elsewhere.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     seeds: list[int] = Field([0, 1, 2], min_length=1)
     reference: str
+    score: Literal["accuracy", "loss"] = "accuracy"
+    drawn: list[str] | None = None
     baselines: list[Baseline] = ["small", "final", "equal"]
     baselines_of: list[str] | None = None
     final_of: list[str] | None = None
     learning_rates: list[float] = []
     tuned: list[str] | None = None
+    rates: dict[str, float] = {}
     tasks: dict[str, dict[str, Any]] = Field(min_length=1)
     methods: dict[str, dict[str, Any]] = Field(min_length=1)
 
@@ -156,9 +160,8 @@ class Comparison:
             report(count, f"{job.name}, seed {job.experiment.seed}")
 
         for rows in self.waves():
-            best: dict[Row, float] = {}
-            if self.suite.learning_rates:
-                best = self._tuned(rows, workers, told)
+            best = self._tuned(rows, workers, told) if self.suite.learning_rates else {}
+            best |= {row: self.suite.rates[row.title] for row in rows if row.title in self.suite.rates}
             jobs = []
             for row in rows:
                 for seed in self.suite.seeds:
@@ -185,7 +188,9 @@ class Comparison:
             told(job)
         best = {row: min(pairs)[1] for row, pairs in found.items()}
         for row in rows:
-            side = [other for other in best if other.task == row.task and (other.method is None) == (row.method is None)]
+            side = [
+                other for other in best if other.task == row.task and (other.method is None) == (row.method is None)
+            ]
             side = [other for other in side if (other.baseline is None) == (row.baseline is None)]
             if row not in best and side:
                 best[row] = best[side[0]]
@@ -211,9 +216,10 @@ def read(path: Path, out: Path | None = None) -> Comparison:
         for method in getattr(suite, key) or []:
             if method not in suite.methods:
                 raise ConfigError(f"{path}: {key} names {method!r}.{nearest(method, suite.methods)}")
-    for title in suite.tuned or []:
-        if title not in titles:
-            raise ConfigError(f"{path}: tuned names {title!r}, which is no row.{nearest(title, titles)}")
+    for key in ("tuned", "drawn", "rates"):
+        for title in getattr(suite, key) or []:
+            if title not in titles:
+                raise ConfigError(f"{path}: {key} names {title!r}, which is no row.{nearest(title, titles)}")
     if suite.reference not in titles:
         raise ConfigError(f"{path}: reference = {suite.reference!r} is no row.{nearest(suite.reference, titles)}")
     for task, table in suite.tasks.items():

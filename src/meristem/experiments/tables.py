@@ -12,8 +12,8 @@ from meristem.experiments.suite import Comparison, Row
 Result = Mapping[str, Any]
 
 HEADER = (
-    "net", "test accuracy", "test loss", "training TFLOP", "of it growth", "parameters", "inactive new, fwd / out",
-    "inactive all, fwd / out", "minus its B3", "minus reference", "seconds",
+    "net", "test accuracy", "test loss", "training TFLOP", "of it growth", "share of the full cost", "parameters",
+    "inactive new, fwd / out", "inactive all, fwd / out", "minus its B3", "minus reference", "seconds",
 )  # fmt: skip
 
 
@@ -37,7 +37,11 @@ def markdown(comparison: Comparison) -> str:
         parts.append("\n".join(lines))
     first = next(iter(comparison.done.values()), None)
     suite = comparison.suite
-    note = f"Seeds {suite.seeds}. Differences are in points of accuracy (in loss for regression); reference: {suite.reference}."
+    unit = "loss" if suite.score == "loss" else "points of accuracy (in loss for regression)"
+    note = (
+        f"Seeds {suite.seeds}. Differences are in {unit}; reference: {suite.reference}. The full cost is that of the final "
+        "shape trained for the whole schedule."
+    )
     if first is not None:
         hardware, versions = first["hardware"], first["versions"]
         note += (
@@ -57,6 +61,7 @@ def cells(comparison: Comparison, row: Row) -> list[str]:
     listed = list(runs.values())
     equal = next((r for r in comparison.rows(row.task) if r.method == row.method and r.baseline == "equal"), None)
     reference = next(r for r in comparison.rows(row.task) if r.title == comparison.suite.reference)
+    score = comparison.suite.score
     flops, growth = fmean(r["training_flops"] for r in listed), fmean(r["growth_flops"] for r in listed)
     return [
         row.title,
@@ -64,13 +69,23 @@ def cells(comparison: Comparison, row: Row) -> list[str]:
         spread([r["loss"] for r in listed], 4),
         f"{flops / 1e12:.3g}",
         f"{100 * growth / flops:.0f} %",
+        share(comparison, row, flops),
         f"{fmean(r['parameters'] for r in listed):,.0f}",
         inactive(listed, "new"),
         inactive(listed, "all"),
-        "–" if row.baseline is not None or equal is None else difference(runs, of(comparison, equal)),
-        "–" if row == reference else difference(runs, of(comparison, reference)),
+        "–" if row.baseline is not None or equal is None else difference(runs, of(comparison, equal), score),
+        "–" if row == reference else difference(runs, of(comparison, reference), score),
         f"{fmean(r['seconds'] for r in listed):.0f}",
     ]
+
+
+def share(comparison: Comparison, row: Row, flops: float) -> str:
+    """Training FLOPs as a share of those of the final shape trained in full: the method's own, or the only one there is."""
+    finals = [r for r in comparison.rows(row.task) if r.baseline == "final" and of(comparison, r)]
+    own = [r for r in finals if r.method == row.method] or (finals if len(finals) == 1 else [])
+    if not own:
+        return "–"
+    return f"{100 * flops / fmean(r['training_flops'] for r in of(comparison, own[0]).values()):.0f} %"
 
 
 def spread(values: Sequence[float], digits: int) -> str:
@@ -78,19 +93,21 @@ def spread(values: Sequence[float], digits: int) -> str:
     return f"{fmean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
-def difference(ours: Mapping[int, Result], theirs: Mapping[int, Result]) -> str:
+def difference(ours: Mapping[int, Result], theirs: Mapping[int, Result], score: str = "accuracy") -> str:
     """The mean paired difference with its 95 % confidence interval: points of accuracy, or loss where there is none."""
     from scipy import stats
 
     seeds = sorted(set(ours) & set(theirs))
     if not seeds:
         return "–"
-    key, scale = ("accuracy", 100) if ours[seeds[0]]["accuracy"] is not None else ("loss", 1)
+    key, scale = ("accuracy", 100) if score == "accuracy" and ours[seeds[0]]["accuracy"] is not None else ("loss", 1)
+    digits = 2 if scale == 100 else 3
     gaps = [scale * (ours[seed][key] - theirs[seed][key]) for seed in seeds]
     if len(gaps) < 2:
-        return f"{gaps[0]:+.2f}"
+        return f"{gaps[0]:+.{digits}f}"
     half = stats.t.ppf(0.975, len(gaps) - 1) * stdev(gaps) / len(gaps) ** 0.5
-    return f"{fmean(gaps):+.2f} [{fmean(gaps) - half:+.2f}, {fmean(gaps) + half:+.2f}]"
+    low, high = fmean(gaps) - half, fmean(gaps) + half
+    return f"{fmean(gaps):+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 def inactive(runs: Sequence[Result], which: str) -> str:
@@ -122,8 +139,8 @@ def by_stage(runs: Sequence[Result]) -> str:
 
 def allocation(runs: Sequence[Result]) -> str:
     """Units that each axis got at each growth."""
-    names = list(runs[0]["widths"])
     events = min(len(run["growths"]) for run in runs)
+    names = dict.fromkeys(name for run in runs for growth in run["growths"] for name in growth["added"])
     parts = []
     for name in names:
         counts = [fmean(run["growths"][i]["added"].get(name, 0) for run in runs) for i in range(events)]
@@ -133,42 +150,65 @@ def allocation(runs: Sequence[Result]) -> str:
 
 
 def draw(comparison: Comparison, path: Path) -> None:
-    """Per task: accuracy (or loss) over training FLOPs, mean over seeds, a dot where a run ends; below, inactive units."""
+    """Per task: accuracy (or loss) over training FLOPs, mean over seeds, a dot where a run ends; where accuracy is compared,
+    inactive units below.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    tasks = list(comparison.suite.tasks)
-    size = (7 * len(tasks) + 4, 9)
+    suite = comparison.suite
+    tasks = list(suite.tasks)
+    heights = [3, 2] if suite.score == "accuracy" else [1]
     figure, panels = plt.subplots(
-        2, len(tasks), figsize=size, layout="constrained", squeeze=False, height_ratios=[3, 2]
-    )
-    colours = plt.get_cmap("tab20")
+        len(heights), len(tasks), figsize=(7 * len(tasks) + 4, 5 if len(heights) == 1 else 9), layout="constrained",
+        squeeze=False, height_ratios=heights,
+    )  # fmt: skip
     for column, task in enumerate(tasks):
-        top, bottom = panels[0][column], panels[1][column]
-        rows = [row for row in comparison.rows(task) if of(comparison, row)]
-        for i, row in enumerate(rows):
-            runs = list(of(comparison, row).values())
-            key = "accuracy" if runs[0]["accuracy"] is not None else "loss"
-            points = min(len(run["curve"]) for run in runs)
-            x = [fmean(run["curve"][p]["flops"] for run in runs) / 1e12 for p in range(points)]
-            y = [fmean(run["curve"][p][key] for run in runs) for p in range(points)]
-            line = "-" if i < 20 else "--"
-            top.plot(x, y, line, label=row.title, linewidth=1.4, color=colours(i % 20))
-            top.plot(x[-1:], y[-1:], "o", color=colours(i % 20), markersize=5)
-            top.set_ylabel(f"test {key}")
-            for which, offset in (("new", -0.2), ("all", 0.2)):
-                shares = [100 * pair[0] for run in runs if (pair := shares_of(run, which)) is not None]
-                if shares:
-                    bottom.bar(
-                        i + offset, fmean(shares), 0.4, color=colours(i % 20), alpha=1 if which == "new" else 0.4
-                    )
-        top.set_title(task)
-        top.set_xlabel("training TFLOP, growth included")
-        bottom.set_ylabel("units never above zero, %\n(full: new units, pale: all)")
-        bottom.set_xticks(range(len(rows)), [row.title for row in rows], rotation=60, ha="right", fontsize=7)
+        rows = [
+            r for r in comparison.rows(task) if of(comparison, r) and (suite.drawn is None or r.title in suite.drawn)
+        ]
+        _draw_curves(panels[0][column], comparison, rows)
+        panels[0][column].set_title(task)
+        if len(heights) == 2:
+            _draw_inactive(panels[1][column], comparison, rows)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=90)
     plt.close(figure)
+
+
+def _colour(number: int) -> Any:
+    from matplotlib import pyplot as plt
+
+    return plt.get_cmap("tab20")(number % 20)
+
+
+def _draw_curves(panel: Any, comparison: Comparison, rows: Sequence[Row]) -> None:
+    ends = []
+    for i, row in enumerate(rows):
+        runs = list(of(comparison, row).values())
+        key = comparison.suite.score if runs[0]["accuracy"] is not None else "loss"
+        points = min(len(run["curve"]) for run in runs)
+        x = [fmean(run["curve"][p]["flops"] for run in runs) / 1e12 for p in range(points)]
+        y = [fmean(run["curve"][p][key] for run in runs) for p in range(points)]
+        panel.plot(x, y, "-" if row.baseline is None else "--", label=row.title, linewidth=1.4, color=_colour(i))
+        panel.plot(x[-1:], y[-1:], "o", color=_colour(i), markersize=5)
+        panel.set_ylabel(f"test {key}")
+        ends += y[-1:]
+    if comparison.suite.score == "loss" and ends:
+        room = max(ends) - min(ends) or 0.1
+        panel.set_ylim(min(ends) - 0.2 * room, max(ends) + room)
+    panel.set_xlabel("training TFLOP, growth included")
+
+
+def _draw_inactive(panel: Any, comparison: Comparison, rows: Sequence[Row]) -> None:
+    for i, row in enumerate(rows):
+        runs = list(of(comparison, row).values())
+        for which, offset in (("new", -0.2), ("all", 0.2)):
+            shares = [100 * pair[0] for run in runs if (pair := shares_of(run, which)) is not None]
+            if shares:
+                panel.bar(i + offset, fmean(shares), 0.4, color=_colour(i), alpha=1 if which == "new" else 0.4)
+    panel.set_ylabel("units never above zero, %\n(full: new units, pale: all)")
+    panel.set_xticks(range(len(rows)), [row.title for row in rows], rotation=60, ha="right", fontsize=7)

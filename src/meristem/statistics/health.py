@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from itertools import chain, islice
@@ -222,7 +223,7 @@ def measure_blocks(
 
 def _gradient_norm(module: nn.Module) -> float:
     gradients = [g for p in module.parameters() if (g := dense_gradient(p)) is not None]
-    return sum(g.double().square().sum().item() for g in gradients) ** 0.5
+    return math.sqrt(sum(g.double().square().sum().item() for g in gradients))
 
 
 def _figures(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any, Literal
 
 import torch
@@ -56,13 +56,11 @@ class Depth:
     def with_blocks(self, blocks: Sequence[int], new: Sequence[bool]) -> Insertion:
         """The change that puts old and new blocks in this order."""
         activation = self.activation if any(new) else ""
-        return Insertion(
-            self.name, self.path, self.form, self.first, self.size, tuple(blocks), tuple(new), activation
-        )
+        return Insertion(self.name, self.path, self.form, self.first, self.size, tuple(blocks), tuple(new), activation)
 
     def appended(self, count: int) -> Insertion:
-        """`count` new blocks behind the present ones, each made after the last (in a chain: after the layer it stands at)."""
-        parent = self.size - 1 if self.form == "run" else 0
+        """`count` new blocks behind the present ones, each made after the last (before an output layer: after that)."""
+        parent = 0 if self.form == "before" else self.size - 1
         present = list(range(self.size))
         return self.with_blocks(present + [parent] * count, [False] * self.size + [True] * count)
 
@@ -152,7 +150,7 @@ def _signature(block: nn.Module | None) -> Any:
 
 def _diverted(passes: Sequence[Pass]) -> str | None:
     """Where something else than the next block reads the stream, or None."""
-    for before, after in zip(passes, passes[1:], strict=False):
+    for before, after in pairwise(passes):
         if not before.outputs or not any(before.outputs[0] is tensor for tensor in after.inputs):
             return f"between {before.name} and {after.name} the stream passes through something else"
     return None
@@ -210,14 +208,14 @@ def find_places(model: nn.Module, passes: Sequence[Pass], runs: Sequence[Depth],
         if not name or name.startswith((*inside, *grown)) or times.get(name) != 1 or held[id(module)] != 1:
             continue
         if hasattr(module, CHAIN):
-            form = getattr(module, CHAIN)
-            keys = list(module._modules)[:: 2]
-            keys = keys if form == "after" else [keys[-1], *keys[:-1]]
-            places.append(Depth(f"{name}:depth", name, form, 0, 1, tuple(f"{name}.{key}" for key in keys)))
+            stands: Literal["after", "before"] = getattr(module, CHAIN)
+            keys = list(module._modules)[::2]
+            keys = keys if stands == "after" else [keys[-1], *keys[:-1]]
+            places.append(Depth(f"{name}:depth", name, stands, 0, 1, tuple(f"{name}.{key}" for key in keys)))
             grown.append(f"{name}.")
         elif _fits(module):
-            form: Literal["after", "before"] = "before" if name in outputs else "after"
-            places.append(Depth(f"{name}:depth", name, form, 0, 1, (name,)))
+            stands = "before" if name in outputs else "after"
+            places.append(Depth(f"{name}:depth", name, stands, 0, 1, (name,)))
     return places
 
 
@@ -330,9 +328,10 @@ def _insert_layers(model: nn.Module, insertion: Insertion) -> dict[int, tuple[nn
     placed = []
     for place, (number, new) in enumerate(zip(insertion.blocks, insertion.new, strict=True)):
         if new:
-            layer = identity_layer(old, insertion.form)
-            act = _activation(insertion.activation, layer, old)
-            made[place] = (old, nn.ModuleList([act, layer]))
+            parent = pairs[number - 1][1] if number else old
+            layer = identity_layer(parent, insertion.form)
+            act = _activation(insertion.activation, layer, parent)
+            made[place] = (parent, nn.ModuleList([act, layer]))
             placed.append((act, layer))
         elif number:
             placed.append(pairs[number - 1])
@@ -446,7 +445,11 @@ def _numbers(model: nn.Module, path: str) -> Iterator[tuple[str, str, Any]]:
                 yield owner, attribute, value
             elif hasattr(value, "__dict__") and not callable(value):
                 for key, inner in vars(value).items():
-                    if isinstance(inner, (int, list, tuple)) and not isinstance(inner, bool) and not key.startswith("_"):
+                    if (
+                        isinstance(inner, (int, list, tuple))
+                        and not isinstance(inner, bool)
+                        and not key.startswith("_")
+                    ):
                         yield owner, f"{attribute}.{key}", inner
 
 

@@ -21,7 +21,16 @@ from meristem.structure.labels import (
 )
 from meristem.structure.rules import apply_rule
 from meristem.structure.tracer import Dim, ModuleStack, Norm, Pass, Traced, Tracer, tensors
-from meristem.structure.twin import Example, as_example, fake_mode, looking, map_tensors, named_tensors, set_attribute, twin
+from meristem.structure.twin import (
+    Example,
+    as_example,
+    fake_mode,
+    looking,
+    map_tensors,
+    named_tensors,
+    set_attribute,
+    twin,
+)
 from meristem.structure.undisturbed import undisturbed
 from meristem.values import AttributeChange, Plan, Sources
 
@@ -100,7 +109,9 @@ class Structure:
             for label in labels:
                 mark_end(label, "output")
 
-    def _find_depths(self, copied: nn.Module, stack: ModuleStack, tracer: Tracer) -> tuple[dict[str, Depth], dict[str, str]]:
+    def _find_depths(
+        self, copied: nn.Module, stack: ModuleStack, tracer: Tracer
+    ) -> tuple[dict[str, Depth], dict[str, str]]:
         """The depth axes by name, and the reasons of the containers that are none."""
         runs, reasons = find_runs(copied, stack.passes)
         last = {one.name for one in stack.passes if self._is_output(one, copied, tracer)}

@@ -16,6 +16,7 @@ from meristem.structure.depth import Depth, identity_layer
 from meristem.structure.discover import Structure
 from meristem.structure.labels import Changes, Label, atoms, multiply, positions, size, sources
 from meristem.structure.repair import attributes_for, counts_for
+from meristem.structure.twin import modules_without
 from meristem.values import AttributeChange, Insertion, Plan, Sources, TensorChange
 
 Amount = int | Sequence[int]
@@ -94,7 +95,7 @@ def clash(structure: Structure, names: Sequence[str]) -> tuple[str, str] | None:
 
 
 def _renormalise(
-    structure: Structure, wishes: Mapping[str, Amount], changes: Changes
+    structure: Structure, wishes: Sequence[str], changes: Changes
 ) -> tuple[dict[str, float], list[AttributeChange]]:
     """What keeps a layer norm or RMS norm exact when its width goes from C to C': weight x sqrt(C/C'), eps x C/C'."""
     rescaled: dict[str, float] = {}
@@ -158,8 +159,8 @@ def _added(structure: Structure, depth: Depth, insertion: Insertion, changes: Ch
             names = _own(structure, depth, block)
             macs = list(depth.costs[block])
         else:
-            names, macs = [], [_squared(structure, depth, factors) for factors in depth.costs[block]]
-            parameters += _layer_parameters(structure, depth, insertion, changes)
+            names, macs = [], [_squared(structure, depth, block, factors) for factors in depth.costs[block]]
+            parameters += _layer_parameters(structure, depth, block, insertion, changes)
         parameters += sign * sum(math.prod(size(x, changes) for x in structure.labels[name]) for name in names)
         spent += sign * 2 * sum(math.prod(size(x, changes) for x in factors) for factors in macs)
     return parameters, spent
@@ -173,29 +174,28 @@ def _own(structure: Structure, depth: Depth, block: int) -> list[str]:
         activation = int(number) + (-1 if depth.form == "after" else 1)
         inside.append(structure.model.get_submodule(f"{chain}.{activation}"))
     held = {id(p) for module in inside for p in module.parameters()}
-    within = {id(module) for one in inside for module in one.modules()}
-    others = {id(p) for m in structure.model.modules() if id(m) not in within for p in m.parameters(False)}
+    others = {id(p) for m in modules_without(structure.model, *inside) for p in m.parameters(False)}
     return [name for name, p in structure.model.named_parameters() if id(p) in held - others]
 
 
-def _ends(structure: Structure, depth: Depth) -> tuple[Label, Label]:
-    """The labels of what the layer of a chain gives and takes."""
-    weight = structure.model.get_submodule(depth.blocks[0]).weight
+def _ends(structure: Structure, depth: Depth, block: int) -> tuple[Label, Label]:
+    """The labels of what a layer of a chain gives and takes."""
+    weight = structure.model.get_submodule(depth.blocks[block]).weight
     out, into, *_ = next(structure.labels[name] for name, tensor in structure.tensors.items() if tensor is weight)
     return out, into
 
 
-def _squared(structure: Structure, depth: Depth, factors: list[Label]) -> list[Label]:
+def _squared(structure: Structure, depth: Depth, block: int, factors: list[Label]) -> list[Label]:
     """The multiply-adds of an identity layer at a place of a chain, from those of the layer that stands there."""
-    out, into = _ends(structure, depth)
+    out, into = _ends(structure, depth, block)
     kept, gone = (out, into) if depth.form == "after" else (into, out)
     return [kept if label.root is gone.root else label for label in factors]
 
 
-def _layer_parameters(structure: Structure, depth: Depth, insertion: Insertion, changes: Changes) -> int:
-    out, into = _ends(structure, depth)
+def _layer_parameters(structure: Structure, depth: Depth, block: int, insertion: Insertion, changes: Changes) -> int:
+    out, into = _ends(structure, depth, block)
     width = size(out if depth.form == "after" else into, changes)
-    layer = identity_layer(structure.model.get_submodule(depth.blocks[0]), depth.form)
+    layer = identity_layer(structure.model.get_submodule(depth.blocks[block]), depth.form)
     weight = layer.weight
     assert isinstance(weight, torch.Tensor)
     kernel = math.prod(weight.shape[2:])

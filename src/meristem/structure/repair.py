@@ -132,7 +132,10 @@ def counts_for(
         for insertion in runs:
             wanted = tuple(standing(copied, insertion, runs))
             if not any(run.path == insertion.path and run.blocks == wanted for run in found):
-                return [*edits, *numbered], f"the forward does not pass through every block of {insertion.path} in order"
+                return [
+                    *edits,
+                    *numbered,
+                ], f"the forward does not pass through every block of {insertion.path} in order"
         return [*edits, *numbered], None
 
     edits, problem = attempt(list(sure.values()))

@@ -58,19 +58,29 @@ def twin(model: nn.Module, convert: Convert) -> nn.Module:
 
 def copy_part(model: nn.Module, part: nn.Module) -> nn.Module:
     """A deep copy of one module; what it shares with the rest of the model (weights, modules, a config) stays shared."""
-    inside = {id(module) for module in part.modules()}
     memo: dict[int, Any] = {}
-    for module in model.modules():
-        if id(module) not in inside:
-            memo[id(module)] = module
-            for value in (*vars(module).values(), *module.parameters(False), *module.buffers(False)):
-                if isinstance(value, Tensor) or (hasattr(value, "__dict__") and not isinstance(value, nn.Module)):
-                    memo[id(value)] = value
+    for module in modules_without(model, part):
+        memo[id(module)] = module
+        for value in (*vars(module).values(), *module.parameters(False), *module.buffers(False)):
+            if isinstance(value, Tensor) or (hasattr(value, "__dict__") and not isinstance(value, nn.Module)):
+                memo[id(value)] = value
     for tensor in named_tensors(part).values():
         new = tensor.detach().clone()
         own = nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
         memo.setdefault(id(tensor), own)
     return _copied(part, memo)
+
+
+def modules_without(model: nn.Module, *parts: nn.Module) -> list[nn.Module]:
+    """The modules that the model would still hold without some parts; what is shared with them counts."""
+    found: dict[int, nn.Module] = {}
+    pending = [model]
+    while pending:
+        module = pending.pop()
+        if id(module) not in found and not any(module is part for part in parts):
+            found[id(module)] = module
+            pending += module.children()
+    return list(found.values())
 
 
 def set_attribute(model: nn.Module, module: str, attribute: str, value: Any) -> Callable[[], None]:
@@ -104,7 +114,7 @@ def get_attribute(model: nn.Module, module: str, attribute: str) -> Any:
     return operator.attrgetter(attribute)(model.get_submodule(module))
 
 
-def _copied(model: nn.Module, memo: dict[int, Any]) -> Any:
+def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo:

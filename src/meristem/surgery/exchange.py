@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 
 from meristem.errors import GrowthRefused, PendingBackward
 from meristem.structure.depth import CHAIN, insert, kin
-from meristem.structure.twin import get_attribute, set_attribute
+from meristem.structure.twin import get_attribute, named_tensors, set_attribute
 from meristem.surgery.tensors import carry
 from meristem.values import Blocks, Insertion, Plan, TensorChange
 
@@ -121,8 +122,13 @@ def _join(optimizer: Optimizer, new: Tensor, followed: Tensor, inherits: bool) -
             if inherits and followed in optimizer.state:
                 state = optimizer.state[followed]
                 optimizer.state[new] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
-            return [lambda: (group["params"].pop(), optimizer.state.pop(new, None), None)[-1]]
+            return [partial(_part, optimizer, group["params"], new)]
     return []
+
+
+def _part(optimizer: Optimizer, group: list[Tensor], new: Tensor) -> None:
+    group[:] = [p for p in group if p is not new]
+    optimizer.state.pop(new, None)
 
 
 def _leave(optimizer: Optimizer, group: dict[str, Any], gone: Sequence[Tensor]) -> Callable[[], None]:
@@ -150,13 +156,17 @@ def record(model: nn.Module, plan: Plan) -> None:
     model.__dict__.setdefault(LINEAGE, []).append(entry)
 
 
-def replay(model: nn.Module, lineage: Sequence[Any]) -> None:
-    """Give a freshly built model the blocks and the attributes of a grown one, in the order of its growths."""
-    for growth in lineage:
+def replay(model: nn.Module, growths: Sequence[Any]) -> None:
+    """Give a model the shapes, blocks and attributes of a grown one, in the order of its growths; values do not count."""
+    for growth in growths:
+        live = named_tensors(model)
+        for name, shape in growth["shapes"].items():
+            if tuple(live[name].shape) != tuple(shape):
+                _swap(live[name], live[name].detach().new_zeros(shape), None)
         _set_all(model, growth["attributes"])
         for entry in growth["insertions"]:
-            insertion = Insertion(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()})
-            insert(model, insertion)
+            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+            insert(model, Insertion(**fields))
         _set_all(model, growth["counts"])
 
 
@@ -166,21 +176,12 @@ def _set_all(model: nn.Module, attributes: Sequence[Any]) -> None:
         set_attribute(model, module_name, attribute, type(old)(value) if isinstance(old, (tuple, list)) else value)
 
 
-def rebuild(model: nn.Module, values: Mapping[str, Tensor], lineage: list[Any], blocks: bool) -> None:
-    """Give a freshly built model the shapes and values of a grown one, and everything that growth has changed.
-
-    `blocks` says that its blocks are to be replayed too; else it was built at its grown depth.
-    """
-    replay(model, lineage if blocks else [{**growth, "insertions": []} for growth in lineage])
-    tensors = model.state_dict(keep_vars=True)
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        if id(tensor) not in seen and tuple(tensor.shape) != tuple(values[name].shape):
-            _swap(tensor, values[name], None)
-        seen.add(id(tensor))
+def rebuild(model: nn.Module, values: Mapping[str, Tensor], growths: Sequence[Any], lineage: Sequence[Any]) -> None:
+    """Repeat `growths`, the end of `lineage`, on a model that has not had them yet, and give it the grown one's values."""
+    replay(model, growths)
     with torch.no_grad():
-        for name, value in values.items():
-            tensors[name].copy_(value)
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            tensor.copy_(values[name])
     model.__dict__[LINEAGE] = list(lineage)
 
 

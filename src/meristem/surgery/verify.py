@@ -126,7 +126,7 @@ def _silence_dropped(plan: Plan, axis: Axis, values: dict[str, Tensor]) -> None:
 
 def silenced(structure: Structure, insertion: Insertion) -> Blocks:
     """New blocks as copies that add nothing to the stream; in a chain, identity layers."""
-    values = {}
+    values: dict[tuple[int, str], Tensor] = {}
     if insertion.form == "run":
         depth = structure.depths[insertion.axis]
         for place, (block, new) in enumerate(zip(insertion.blocks, insertion.new, strict=True)):

@@ -110,7 +110,9 @@ class ByGain:
         for axis in choice.axes:
             proposal = choice.proposals[axis.name]
             if not proposal.gains:
-                raise ValueError("where.ByGain needs a method that predicts gains. hint: how.GradMax does for widths, how.ZeroBlock for depths")
+                raise ValueError(
+                    "where.ByGain needs a method that predicts gains. hint: how.GradMax does for widths, how.ZeroBlock for depths"
+                )
             cost = choice.flops_per_unit[axis.name] if self.per_flop else 1.0
             ranked += [(gain / cost, axis) for gain in proposal.gains]
         return Share(taken(ranked, choice.total))

@@ -1,0 +1,400 @@
+"""Depth: what is found, what follows a new block, what is refused with which reason."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from zoo import make
+
+import meristem as ms
+from meristem.rational import Rational
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int = 6, number: int = 0) -> None:
+        super().__init__()
+        self.number = number
+        self.up, self.down = nn.Linear(width, 9), nn.Linear(9, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class Net(nn.Module):
+    """Blocks behind a layer, with whatever a subclass does to them."""
+
+    def __init__(self, depth: int = 3) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 6)
+        self.blocks = nn.ModuleList(Residual(number=i) for i in range(depth))
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+X = torch.randn(5, 4)
+
+
+def loss_of(model: nn.Module, batch: Any) -> Tensor:
+    return model(batch).square().mean()
+
+
+def reason(model: nn.Module, name: str = "blocks") -> str:
+    return ms.find_axes(model, X).frozen[name]
+
+
+class Counting(Net):
+    """Numbers, tables and positions that follow the depth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(num_layers=3, heads=3)
+        self.rates = [0.0, 0.5, 1.0]
+        self.turns = 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for i in range(self.turns):
+            x = self.blocks[i](x) * (1 + 0 * self.rates[i])
+        return self.head(x)
+
+
+class Indexed(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.turns = 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for i in range(self.turns):
+            x = self.blocks[i](x)
+        return self.head(x)
+
+
+class Tabled(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates = (0.0, 0.5, 1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block, rate in zip(self.blocks, self.rates, strict=True):
+            assert 0 <= rate <= 1
+            x = block(x)
+        return self.head(x)
+
+
+class Picking(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks[1](self.stem(x)))
+
+
+class Scaled(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = 0.5 * block(x)
+        return self.head(x)
+
+
+class Shared(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([self.blocks[0]] * 3)
+
+
+class HalfShared(Net):
+    """Like blocks with one weight in common."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks[1:]:
+            block.up = self.blocks[0].up
+
+
+class Locked(Residual):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+def test_counts_tables_and_positions_follow() -> None:
+    for kind in (Indexed, Tabled):
+        model = kind()
+        ms.grow_(model, {"blocks": 2}, X)
+        assert len(model.blocks) == 5
+        assert [block.number for block in model.blocks] == [0, 1, 2, 3, 4]
+        ms.narrow_(model, {"blocks": [1, 2]}, X)
+        assert [block.number for block in model.blocks] == [0, 1, 2]
+    model = Net()
+    model.config = shared = SimpleNamespace(num_layers=3, heads=3)
+    model.stem.config = shared
+    ms.grow_(model, {"blocks": 2}, X, how=ms.how.Interpose(zero=True))
+    assert (model.config.num_layers, model.config.heads) == (5, 3)
+    assert model.stem.config is model.config
+    assert shared.num_layers == 3  # other models may be built from it
+    assert [block.number for block in model.blocks] == [0, 1, 2, 3, 4]
+
+
+def test_tables_follow_the_order_of_the_blocks() -> None:
+    model = Tabled()
+    ms.grow_(model, {"blocks": 2}, X, how=ms.how.Interpose())
+    assert model.rates == (0.0, 0.0, 0.5, 0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (Picking, "picked by index or data"),
+        (Scaled, "the stream passes through something else"),
+        (Shared, "one and the same module"),
+        (lambda: Net(0), "holds no block"),
+        (Counting, "the stream passes through something else"),
+    ],
+)
+def test_what_is_no_run_says_why(kind: Any, words: str) -> None:
+    model = kind()
+    assert words in reason(model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ms.UnknownAxis, match="cannot grow"):
+        ms.grow_(model, {"blocks": 1}, X)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_shared_weight_stays_shared_and_is_never_zeroed() -> None:
+    model = HalfShared().double()
+    x = X.double()
+    out = model(x).detach()
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    weight = model.blocks[0].up.weight.clone()
+    growth = ms.grow_(model, {"blocks": 2}, x, optimizer=opt)
+    assert growth.max_change <= 1e-12
+    assert (model(x) - out).abs().max() <= 1e-12
+    assert all(block.up is model.blocks[0].up for block in model.blocks)
+    assert torch.equal(weight, model.blocks[0].up.weight)
+    assert len(opt.param_groups[0]["params"]) == len(list(model.parameters()))
+
+
+def test_a_block_that_cannot_be_copied_changes_nothing() -> None:
+    model = Net()
+    model.blocks.append(Locked())
+    with pytest.raises(ms.DiscoveryError, match="deep-copied"):
+        ms.grow_(model, {"blocks": 1}, X)
+    assert len(model.blocks) == 4
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_counts_are_positive(count: int) -> None:
+    model = Net()
+    with pytest.raises(ms.GrowthRefused, match=r"int in \[1, inf\)"):
+        ms.grow_(model, {"blocks": count}, X)
+    assert len(model.blocks) == 3
+
+
+def test_what_narrowing_must_leave() -> None:
+    model = Net()
+    for wrong in (3, [0, 1, 2], [3], []):
+        with pytest.raises(ms.GrowthRefused, match="blocks 0"):
+            ms.narrow_(model, {"blocks": wrong}, X)
+    resnet, x = make("resnet18")
+    with pytest.raises(ms.GrowthRefused, match="must stay"):
+        ms.narrow_(resnet, {"layer2": [0]}, x)  # it changes the stream's shape
+    assert ms.find_axes(resnet, x)["layer2"].size == 2
+    ms.grow_(resnet, {"layer2": 1}, x)
+    assert resnet.layer2[2].downsample is None
+
+
+def test_stacks_repeat_and_interposed_copies_stand_beside_their_blocks() -> None:
+    for how, order in ((ms.how.Stack(), [0, 1, 2, 0, 1]), (ms.how.Interpose(), [0, 0, 1, 1, 2])):
+        model = Net()
+        old = [block.up.weight.clone() for block in model.blocks]
+        opt = torch.optim.Adam(model.parameters(), lr=1e-3)
+        loss_of(model, X).backward()
+        opt.step()
+        old = [block.up.weight.clone() for block in model.blocks]
+        state = [opt.state[block.up.weight]["exp_avg"].clone() for block in model.blocks]
+        ms.grow_(model, {"blocks": 2}, X, how=how, optimizer=opt)
+        for block, number in zip(model.blocks, order, strict=True):
+            assert torch.equal(block.up.weight, old[number])
+            assert torch.equal(opt.state[block.up.weight]["exp_avg"], state[number])
+
+
+def test_methods_that_copy_refuse_a_place_in_a_chain() -> None:
+    model, x = make("mlp")
+    with pytest.raises(ms.GrowthRefused, match=r"how\.ZeroBlock"):
+        ms.grow_(model, {"fc1:depth": 1}, x, how=ms.how.Stack())
+
+
+def test_a_chain_becomes_a_sequential_and_its_layer_keeps_its_name(tmp_path: Path) -> None:
+    model, x = make("mlp_norm", torch.float64)
+    fc1, head = model.fc1, model.head
+    out = model.eval()(x).detach()
+    ms.grow_(model, {"fc1:depth": 1, "fc2:depth": 1, "head:depth": 1}, x)
+    assert [type(m) for m in model.fc1] == [nn.Linear, Rational, nn.Linear]  # a norm follows: a ReLU would show
+    assert [type(m) for m in model.fc2] == [nn.Linear, nn.ReLU, nn.Linear]
+    assert [type(m) for m in model.head] == [nn.Linear, nn.ReLU, nn.Linear]
+    assert model.fc1[0] is fc1
+    assert model.head[2] is head
+    assert (model(x) - out).abs().max() <= 1e-12
+    ms.grow_(model, {"fc1": 3, "fc1.2": 2}, x)
+    assert (fc1.out_features, model.fc1[2].in_features, model.fc1[2].out_features) == (15, 15, 14)
+    ms.grow_(model, {"fc1:depth": 1, "head:depth": 1}, x)
+    assert len(model.fc1) == len(model.head) == 5
+    assert model.head[4] is head
+    ms.save(tmp_path, model)
+    loaded = ms.load(tmp_path, make("mlp_norm", torch.float64)[0]).eval()
+    assert torch.equal(loaded(x), model(x))
+    axes = ms.find_axes(loaded, x)
+    assert (axes["fc1"].size, axes["fc1.2"].size, axes["fc1:depth"].size) == (15, 14, 3)
+    out = model(x).detach()
+    ms.narrow_(model, {"fc2:depth": 1}, x)
+    assert type(model.fc2) is nn.Linear
+    assert (model(x) - out).abs().max() <= 1e-12
+
+
+def test_new_layers_of_a_chain_learn() -> None:
+    model, x = make("mlp_norm")
+    opt = torch.optim.Adam(model.parameters(), lr=1e-2)
+    ms.grow_(model, {"fc1:depth": 1}, x, optimizer=opt)
+    rational, layer = model.fc1[1], model.fc1[2]
+    loss_of(model, x).backward()
+    opt.step()
+    assert (rational.gamma != 0).any()
+    assert not torch.equal(layer.weight, torch.eye(12))
+
+
+def test_an_optimizer_without_the_blocks_is_refused() -> None:
+    model = Net()
+    opt = torch.optim.SGD(model.head.parameters(), lr=0.1)
+    with pytest.raises(ms.OptimizerError, match="does not hold"):
+        ms.grow_(model, {"blocks": 1}, X, optimizer=opt)
+    assert len(model.blocks) == 3
+
+
+def test_new_blocks_join_the_groups_of_their_parents() -> None:
+    model = Net()
+    biases = [p for n, p in model.named_parameters() if n.endswith("bias")]
+    weights = [p for n, p in model.named_parameters() if n.endswith("weight")]
+    opt = torch.optim.AdamW([{"params": weights, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.0}])
+    ms.grow_(model, {"blocks": 2, "stem:depth": 1}, X, optimizer=opt)
+    held = [{id(p) for p in group["params"]} for group in opt.param_groups]
+    for block in model.blocks[3:]:
+        assert id(block.up.weight) in held[0]
+        assert id(block.up.bias) in held[1]
+    assert held[0] | held[1] == {id(p) for p in model.parameters()}
+
+
+def test_an_error_while_blocks_are_placed_rolls_everything_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    from meristem.surgery import exchange
+
+    model = Net()
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    loss_of(model, X).backward()
+    opt.step()
+    before, state = copy.deepcopy(model.state_dict()), copy.deepcopy(opt.state_dict())
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no more")
+
+    original = exchange.set_attribute
+    monkeypatch.setattr(exchange, "set_attribute", lambda *a: fail() if a[2] == "number" else original(*a))
+    with pytest.raises(RuntimeError, match="no more"):
+        ms.grow_(model, {"blocks": 2, "blocks.0.up": 3, "head:depth": 1}, X, how=ms.how.ZeroBlock(), optimizer=opt)
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert len(opt.state_dict()["param_groups"][0]["params"]) == len(state["param_groups"][0]["params"])
+    assert type(model.head) is nn.Linear
+    assert isinstance(ms.find_axes(model, X)["blocks"], ms.Axis)
+
+
+def grower(model: nn.Module, **options: Any) -> ms.Grower:
+    opt = torch.optim.SGD(model.parameters(), lr=1e-2)
+    return ms.Grower(model, opt, loss=loss_of, data=[X], **{"when": ms.when.Every(steps=1), **options})
+
+
+def test_one_grower_over_width_and_depth() -> None:
+    model = Net()
+    both = grower(model, how=[ms.how.GradMax(), ms.how.Stack()], amount={"blocks.0.up": 2, "blocks": 1})
+    growth = both.step()
+    assert growth is not None
+    assert growth.after == {"blocks.0.up": 11, "blocks": 4}
+    assert model.blocks[3].up.out_features == 11  # a copy of the block as widened
+    assert both.step() is not None
+    assert "contribution" in both.history[0].health["1"]["blocks"]
+
+
+def test_gains_per_flop_rank_units_and_blocks() -> None:
+    model = Net()
+    ranked = grower(model, how=ms.how.GradMax(), where=ms.where.ByGain(per_flop=True), amount=6)
+    growth = ranked.step()
+    assert growth is not None
+    assert sum(growth.added.values()) == 6
+    kinds = {ms.find_axes(model, X)[name].kind for name in growth.added}
+    offered = ranked._offers  # both sorts were offered, whichever won
+    assert kinds <= {"width", "depth"}
+    assert callable(offered)
+
+
+def test_an_int_goes_to_one_sort_of_axes() -> None:
+    growth = grower(Net(), how=ms.how.Random(), amount=6).step()
+    assert growth is not None
+    assert all(not name.endswith("depth") and name != "blocks" for name in growth.added)
+    growth = grower(Net(), how=ms.how.ZeroBlock(), amount=2, axes="blocks").step()
+    assert growth is not None
+    assert growth.added == {"blocks": 2}
+
+
+def test_a_budget_binds_depth() -> None:
+    model = Net()
+    bound = grower(model, how=ms.how.Stack(), amount={"blocks": 9}, budget=ms.Budget(sizes={"blocks": 5}))
+    growth = bound.step()
+    assert growth is not None
+    assert growth.after == {"blocks": 5}
+
+
+def test_the_stack_recipe_grows_once_at_its_moment() -> None:
+    model = Net(1)
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    recipe = ms.recipes.stack(model, opt, loss=loss_of, data=[X], to={"blocks": 4}, at=0.5, total="10 steps")
+    depth = []
+    for _ in range(10):
+        opt.zero_grad()
+        loss_of(model, X).backward()
+        opt.step()
+        recipe.step()
+        depth.append(len(model.blocks))
+    assert depth == [1] * 4 + [4] * 6
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"at": 0.0}, ValueError, "fraction of training in"),
+        ({"at": 1.0}, ValueError, "fraction of training in"),
+        ({"at": 1.5}, ValueError, "fraction of training in"),
+        ({"total": "10"}, ValueError, "carries its unit"),
+        ({"to": {"blocks": 1}}, ms.GrowthRefused, "more blocks than it has now"),
+        ({"to": {"blocks": 0}}, ms.GrowthRefused, "more blocks than it has now"),
+        ({"to": {"stem": 9}}, ms.GrowthRefused, "not a depth"),
+        ({"to": {}}, ms.GrowthRefused, "name a depth"),
+        ({"to": {"blocs": 4}}, ms.UnknownAxis, "Did you mean 'blocks'"),
+    ],
+)
+def test_the_stack_recipe_says_what_is_wrong(change: dict[str, Any], error: type[Exception], words: str) -> None:
+    model = Net(1)
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    asked = {"to": {"blocks": 4}, "at": 0.5, "total": "10 steps"} | change
+    with pytest.raises(error, match=words):
+        ms.recipes.stack(model, opt, loss=loss_of, data=[X], **asked)
+    assert len(model.blocks) == 1
