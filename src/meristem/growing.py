@@ -91,9 +91,11 @@ def growable(structure: Structure, patterns: str | Sequence[str] = "*", how: Met
     together = {name: axis.multiple * (i % 7 + 1) for i, (name, axis) in enumerate(widths.items())}
     plain = bool(together) and resolve(structure, together)
     own = all(_is_layer(structure.model.get_submodule(e.module)) for e in plain.attributes) if plain else False
+    deep = {name: 1 for name, axis in found.items() if axis.kind == "depth"}
+    tried = {*(widths if own else ()), *(deep if deep and resolve(structure, deep) else ())}
     for name, axis in candidates.items():
         reason = _held(structure, axis)
-        if reason is None and not (own and name in widths):
+        if reason is None and name not in tried:
             reason = resolve(structure, {name: axis.multiple}).refusal
         if reason is not None:
             refused[name] = reason

@@ -164,7 +164,7 @@ def test_post_norm_blocks_grow_when_their_method_is_named() -> None:
     assert "encoder.layers" not in axes
     assert "how.Stack" in axes.frozen["encoder.layers"]
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(ms.VerificationError, match="how.Stack"):
+    with pytest.raises(ms.VerificationError, match=r"how\.Stack"):
         ms.grow_(model, {"encoder.layers": 1}, x, optimizer=opt)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     growth = ms.grow_(model, {"encoder.layers": 1}, x, how=ms.how.Stack(), optimizer=opt)

@@ -124,10 +124,11 @@ class BudgetTable(_Strict):
     sizes: dict[str, int] = {}
 
 
-def _part(value: Choice, info: ValidationInfo) -> Choice:
+def _part(value: Choice | list[Choice], info: ValidationInfo) -> Choice | list[Choice]:
     known: dict[str, Mapping[str, Any]] = {"how": METHODS, "where": PLACES}
     key = str(info.field_name)
-    built(value, known[key], key)
+    for one in value if isinstance(value, list) else [value]:
+        built(one, known[key], key)
     return value
 
 
@@ -135,7 +136,7 @@ class Grow(_Strict):
     """When, where and how to grow."""
 
     when: dict[str, Any]
-    how: Choice = "random"
+    how: Choice | list[Choice] = "random"
     where: Choice = "uniform"
     care: list[Choice] = ["warm_moments"]
     amount: int | float | list[int | float] | dict[str, int] = 32

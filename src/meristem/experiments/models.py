@@ -185,14 +185,15 @@ def build(choice: Choice, data: Data) -> nn.Module:
         return model
     shape = data.x_train.shape[1:]
     make: Callable[..., nn.Module]
+    kinds: dict[str, Callable[..., nn.Module]] = {"convnet": ConvNet, "vgg": vgg, "resnet": ResNet}
     fixed: dict[str, Any]
     if name == "mlp":
         make, fixed = mlp, {"inputs": int(shape.numel()), "outputs": data.outputs}
-    elif name in ("convnet", "vgg", "resnet"):
+    elif name in kinds:
         if len(shape) != 3:
             raise ConfigError(f"model = {name!r} needs images; the data have shape {tuple(shape)}")
         fixed = {"channels": int(shape[0]), "outputs": data.outputs}
-        make = {"convnet": ConvNet, "vgg": vgg, "resnet": ResNet}[name]
+        make = kinds[name]
         fixed |= {"size": int(shape[1])} if name == "vgg" else {}
     else:
         if data.task != "language":

@@ -111,7 +111,7 @@ class Run:
             loss=self.loss,
             data=self.batches,
             when=trigger(grow.when, self.progress.steps),
-            how=built(grow.how, METHODS, "how"),
+            how=[built(one, METHODS, "how") for one in (grow.how if isinstance(grow.how, list) else [grow.how])],
             where=built(grow.where, PLACES, "where"),
             care=[built(one, CARES, "care") for one in grow.care],
             amount=grow.amount,
