@@ -8,8 +8,9 @@ from torch import Tensor
 from meristem.axis import Axis
 from meristem.errors import GrowthRefused
 from meristem.statistics.losses import called, measured
-from meristem.structure.depth import Depth, insert
+from meristem.structure.depth import Depth
 from meristem.structure.discover import apply_edits
+from meristem.structure.insertion import insert
 from meristem.structure.planning import resolve, with_insertions
 from meristem.structure.twin import copy_part, named_tensors, twin
 from meristem.structure.undisturbed import undisturbed

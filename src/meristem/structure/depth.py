@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any, Literal
@@ -13,16 +12,12 @@ from torch import Tensor, nn
 
 from meristem.axis import Axis
 from meristem.errors import GrowthRefused
-from meristem.rational import Rational
+from meristem.structure.insertion import CHAIN
 from meristem.structure.labels import Label, atoms
 from meristem.structure.tracer import Pass, Trace
-from meristem.structure.twin import copy_part, named_tensors
-from meristem.values import AttributeChange, Insertion
+from meristem.structure.twin import named_tensors
+from meristem.values import Insertion
 
-CHAIN = "_meristem_chain"
-"""The attribute of a grown nn.Sequential that says where its new layers stand: "after" or "before" the old one."""
-_COUNT = re.compile(r"(^|_)(n|num|number_of)_?(\w+_)?(layers?|blocks?)$|(^|_)depth$")
-_POSITION = re.compile(r"(layer|block|depth)_?(idx|index|id|number|num)$")
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
@@ -81,9 +76,6 @@ def _dropped(depth: Depth, amount: int | Sequence[int]) -> set[int]:
             f"{'they are' if depth.fixed != 1 else 'it is'} and {least} in all must be left; got {amount!r}"
         )
     return drop
-
-
-# -- what there is ----------------------------------------------------------------------------------------------------
 
 
 def find_runs(model: nn.Module, passes: Sequence[Pass]) -> tuple[list[Depth], dict[str, str]]:
@@ -265,215 +257,3 @@ def _norm_behind(owner: str, model: nn.Module, within: Sequence[Pass]) -> str | 
             return None
         stream = reader.outputs[:1]
     return None
-
-
-# -- changing it ------------------------------------------------------------------------------------------------------
-
-
-def insert(
-    model: nn.Module, insertion: Insertion, values: Mapping[tuple[int, str], Tensor] | None = None
-) -> dict[int, tuple[nn.Module, nn.Module]]:
-    """Put the blocks of an insertion in their places, on a twin or by surgery.
-
-    Returns:
-        For the place of every new block, the block that it was made after, and itself.
-    """
-    made = _insert_blocks(model, insertion) if insertion.form == "run" else _insert_layers(model, insertion)
-    for (place, name), value in (values or {}).items():
-        with torch.no_grad():
-            named_tensors(made[place][1])[name].copy_(value)
-    return made
-
-
-def _insert_blocks(model: nn.Module, insertion: Insertion) -> dict[int, tuple[nn.Module, nn.Module]]:
-    container = model.get_submodule(insertion.path)
-    old = [(key, module) for key, module in container._modules.items() if module is not None]
-    run = old[insertion.first : insertion.first + insertion.size]
-    taken = set(container._modules)
-    placed: list[tuple[str, nn.Module]] = []
-    made = {}
-    for place, (number, new) in enumerate(zip(insertion.blocks, insertion.new, strict=True)):
-        key, block = run[number]
-        if new:
-            copied = copy_part(model, block)
-            made[place] = (block, copied)
-            key = _free_key(key, taken)
-            taken.add(key)
-            placed.append((key, copied))
-        else:
-            placed.append((key, block))
-    entries = [*old[: insertion.first], *placed, *old[insertion.first + insertion.size :]]
-    if isinstance(container, nn.ModuleList):
-        entries = [(str(i), module) for i, (_, module) in enumerate(entries)]
-    container._modules.clear()
-    container._modules.update(entries)
-    return made
-
-
-def _free_key(key: str, taken: set[str]) -> str:
-    """A name for a new block; the names of the others stay."""
-    if key.isdigit():
-        return str(next(i for i in range(len(taken) + 1) if str(i) not in taken))
-    return next(f"{key}_{i}" for i in range(2, len(taken) + 3) if f"{key}_{i}" not in taken)
-
-
-def _insert_layers(model: nn.Module, insertion: Insertion) -> dict[int, tuple[nn.Module, nn.Module]]:
-    module = model.get_submodule(insertion.path)
-    parts = list(module.children()) if hasattr(module, CHAIN) else [module]
-    if insertion.form == "after":
-        old, pairs = parts[0], list(zip(parts[1::2], parts[2::2], strict=True))
-    else:
-        old, pairs = parts[-1], [(act, layer) for layer, act in zip(parts[:-1:2], parts[1::2], strict=True)]
-    made: dict[int, tuple[nn.Module, nn.Module]] = {}
-    placed = []
-    for place, (number, new) in enumerate(zip(insertion.blocks, insertion.new, strict=True)):
-        if new:
-            parent = pairs[number - 1][1] if number else old
-            layer = identity_layer(parent, insertion.form)
-            act = _activation(insertion.activation, layer, parent)
-            made[place] = (parent, nn.ModuleList([act, layer]))
-            placed.append((act, layer))
-        elif number:
-            placed.append(pairs[number - 1])
-    parent_name, _, leaf = insertion.path.rpartition(".")
-    if not placed:
-        model.get_submodule(parent_name)._modules[leaf] = old
-        return made
-    order = [old, *(m for act, layer in placed for m in (act, layer))]
-    if insertion.form == "before":
-        order = [*(m for act, layer in placed for m in (layer, act)), old]
-    chain = module if hasattr(module, CHAIN) else nn.Sequential().train(old.training)
-    chain._modules.clear()
-    chain._modules.update({str(i): m for i, m in enumerate(order)})
-    setattr(chain, CHAIN, insertion.form)
-    model.get_submodule(parent_name)._modules[leaf] = chain
-    return made
-
-
-def identity_layer(old: nn.Module, form: str) -> nn.Module:
-    """A layer like `old` that starts as the identity of what `old` gives ("after") or takes ("before")."""
-    weight = old.weight
-    assert isinstance(weight, Tensor)
-    width = weight.shape[0 if form == "after" else 1]
-    layer: nn.Module
-    if isinstance(old, nn.Linear):
-        layer = nn.Linear(width, width, device="meta")
-        start = torch.eye(width)
-    else:
-        assert isinstance(old, nn.modules.conv._ConvNd)
-        odd = all(k % 2 for k in old.kernel_size)
-        kernel = tuple(old.kernel_size) if odd else (1,) * len(old.kernel_size)
-        kind = next(k for k in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(old, k))
-        padding: Any = tuple(k // 2 for k in kernel)
-        size: Any = kernel
-        layer = kind(width, width, size, padding=padding, padding_mode=old.padding_mode, device="meta")
-        start = nn.init.dirac_(torch.empty(width, width, *kernel))
-    for name, value in (("weight", start), ("bias", torch.zeros(width))):
-        setattr(layer, name, nn.Parameter(_like(weight, value), requires_grad=weight.requires_grad))
-    return layer.train(old.training)
-
-
-def _activation(kind: str, layer: nn.Module, old: nn.Module) -> nn.Module:
-    if kind == "relu":
-        return nn.ReLU().train(old.training)
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    module = Rational(weight.shape[0], dim=-1 if isinstance(layer, nn.Linear) else 1 - weight.dim())
-    for name, parameter in list(module.named_parameters()):
-        setattr(module, name, nn.Parameter(_like(weight, parameter.detach()), requires_grad=weight.requires_grad))
-    return module.train(old.training)
-
-
-def _like(weight: Tensor, value: Tensor) -> Tensor:
-    """`value` with the dtype and on the device of a weight; data-free where the weight is."""
-    return weight.detach().new_zeros(value.shape) if _is_fake(weight) else value.to(weight)
-
-
-def _is_fake(tensor: Tensor) -> bool:
-    return isinstance(tensor, torch._subclasses.fake_tensor.FakeTensor) or tensor.is_meta
-
-
-def kin(parent: nn.Module, new: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Every tensor of a new block: its name inside the block, itself, and the parent's that it follows in the optimizer."""
-    theirs = dict(parent.named_parameters()) | dict(parent.named_buffers())
-    for name, tensor in named_tensors(new).items():
-        leaf = name.rpartition(".")[2]
-        relative = theirs.get(name) if name in theirs else theirs.get(leaf, theirs.get("bias", theirs.get("weight")))
-        assert relative is not None
-        yield name, tensor, relative
-
-
-# -- what follows it --------------------------------------------------------------------------------------------------
-
-
-def standing(model: nn.Module, insertion: Insertion, beside: Sequence[Insertion] = ()) -> list[str]:
-    """The names of the blocks of a run that has been changed, in order; `beside` may have changed the same container."""
-    keys = list(model.get_submodule(insertion.path)._modules)
-    prefix = f"{insertion.path}." if insertion.path else ""
-    ahead = [other for other in beside if other.path == insertion.path and other.first < insertion.first]
-    first = insertion.first + sum(len(other.blocks) - other.size for other in ahead)
-    return [f"{prefix}{key}" for key in keys[first : first + len(insertion.blocks)]]
-
-
-def counted(model: nn.Module, depths: Sequence[Depth], insertion: Insertion) -> Iterator[AttributeChange]:
-    """Attributes that surely follow: numbers of layers on the way to the container, by their names; positions in blocks."""
-    rivals = [d for d in depths if d.form == "run" and d.size == insertion.size and d.path != insertion.path]
-    for owner, attribute, value in _numbers(model, insertion.path):
-        shared = any(d.path.startswith(f"{owner}." if owner else "") for d in rivals)
-        if value == insertion.size and _COUNT.search(attribute.rpartition(".")[2]) and not shared:
-            yield AttributeChange(owner, attribute, value, len(insertion.blocks))
-
-
-def candidates(model: nn.Module, insertion: Insertion) -> Iterator[AttributeChange]:
-    """Attributes that may follow: any number that equals the old depth, any table with an entry for every block."""
-    for owner, attribute, value in _numbers(model, insertion.path):
-        if value == insertion.size:
-            yield AttributeChange(owner, attribute, value, len(insertion.blocks))
-        elif isinstance(value, (list, tuple)) and len(value) == insertion.size:
-            yield AttributeChange(owner, attribute, value, type(value)(value[block] for block in insertion.blocks))
-
-
-def _numbers(model: nn.Module, path: str) -> Iterator[tuple[str, str, Any]]:
-    """Ints, lists and tuples that the modules on the way to `path` hold, themselves or in a plain object (a config)."""
-    parts = path.split(".") if path else []
-    for depth in range(len(parts) + 1):
-        owner = ".".join(parts[:depth])
-        for attribute, value in vars(model.get_submodule(owner)).items():
-            if attribute.startswith("_") or isinstance(value, (bool, nn.Module, Tensor)):
-                continue
-            if isinstance(value, (int, list, tuple)):
-                yield owner, attribute, value
-            elif hasattr(value, "__dict__") and not callable(value):
-                for key, inner in vars(value).items():
-                    if (
-                        isinstance(inner, (int, list, tuple))
-                        and not isinstance(inner, bool)
-                        and not key.startswith("_")
-                    ):
-                        yield owner, f"{attribute}.{key}", inner
-
-
-def positions_in(model: nn.Module, depth: Depth) -> dict[tuple[str, str], int]:
-    """Attributes inside the blocks that number them, with the number of the first: (module inside the block, name)."""
-    blocks = [model.get_submodule(name) for name in depth.blocks[depth.fixed :]]
-    found = {}
-    for name, module in blocks[0].named_modules():
-        for attribute, value in vars(module).items():
-            if type(value) is not int or attribute.startswith("_"):
-                continue
-            values = [vars(block.get_submodule(name)).get(attribute) for block in blocks]
-            if values == [value + i for i in range(len(blocks))] and (len(blocks) > 1 or _POSITION.search(attribute)):
-                found[name, attribute] = value
-    return found
-
-
-def renumbered(
-    model: nn.Module, depth: Depth, names: Sequence[str], found: Mapping[tuple[str, str], int]
-) -> Iterator[AttributeChange]:
-    """The positions of the blocks that now stand in `model` under `names`."""
-    for place, block in enumerate(names[depth.fixed :]):
-        for (name, attribute), first in found.items():
-            module = f"{block}.{name}" if name else block
-            before = getattr(model.get_submodule(module), attribute)
-            if before != first + place:
-                yield AttributeChange(module, attribute, before, first + place)

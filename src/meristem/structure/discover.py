@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meristem.axis import Axes, Axis, Kind, Place, Role, Slot
 from meristem.errors import DiscoveryError, GrowthRefused
-from meristem.structure.depth import CHAIN, Depth, find_places, find_runs, silent_tensors
+from meristem.structure.depth import Depth, find_places, find_runs, silent_tensors
+from meristem.structure.insertion import CHAIN
 from meristem.structure.labels import (
     Label,
     atoms,

@@ -12,10 +12,12 @@ from torch import nn
 
 from meristem.axis import Axis, Place
 from meristem.errors import GrowthRefused
-from meristem.structure.depth import Depth, identity_layer
+from meristem.structure.counts import counts_for
+from meristem.structure.depth import Depth
 from meristem.structure.discover import Structure
+from meristem.structure.insertion import identity_layer
 from meristem.structure.labels import Changes, Label, atoms, multiply, positions, size, sources
-from meristem.structure.repair import attributes_for, counts_for
+from meristem.structure.repair import attributes_for
 from meristem.structure.twin import modules_without
 from meristem.values import AttributeChange, Insertion, Plan, Sources, TensorChange
 

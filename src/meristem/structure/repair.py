@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from meristem.structure.depth import candidates, counted, find_runs, insert, positions_in, renumbered, standing
-from meristem.structure.discover import Structure, apply_edits
+from meristem.structure.discover import Structure
 from meristem.structure.labels import Changes, size
 from meristem.structure.tracer import ModuleStack
 from meristem.structure.twin import fake_mode, looking
-from meristem.values import AttributeChange, Insertion, Plan
+from meristem.values import AttributeChange, Plan
 
 TRIALS = 60
 """Largest number of re-traces that the search for one plan's attributes may cost."""
@@ -95,58 +94,6 @@ def attributes_for(
         return tuple(edits), None
     place = best.running[-1] if best.running else ""
     return tuple(edits), f"{place or 'the model'} does not follow the new size: {best.problem}"
-
-
-def counts_for(
-    structure: Structure, plan: Plan, insertions: Sequence[Insertion]
-) -> tuple[tuple[AttributeChange, ...], str | None]:
-    """The attributes that follow new or dropped blocks, so that a re-trace passes through every block; or the refusal."""
-    shapes = {change.name: change.after for change in plan.tensors}
-    runs = [insertion for insertion in insertions if insertion.form == "run"]
-    positions = {i.axis: positions_in(structure.model, structure.depths[i.axis]) for i in runs}
-    sure = {}
-    for insertion in runs:
-        for edit in counted(structure.model, list(structure.depths.values()), insertion):
-            sure[edit.module, edit.attribute] = edit
-
-    def attempt(edits: Sequence[AttributeChange]) -> tuple[list[AttributeChange], str | None]:
-        mode = fake_mode(structure.fake)
-        copied = structure.twin_of_shape(shapes, plan.attributes, mode).eval()
-        for insertion in insertions:
-            insert(copied, insertion)
-        numbered = [
-            edit
-            for i in runs
-            for edit in renumbered(copied, structure.depths[i.axis], standing(copied, i, runs), positions[i.axis])
-        ]
-        apply_edits(copied, [*edits, *numbered])
-        stack = ModuleStack(copied)
-        args, kwargs = structure.example_for(mode)
-        try:
-            with looking(mode):
-                copied(*args, **kwargs)
-        except Exception as error:
-            first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-            return [*edits, *numbered], f"{stack.innermost or 'the model'} fails with the new depth: {first_line[:200]}"
-        found, _ = find_runs(copied, stack.passes)
-        for insertion in runs:
-            wanted = tuple(standing(copied, insertion, runs))
-            if not any(run.path == insertion.path and run.blocks == wanted for run in found):
-                return [
-                    *edits,
-                    *numbered,
-                ], f"the forward does not pass through every block of {insertion.path} in order"
-        return [*edits, *numbered], None
-
-    edits, problem = attempt(list(sure.values()))
-    if problem is None:
-        return tuple(edits), None
-    possible = [e for i in runs for e in candidates(structure.model, i) if (e.module, e.attribute) not in sure]
-    for trial in [*[[edit] for edit in possible], possible]:
-        edits, still = attempt([*sure.values(), *trial])
-        if still is None:
-            return tuple(edits), None
-    return (), problem
 
 
 def leaf_attributes(

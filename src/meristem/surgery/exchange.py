@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from meristem.errors import GrowthRefused, PendingBackward
-from meristem.structure.depth import CHAIN, insert, kin
+from meristem.structure.insertion import CHAIN, insert, kin
 from meristem.structure.twin import get_attribute, named_tensors, set_attribute
 from meristem.surgery.tensors import carry
 from meristem.values import Blocks, Insertion, Plan, TensorChange

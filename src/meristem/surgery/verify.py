@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from meristem.axis import Axis, Place
 from meristem.errors import VerificationError
 from meristem.structure import Structure
-from meristem.structure.depth import insert
 from meristem.structure.discover import apply_edits
+from meristem.structure.insertion import insert
 from meristem.structure.tracer import tensors
 from meristem.structure.twin import Example, looking, map_tensors, named_tensors, twin
 from meristem.structure.undisturbed import undisturbed

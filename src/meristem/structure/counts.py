@@ -1,0 +1,144 @@
+"""What follows new blocks: numbers of layers, tables with an entry per block, positions inside the blocks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from meristem.structure.depth import Depth, find_runs
+from meristem.structure.discover import Structure, apply_edits
+from meristem.structure.insertion import insert
+from meristem.structure.tracer import ModuleStack
+from meristem.structure.twin import fake_mode, looking
+from meristem.values import AttributeChange, Insertion, Plan
+
+_COUNT = re.compile(r"(^|_)(n|num|number_of)_?(\w+_)?(layers?|blocks?)$|(^|_)depth$")
+_POSITION = re.compile(r"(layer|block|depth)_?(idx|index|id|number|num)$")
+
+
+def counts_for(
+    structure: Structure, plan: Plan, insertions: Sequence[Insertion]
+) -> tuple[tuple[AttributeChange, ...], str | None]:
+    """The attributes that follow new or dropped blocks, so that a re-trace passes through every block; or the refusal."""
+    shapes = {change.name: change.after for change in plan.tensors}
+    runs = [insertion for insertion in insertions if insertion.form == "run"]
+    positions = {i.axis: positions_in(structure.model, structure.depths[i.axis]) for i in runs}
+    sure = {}
+    for insertion in runs:
+        for edit in counted(structure.model, list(structure.depths.values()), insertion):
+            sure[edit.module, edit.attribute] = edit
+
+    def attempt(edits: Sequence[AttributeChange]) -> tuple[list[AttributeChange], str | None]:
+        mode = fake_mode(structure.fake)
+        copied = structure.twin_of_shape(shapes, plan.attributes, mode).eval()
+        for insertion in insertions:
+            insert(copied, insertion)
+        numbered = [
+            edit
+            for i in runs
+            for edit in renumbered(copied, structure.depths[i.axis], standing(copied, i, runs), positions[i.axis])
+        ]
+        apply_edits(copied, [*edits, *numbered])
+        stack = ModuleStack(copied)
+        args, kwargs = structure.example_for(mode)
+        try:
+            with looking(mode):
+                copied(*args, **kwargs)
+        except Exception as error:
+            first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+            return [*edits, *numbered], f"{stack.innermost or 'the model'} fails with the new depth: {first_line[:200]}"
+        found, _ = find_runs(copied, stack.passes)
+        for insertion in runs:
+            wanted = tuple(standing(copied, insertion, runs))
+            if not any(run.path == insertion.path and run.blocks == wanted for run in found):
+                return [
+                    *edits,
+                    *numbered,
+                ], f"the forward does not pass through every block of {insertion.path} in order"
+        return [*edits, *numbered], None
+
+    edits, problem = attempt(list(sure.values()))
+    if problem is None:
+        return tuple(edits), None
+    possible = [e for i in runs for e in candidates(structure.model, i) if (e.module, e.attribute) not in sure]
+    for trial in [*[[edit] for edit in possible], possible]:
+        edits, still = attempt([*sure.values(), *trial])
+        if still is None:
+            return tuple(edits), None
+    return (), problem
+
+
+def standing(model: nn.Module, insertion: Insertion, beside: Sequence[Insertion] = ()) -> list[str]:
+    """The names of the blocks of a run that has been changed, in order; `beside` may have changed the same container."""
+    keys = list(model.get_submodule(insertion.path)._modules)
+    prefix = f"{insertion.path}." if insertion.path else ""
+    ahead = [other for other in beside if other.path == insertion.path and other.first < insertion.first]
+    first = insertion.first + sum(len(other.blocks) - other.size for other in ahead)
+    return [f"{prefix}{key}" for key in keys[first : first + len(insertion.blocks)]]
+
+
+def counted(model: nn.Module, depths: Sequence[Depth], insertion: Insertion) -> Iterator[AttributeChange]:
+    """Attributes that surely follow: numbers of layers on the way to the container, by their names; positions in blocks."""
+    rivals = [d for d in depths if d.form == "run" and d.size == insertion.size and d.path != insertion.path]
+    for owner, attribute, value in _numbers(model, insertion.path):
+        shared = any(d.path.startswith(f"{owner}." if owner else "") for d in rivals)
+        if value == insertion.size and _COUNT.search(attribute.rpartition(".")[2]) and not shared:
+            yield AttributeChange(owner, attribute, value, len(insertion.blocks))
+
+
+def candidates(model: nn.Module, insertion: Insertion) -> Iterator[AttributeChange]:
+    """Attributes that may follow: any number that equals the old depth, any table with an entry for every block."""
+    for owner, attribute, value in _numbers(model, insertion.path):
+        if value == insertion.size:
+            yield AttributeChange(owner, attribute, value, len(insertion.blocks))
+        elif isinstance(value, (list, tuple)) and len(value) == insertion.size:
+            yield AttributeChange(owner, attribute, value, type(value)(value[block] for block in insertion.blocks))
+
+
+def _numbers(model: nn.Module, path: str) -> Iterator[tuple[str, str, Any]]:
+    """Ints, lists and tuples that the modules on the way to `path` hold, themselves or in a plain object (a config)."""
+    parts = path.split(".") if path else []
+    for depth in range(len(parts) + 1):
+        owner = ".".join(parts[:depth])
+        for attribute, value in vars(model.get_submodule(owner)).items():
+            if attribute.startswith("_") or isinstance(value, (bool, nn.Module, Tensor)):
+                continue
+            if isinstance(value, (int, list, tuple)):
+                yield owner, attribute, value
+            elif hasattr(value, "__dict__") and not callable(value):
+                for key, inner in vars(value).items():
+                    if (
+                        isinstance(inner, (int, list, tuple))
+                        and not isinstance(inner, bool)
+                        and not key.startswith("_")
+                    ):
+                        yield owner, f"{attribute}.{key}", inner
+
+
+def positions_in(model: nn.Module, depth: Depth) -> dict[tuple[str, str], int]:
+    """Attributes inside the blocks that number them, with the number of the first: (module inside the block, name)."""
+    blocks = [model.get_submodule(name) for name in depth.blocks[depth.fixed :]]
+    found = {}
+    for name, module in blocks[0].named_modules():
+        for attribute, value in vars(module).items():
+            if type(value) is not int or attribute.startswith("_"):
+                continue
+            values = [vars(block.get_submodule(name)).get(attribute) for block in blocks]
+            if values == [value + i for i in range(len(blocks))] and (len(blocks) > 1 or _POSITION.search(attribute)):
+                found[name, attribute] = value
+    return found
+
+
+def renumbered(
+    model: nn.Module, depth: Depth, names: Sequence[str], found: Mapping[tuple[str, str], int]
+) -> Iterator[AttributeChange]:
+    """The positions of the blocks that now stand in `model` under `names`."""
+    for place, block in enumerate(names[depth.fixed :]):
+        for (name, attribute), first in found.items():
+            module = f"{block}.{name}" if name else block
+            before = getattr(model.get_submodule(module), attribute)
+            if before != first + place:
+                yield AttributeChange(module, attribute, before, first + place)
