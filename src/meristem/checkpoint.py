@@ -171,7 +171,12 @@ def _missing(model: nn.Module, lineage: list[Any], have: dict[str, Tensor], save
         return lineage[len(own) :]
     if have.keys() != saved.keys() or any(have[name].shape != saved[name].shape for name in have):
         return lineage
-    return [{**growth, "shapes": {}, "insertions": []} for growth in lineage]
+    held = {name for name, _ in model.named_modules()}
+    return [
+        {key: [edit for edit in growth[key] if edit[0] in held] for key in ("attributes", "counts")}
+        | {"shapes": {}, "insertions": []}
+        for growth in lineage
+    ]
 
 
 def _replay(grown: nn.Module, growths: list[Any], kind: str) -> None:

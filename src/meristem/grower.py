@@ -376,12 +376,21 @@ class Grower:
                     if axis.size < growth.after[axis.name]:
                         raise GrowthRefused(f"{axis.name} has been narrowed since; its units are not followed any more")
                 batches = growth_batches(self.data, HEALTH_BATCHES, self.generator)
-                growth.health[moment] = look(structure, axes, self.loss, batches, growth.units())
+                growth.health[moment] = look(structure, axes, self.loss, batches, self._units_now(growth))
         except Exception as error:  # a look at the units never stops the training
             growth.health[moment] = {"error": f"{type(error).__name__}: {error}"}
         finally:
             self.generator.set_state(state)
         growth.health_flops += counter.get_total_flops()
+
+    def _units_now(self, growth: Growth) -> dict[str, Sequence[int]]:
+        """Where the new units of a growth are now: blocks move where later ones came between them."""
+        units = growth.units()
+        for later in self.history[self.history.index(growth) + 1 :]:
+            for name in units.keys() & later.blocks.keys():
+                kept = [place for place in range(later.after[name]) if place not in later.blocks[name]]
+                units[name] = [kept[place] for place in units[name]]
+        return units
 
     def state_dict(self) -> dict[str, Any]:
         """Clock, history, metrics and generator: what a resumed run needs to grow as if it had never stopped."""

@@ -26,7 +26,7 @@ from meristem.structure import Structure, clash, resolve, with_insertions
 from meristem.structure.twin import named_tensors
 from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.exchange import check_free, exchange
-from meristem.surgery.optimizers import check_ownership, grown_state
+from meristem.surgery.optimizers import check_ownership, check_separable, grown_state
 from meristem.surgery.tensors import grown_tensors
 from meristem.surgery.verify import check_edit, grown_twin, relative_change, rounding_gap, run
 from meristem.values import Blocks, Growth, Plan, Proposal, Settled, Treatment, new_blocks
@@ -336,6 +336,8 @@ def perform(
     changing = {change.name: live[change.name] for change in plan.tensors}
     check_ownership(owners, {name: tensor for name, tensor in changing.items() if tensor.requires_grad})
     check_ownership(owners, followed(structure, plan))
+    if plan.insertions:
+        check_separable(owners)
     check_free(changing)  # before anything is measured or trained; again below, where every tensor is known
     exact_depth = all(method_for(how, axis).kinds["depth"] for axis in deep)
     with counting() as checking:
@@ -354,7 +356,7 @@ def perform(
         scaled = treatment.scaling.tensors or treatment.scaling.places
         keeps = all(one.kinds[axis.kind] for one, axis in zip(chosen, axes, strict=True)) if growing else False
         if keeps and not scaled:
-            _check_preserved(view, before, change, chosen[0])
+            _check_preserved(view, before, change, dict.fromkeys(type(one).__name__ for one in chosen))
         health = dict(settled.health) if settled is not None else {}
         for moment, figures in _health(view, plan, axes, values, blocks, settled is None).items():
             health[moment] = {**health.get(moment, {}), **figures}
@@ -445,7 +447,7 @@ def _moved(model: nn.Module, settled: Mapping[str, Tensor]) -> dict[str, Tensor]
     return {name: settled[name] for name, p in parameters.items() if not torch.equal(settled[name], p)}
 
 
-def _check_preserved(view: View, before: Sequence[Tensor], change: float, how: How) -> None:
+def _check_preserved(view: View, before: Sequence[Tensor], change: float, names: Iterable[str]) -> None:
     """Raise unless the change is within rounding: the larger of the fixed bound and ten times the model's own gap."""
     double = all(t.dtype == torch.float64 for t in before if t.is_floating_point())
     if change <= (TOLERANCE if not double else TOLERANCE * 1e-7):
@@ -454,7 +456,7 @@ def _check_preserved(view: View, before: Sequence[Tensor], change: float, how: H
     if not double and change <= 10 * gap:
         return
     raise VerificationError(
-        f"{type(how).__name__} should preserve the function, but an output would change by {change:.1e} of the largest "
+        f"{', '.join(names)} should preserve the function, but an output would change by {change:.1e} of the largest "
         "one; nothing was changed. hint: an activation that is not 0 at 0 breaks a zero fan-in; use zero='fan_out'"
     )
 

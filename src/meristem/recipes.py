@@ -126,6 +126,8 @@ def stack(
         >>> [len(net.layers) for _ in range(4) if grower.step() or True]
         [1, 3, 3, 3]
     """
+    if not isinstance(to, Mapping):
+        raise TypeError(f"to must be a dict {{depth axis: blocks}}; got {to!r}")
     length, unit = duration(total)
     due = At(**{unit: (moment(at, length),)})
     if example is None:
@@ -134,10 +136,10 @@ def stack(
             example = first_call(model, loss, growth_batches(data, 1, torch.Generator().manual_seed(0))[0])
     with undisturbed():
         axes = Structure(model, example).axes
-    sizes = {name: axes[name].size for name in to}
-    flat = [name for name in to if axes[name].kind != "depth"]
+    sizes = {name: axes.named(name).size for name in to}
+    flat = [name for name in to if axes.named(name).kind != "depth"]
     if flat:
-        raise GrowthRefused(f"axis {flat[0]!r} is a {axes[flat[0]].kind}, not a depth; only depths are stacked")
+        raise GrowthRefused(f"axis {flat[0]!r} is a {axes.named(flat[0]).kind}, not a depth; only depths are stacked")
     small = [
         name for name, size in to.items() if isinstance(size, bool) or not isinstance(size, int) or size <= sizes[name]
     ]

@@ -130,14 +130,12 @@ class Blocks:
     """New blocks of a depth axis.
 
     A new block starts as a copy of the one it is made after; `values` holds its own tensors where these differ, by its
-    place and their name inside it. `inherits` says that the optimizer's state is copied too, `exact` that the function is
-    preserved.
+    place and their name inside it. `inherits` says that the optimizer's state is copied too.
     """
 
     insertion: Insertion
     values: Mapping[tuple[int, str], Tensor] = field(default_factory=dict)
     inherits: bool = False
-    exact: bool = False
 
     def first(self, count: int) -> Blocks:
         """The first `count` new blocks alone; all of them stand behind the present ones."""

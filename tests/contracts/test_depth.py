@@ -186,31 +186,32 @@ WIDTHS: dict[str, Callable[[str], bool]] = {
 def test_depth_and_width_grow_in_one_event_and_in_turn(name: str) -> None:
     model, x, opt = trained(name, torch.float64)
 
-    def wishes() -> tuple[dict[str, int], dict[str, int]]:
-        axes = ms.find_axes(model, x)
+    def wishes(axes: ms.Axes) -> tuple[dict[str, int], dict[str, int]]:
         wide = {a.name: a.multiple for a in axes.values() if a.kind != "depth" and WIDTHS[name](a.name)}
         deep = {a.name: 1 for a in axes.values() if a.kind == "depth" and (name == "mlp" or a.name in COPIED[name])}
         return wide, deep
 
-    def grow(counts: dict[str, int]) -> None:
+    def grow(counts: dict[str, int], names: ms.Axes) -> ms.Axes:
         with torch.no_grad():
             out = model.eval()(x)
-        names = set(ms.find_axes(model, x))
         growth = ms.grow_(model, counts, x, optimizer=opt)
         with torch.no_grad():
             assert ((model(x) - out).abs().max() / out.abs().max()).item() <= 1e-12
         assert growth.parameters[1] == sum(p.numel() for p in model.parameters())
-        assert names <= set(ms.find_axes(model, x))  # names survive growth
+        axes = ms.find_axes(model, x)
+        assert set(names) <= set(axes)  # names survive growth
         for p in model.parameters():
             assert all(v.dim() == 0 or v.shape == p.shape for v in opt.state[p].values())
         step(model, opt, x)
+        return axes
 
-    wide, deep = wishes()
+    axes = ms.find_axes(model, x)
+    wide, deep = wishes(axes)
     assert wide
     assert deep
-    grow(wide | deep)
+    axes = grow(wide | deep, axes)
     for turn in range(10):
-        grow(wishes()[turn % 2])
+        axes = grow(wishes(axes)[turn % 2], axes)
 
 
 COPIED = {

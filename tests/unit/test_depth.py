@@ -18,9 +18,9 @@ from meristem.rational import Rational
 
 
 class Residual(nn.Module):
-    def __init__(self, width: int = 6, number: int = 0) -> None:
+    def __init__(self, width: int = 6, layer_idx: int = 0) -> None:
         super().__init__()
-        self.number = number
+        self.layer_idx = layer_idx
         self.up, self.down = nn.Linear(width, 9), nn.Linear(9, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ class Net(nn.Module):
     def __init__(self, depth: int = 3) -> None:
         super().__init__()
         self.stem = nn.Linear(4, 6)
-        self.blocks = nn.ModuleList(Residual(number=i) for i in range(depth))
+        self.blocks = nn.ModuleList(Residual(layer_idx=i) for i in range(depth))
         self.head = nn.Linear(6, 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -134,9 +134,9 @@ def test_counts_tables_and_positions_follow() -> None:
         model = kind()
         ms.grow_(model, {"blocks": 2}, X)
         assert len(model.blocks) == 5
-        assert [block.number for block in model.blocks] == [0, 1, 2, 3, 4]
+        assert [block.layer_idx for block in model.blocks] == [0, 1, 2, 3, 4]
         ms.narrow_(model, {"blocks": [1, 2]}, X)
-        assert [block.number for block in model.blocks] == [0, 1, 2]
+        assert [block.layer_idx for block in model.blocks] == [0, 1, 2]
     model = Net()
     model.config = shared = SimpleNamespace(num_layers=3, heads=3)
     model.stem.config = shared
@@ -144,7 +144,7 @@ def test_counts_tables_and_positions_follow() -> None:
     assert (model.config.num_layers, model.config.heads) == (5, 3)
     assert model.stem.config is model.config
     assert shared.num_layers == 3  # other models may be built from it
-    assert [block.number for block in model.blocks] == [0, 1, 2, 3, 4]
+    assert [block.layer_idx for block in model.blocks] == [0, 1, 2, 3, 4]
 
 
 def test_tables_follow_the_order_of_the_blocks() -> None:
@@ -230,6 +230,139 @@ def test_stacks_repeat_and_interposed_copies_stand_beside_their_blocks() -> None
             assert torch.equal(opt.state[block.up.weight]["exp_avg"], state[number])
 
 
+class Dilated(nn.Module):
+    """Integers that run on from block to block without being positions."""
+
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        self.factor, self.layer = factor, nn.Sequential(nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.factor * self.layer(x)
+
+
+def test_integers_that_are_no_positions_stay() -> None:
+    model = nn.Sequential(Dilated(1), Dilated(2), Dilated(3))
+    ms.narrow_(model, {"0:depth": [0]}, X)
+    assert [block.factor for block in model] == [2, 3]
+    wide = Net()
+    ms.grow_(wide, {"blocks.1.up": 1, "blocks.2.up": 2}, X)  # 9, 10, 11
+    ms.grow_(wide, {"blocks": 2}, X, how=ms.how.Interpose(zero=True))
+    assert [block.up.out_features for block in wide.blocks] == [len(block.up.weight) for block in wide.blocks]
+
+
+def test_blocks_of_different_widths_are_counted_as_they_are() -> None:
+    model = Net()
+    ms.grow_(model, {"blocks.0.up": 20}, X)
+    for how in (ms.how.Stack(), ms.how.Interpose(), ms.how.ZeroBlock()):
+        growth = ms.grow_(model, {"blocks": 1}, X, how=how)
+        assert growth.parameters[1] == sum(p.numel() for p in model.parameters())
+
+
+class Mixed(nn.Module):
+    """Two runs and other layers in one list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        first = [Residual(4, 0), Residual(4, 1)]
+        second = [nn.Sequential(nn.LayerNorm(4), Residual(4, i)) for i in (2, 3)]
+        self.h = nn.ModuleList([*first, *second, nn.Linear(4, 2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.h:
+            x = layer(x)
+        return x
+
+
+def test_two_runs_in_one_list() -> None:
+    model = Mixed().double()
+    x = X.double()
+    axes = ms.find_axes(model, x)
+    assert axes["h"].size == 2
+    assert "h:2" in {**axes, **axes.frozen}  # a norm on the stream: no block of it is silent
+    growth = ms.grow_(model, {"h": 1}, x, loss=loss_of, data=[x])
+    assert growth.max_change <= 1e-12
+    assert [m[1].layer_idx for m in model.h if isinstance(m, nn.Sequential)] == [3, 4]
+    ms.grow_(model, {"h": 1, "h:2": 1}, x, how=ms.how.Stack(), loss=loss_of, data=[x])
+    assert [m[1].layer_idx for m in model.h if isinstance(m, nn.Sequential)] == [4, 5, 6]
+
+
+def test_a_sequential_stays_a_list(tmp_path: Path) -> None:
+    model = nn.Sequential(Residual(4), Residual(4))
+    ms.grow_(model, {"0:depth": 1}, X, how=ms.how.Interpose())
+    assert list(model._modules) == ["0", "1", "2"]
+    ms.save(tmp_path, model)
+    built = ms.load(tmp_path, nn.Sequential(Residual(4), Residual(4), Residual(4)))
+    assert torch.equal(built(X), model(X))
+    ms.narrow_(model, {"0:depth": [0]}, X)
+    model.append(Residual(4))
+    assert len(model) == 3
+    ms.save(tmp_path, model)
+    ms.load(tmp_path, model)
+
+
+def test_a_net_that_grew_and_narrowed_loads_into_one_of_its_size(tmp_path: Path) -> None:
+    model = Net()
+    ms.grow_(model, {"blocks": 2}, X)
+    ms.narrow_(model, {"blocks": 2}, X)
+    ms.save(tmp_path, model)
+    assert torch.equal(ms.load(tmp_path, Net())(X), model(X))
+
+
+def test_layers_that_torch_reads_itself_are_left_alone() -> None:
+    model, x = make("post_norm")
+    assert not any("linear" in name and name.endswith(":depth") for name in ms.find_axes(model, x))
+    plain = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 8)), nn.ReLU(), nn.Linear(8, 2))
+    assert "0:depth" not in ms.find_axes(plain, X)
+
+
+def test_outputs_that_follow_the_depth_are_refused() -> None:
+    class Telling(Net):
+        def forward(self, x: Tensor) -> Any:
+            states = [self.stem(x)]
+            for block in self.blocks:
+                states.append(block(states[-1]))
+            return self.head(states[-1]), tuple(states)
+
+    assert "blocks" in ms.find_axes(Telling(), X).frozen
+
+
+def test_an_optimizer_with_common_state_is_refused() -> None:
+    model = Net()
+    opt = torch.optim.LBFGS(model.parameters(), max_iter=2)
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = loss_of(model, X)
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    with pytest.raises(ms.OptimizerError, match="LBFGS"):
+        ms.grow_(model, {"blocks": 1}, X, optimizer=opt)
+    assert len(model.blocks) == 3
+
+
+def test_named_parameters_keep_their_names() -> None:
+    model = Net()
+    opt = torch.optim.AdamW(model.named_parameters(), lr=1e-3)
+    ms.grow_(model, {"blocks": 1}, X, how=ms.how.Interpose(), optimizer=opt)
+    names = {id(p): name for name, p in model.named_parameters()}
+    group = opt.param_groups[0]
+    assert [names[id(p)] for p in group["params"]] == group["param_names"]
+
+
+def test_blocks_are_followed_when_later_ones_come_between() -> None:
+    model = Net(2)
+    twice = grower(model, how=ms.how.Interpose(), amount={"blocks": 2}, when=ms.when.At(steps=(1, 2)))
+    first = twice.step()
+    assert first is not None
+    copies = [model.blocks[place] for place in first.blocks["blocks"]]
+    twice.step()
+    now = twice._units_now(first)["blocks"]
+    assert [model.blocks[place] for place in now] == copies
+
+
 def test_methods_that_copy_refuse_a_place_in_a_chain() -> None:
     model, x = make("mlp")
     with pytest.raises(ms.GrowthRefused, match=r"how\.ZeroBlock"):
@@ -308,7 +441,7 @@ def test_an_error_while_blocks_are_placed_rolls_everything_back(monkeypatch: pyt
         raise RuntimeError("no more")
 
     original = exchange.set_attribute
-    monkeypatch.setattr(exchange, "set_attribute", lambda *a: fail() if a[2] == "number" else original(*a))
+    monkeypatch.setattr(exchange, "set_attribute", lambda *a: fail() if a[2] == "layer_idx" else original(*a))
     with pytest.raises(RuntimeError, match="no more"):
         ms.grow_(model, {"blocks": 2, "blocks.0.up": 3, "head:depth": 1}, X, how=ms.how.ZeroBlock(), optimizer=opt)
     assert list(model.state_dict()) == list(before)

@@ -52,6 +52,9 @@ SAVE_SECONDS = 60.0
 EVALUATION = 512
 """Examples per batch where nothing is trained."""
 
+HEALTH_TARGETS = 100_000
+"""Most training targets that the last look at the units reads: all images of the usual sets, some pages of a text."""
+
 Report = Callable[["Progress"], None]
 
 
@@ -272,7 +275,8 @@ class Run:
 
     def _health(self) -> dict[str, dict[str, dict[str, float]]]:
         """Health over the un-augmented training data, of all units and blocks, and of the units that have grown."""
-        plain = Batches(self.data.x_train, self.data.y_train, EVALUATION)
+        some = HEALTH_TARGETS // max(self.data.y_train[0].numel(), 1)
+        plain = Batches(self.data.x_train[:some], self.data.y_train[:some], EVALUATION)
         new = {
             name: range(self.first_sizes[name], axis.size)
             for name, axis in find_axes(self.model, self.example).items()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -52,10 +54,11 @@ def fresh_blocks(view: View, depth: Depth, insertion: Insertion) -> dict[tuple[i
             else:
                 block = insert(copied, insertion)[place][1]
             for module in reversed(list(block.modules())):
-                reset = getattr(module, "reset_parameters", None)
+                reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
                 own = [*module.parameters(), *module.buffers()]
                 if callable(reset) and id(module) not in known and not any(id(t) in present for t in own):
-                    reset()
+                    with contextlib.suppress(TypeError):  # one that wants arguments
+                        reset()
             values |= {(place, n): t.detach() for n, t in named_tensors(block).items() if id(t) not in present}
     return values
 
@@ -73,6 +76,8 @@ def gains(view: View, axis: Axis, blocks: Blocks) -> tuple[float, ...]:
     apply_edits(copied, plan.counts)
     copied.zero_grad()
     loss = measured(lambda: called(view.loss, copied, view.batches[0]))  # type: ignore[arg-type]
+    if not loss.requires_grad:
+        return (0.0,) * len(made)
     parameters = [[p for p in block.parameters() if p.requires_grad] for _, block in made.values()]
     listed = [p for own in parameters for p in own]
     received = torch.autograd.grad(loss, listed, allow_unused=True) if listed else ()

@@ -59,4 +59,4 @@ class Interpose:
             new += [False] + [True] * copies
         insertion = depth.with_blocks(blocks, new)
         values = silenced(view.structure, insertion).values if self.zero else {}
-        return Proposal(axis.name, count, blocks=Blocks(insertion, values, inherits=not self.zero, exact=self.zero))
+        return Proposal(axis.name, count, blocks=Blocks(insertion, values, inherits=not self.zero))

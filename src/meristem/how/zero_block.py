@@ -57,7 +57,7 @@ class ZeroBlock:
         insertion = depth.appended(count)
         silent = silenced(view.structure, insertion)
         values = fresh_blocks(view, depth, insertion) if depth.form == "run" else {}
-        blocks = Blocks(insertion, {**values, **silent.values}, exact=True)
+        blocks = Blocks(insertion, {**values, **silent.values})
         with counting() as counter:
             found = gains(view, axis, blocks) if view.loss is not None and view.batches else ()
         return Proposal(axis.name, count, blocks=blocks, gains=found, flops=counter.get_total_flops())

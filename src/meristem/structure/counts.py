@@ -15,8 +15,10 @@ from meristem.structure.tracer import ModuleStack
 from meristem.structure.twin import fake_mode, looking
 from meristem.values import AttributeChange, Insertion, Plan
 
+TRIALS = 30
+"""Largest number of re-traces that the search for one attribute may cost."""
 _COUNT = re.compile(r"(^|_)(n|num|number_of)_?(\w+_)?(layers?|blocks?)$|(^|_)depth$")
-_POSITION = re.compile(r"(layer|block|depth)_?(idx|index|id|number|num)$")
+_POSITION = re.compile(r"(^|_)((layer|block|depth)_?)?(idx|index|id|number)$|^layer_?i$")
 
 
 def counts_for(
@@ -25,7 +27,9 @@ def counts_for(
     """The attributes that follow new or dropped blocks, so that a re-trace passes through every block; or the refusal."""
     shapes = {change.name: change.after for change in plan.tensors}
     runs = [insertion for insertion in insertions if insertion.form == "run"]
-    positions = {i.axis: positions_in(structure.model, structure.depths[i.axis]) for i in runs}
+    changed = {i.axis: i for i in runs}
+    beside = [d for d in structure.depths.values() if d.form == "run" and d.path in {i.path for i in runs}]
+    positions = {depth.name: positions_in(structure.model, depth) for depth in beside}
     sure = {}
     for insertion in runs:
         for edit in counted(structure.model, list(structure.depths.values()), insertion):
@@ -34,14 +38,18 @@ def counts_for(
     def attempt(edits: Sequence[AttributeChange]) -> tuple[list[AttributeChange], str | None]:
         mode = fake_mode(structure.fake)
         copied = structure.twin_of_shape(shapes, plan.attributes, mode).eval()
-        for insertion in insertions:
-            insert(copied, insertion)
-        numbered = [
-            edit
-            for i in runs
-            for edit in renumbered(copied, structure.depths[i.axis], standing(copied, i, runs), positions[i.axis])
-        ]
-        apply_edits(copied, [*edits, *numbered])
+        numbered: list[AttributeChange] = []
+        try:
+            for insertion in insertions:
+                insert(copied, insertion)
+            for depth in beside:
+                now = changed.get(depth.name) or depth.with_blocks(range(depth.size), [False] * depth.size)
+                numbered += renumbered(
+                    copied, depth, standing(copied, now, runs), positions[depth.name], shift(now, runs)
+                )
+            apply_edits(copied, [*edits, *numbered])
+        except AttributeError as error:  # a container inside a block that moves
+            return [], f"these depths lie inside each other; grow one after the other ({error})"
         stack = ModuleStack(copied)
         args, kwargs = structure.example_for(mode)
         try:
@@ -64,7 +72,7 @@ def counts_for(
     if problem is None:
         return tuple(edits), None
     possible = [e for i in runs for e in candidates(structure.model, i) if (e.module, e.attribute) not in sure]
-    for trial in [*[[edit] for edit in possible], possible]:
+    for trial in [*[[edit] for edit in possible[:TRIALS]], possible]:
         edits, still = attempt([*sure.values(), *trial])
         if still is None:
             return tuple(edits), None
@@ -75,9 +83,14 @@ def standing(model: nn.Module, insertion: Insertion, beside: Sequence[Insertion]
     """The names of the blocks of a run that has been changed, in order; `beside` may have changed the same container."""
     keys = list(model.get_submodule(insertion.path)._modules)
     prefix = f"{insertion.path}." if insertion.path else ""
-    ahead = [other for other in beside if other.path == insertion.path and other.first < insertion.first]
-    first = insertion.first + sum(len(other.blocks) - other.size for other in ahead)
+    first = insertion.first + shift(insertion, beside)
     return [f"{prefix}{key}" for key in keys[first : first + len(insertion.blocks)]]
+
+
+def shift(insertion: Insertion, beside: Sequence[Insertion]) -> int:
+    """How many places the blocks of a run move because runs before it in the same container change."""
+    ahead = [other for other in beside if other.path == insertion.path and other.first < insertion.first]
+    return sum(len(other.blocks) - other.size for other in ahead)
 
 
 def counted(model: nn.Module, depths: Sequence[Depth], insertion: Insertion) -> Iterator[AttributeChange]:
@@ -94,7 +107,7 @@ def candidates(model: nn.Module, insertion: Insertion) -> Iterator[AttributeChan
     for owner, attribute, value in _numbers(model, insertion.path):
         if value == insertion.size:
             yield AttributeChange(owner, attribute, value, len(insertion.blocks))
-        elif isinstance(value, (list, tuple)) and len(value) == insertion.size:
+        elif type(value) in (list, tuple) and len(value) == insertion.size:
             yield AttributeChange(owner, attribute, value, type(value)(value[block] for block in insertion.blocks))
 
 
@@ -127,18 +140,21 @@ def positions_in(model: nn.Module, depth: Depth) -> dict[tuple[str, str], int]:
             if type(value) is not int or attribute.startswith("_"):
                 continue
             values = [vars(block.get_submodule(name)).get(attribute) for block in blocks]
-            if values == [value + i for i in range(len(blocks))] and (len(blocks) > 1 or _POSITION.search(attribute)):
+            if values == [value + i for i in range(len(blocks))] and _POSITION.search(attribute):
                 found[name, attribute] = value
     return found
 
 
 def renumbered(
-    model: nn.Module, depth: Depth, names: Sequence[str], found: Mapping[tuple[str, str], int]
+    model: nn.Module, depth: Depth, names: Sequence[str], found: Mapping[tuple[str, str], int], moved: int
 ) -> Iterator[AttributeChange]:
-    """The positions of the blocks that now stand in `model` under `names`."""
+    """The positions of the blocks that now stand in `model` under `names`, `moved` places on where they count from the start
+    of the container.
+    """
     for place, block in enumerate(names[depth.fixed :]):
         for (name, attribute), first in found.items():
             module = f"{block}.{name}" if name else block
             before = getattr(model.get_submodule(module), attribute)
-            if before != first + place:
-                yield AttributeChange(module, attribute, before, first + place)
+            after = first + place + (moved if first >= depth.first else 0)
+            if before != after:
+                yield AttributeChange(module, attribute, before, after)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from typing import Any, Literal
 
@@ -78,58 +78,83 @@ def _dropped(depth: Depth, amount: int | Sequence[int]) -> set[int]:
     return drop
 
 
+@dataclass(frozen=True)
+class _Calls:
+    """What is known of the calls of a model: its passes, their numbers by module name, and the names of its modules."""
+
+    passes: Sequence[Pass]
+    numbers: Mapping[str, list[int]]
+    names: Mapping[int, str]
+
+    def of(self, module: nn.Module) -> list[int]:
+        return self.numbers.get(self.names[id(module)], [])
+
+
 def find_runs(model: nn.Module, passes: Sequence[Pass]) -> tuple[list[Depth], dict[str, str]]:
     """The runs of like blocks in the containers of a model that has been called, and why others are none."""
-    called: dict[str, list[int]] = {}
+    numbers: dict[str, list[int]] = {}
     for number, one in enumerate(passes):
-        called.setdefault(one.name, []).append(number)
-    names = {id(module): name for name, module in model.named_modules()}
+        numbers.setdefault(one.name, []).append(number)
+    calls = _Calls(passes, numbers, {id(module): name for name, module in model.named_modules()})
     runs: list[Depth] = []
     reasons: dict[str, str] = {}
-    inside: list[str] = []
+    inside: tuple[str, ...] = ()
     for path, container in model.named_modules():
         if not isinstance(container, (nn.Sequential, nn.ModuleList)) or hasattr(container, CHAIN):
             continue
-        if any(path.startswith(block + ".") for block in inside):
+        if path.startswith(inside):
             continue
-        children = list(container._modules.values())
-        if not children and isinstance(container, nn.ModuleList):
-            reasons[path] = "it holds no block"
-        found: list[Depth] = []
-        position = 0
-        for like, grouped in groupby(children, key=_signature):
-            group = list(grouped)
-            start, position = position, position + len(group)
-            if like is None:
-                continue
-            if len({id(block) for block in group}) < len(group):
-                reasons[path] = "its blocks are one and the same module"
-                continue
-            blocks = [names[id(block)] for block in group if block is not None]
-            times = {len(called.get(name, ())) for name in blocks}
-            if times != {1}:
-                if len(group) > 1:
-                    reasons[path] = (
-                        "the forward on the example does not pass through each of its blocks once: they are shared, or "
-                        "picked by index or data"
-                    )
-                continue
-            numbers = [called[name][0] for name in blocks]
-            problem = None if numbers == sorted(numbers) else "its blocks are not called in their order"
-            problem = problem or _diverted([passes[number] for number in numbers])
-            segments = _segments([passes[number] for number in numbers]) if problem is None else []
-            if not segments and len(group) > 1:
-                reasons[path] = problem or "its blocks change the shape of the stream"
-            for fixed, offset, end in segments:
-                lead = fixed if fixed or offset else _lead(children, start, called, names, passes, numbers[0])
-                first = start + offset - (lead - fixed)
-                inside_run = [names[id(block)] for block in children[first : start + end] if block is not None]
-                found.append(Depth("", path, "run", first, lead, tuple(inside_run)))
-        for run in found:
-            inside += run.blocks
-            name = path if len(found) == 1 and path else f"{run.blocks[run.fixed]}:depth"
-            runs.append(Depth(name, path, "run", run.first, run.fixed, run.blocks))
-    return runs, {path: reason for path, reason in reasons.items() if path and path not in {r.name for r in runs}}
+        found, reason = _runs_in(path, container, calls)
+        if reason is not None and path and not found:
+            reasons[path] = reason
+        for number, run in enumerate(found, 1):
+            inside += tuple(f"{block}." for block in run.blocks)
+            listed = path if number == 1 else f"{path}:{number}"
+            runs.append(replace(run, name=listed if path else f"{run.blocks[run.fixed]}:depth"))
+    return runs, reasons
+
+
+def _runs_in(path: str, container: nn.Module, calls: _Calls) -> tuple[list[Depth], str | None]:
+    """The runs of one container, not named yet, and what stood in the way of another."""
+    children = list(container._modules.values())
+    reason = "it holds no block" if not children and isinstance(container, nn.ModuleList) else None
+    found: list[Depth] = []
+    position = 0
+    for like, grouped in groupby(children, key=_signature):
+        placed = list(grouped)
+        start, position = position, position + len(placed)
+        group = [block for block in placed if block is not None]
+        if like is None:
+            continue
+        problem = _problem(group, calls)
+        passes = [calls.passes[calls.of(block)[0]] for block in group] if problem is None else []
+        segments = _segments(passes) if passes else []
+        if not segments and len(group) > 1:
+            reason = problem or "its blocks change the shape of the stream"
+        for fixed, offset, end in segments:
+            lead = fixed if fixed or offset else _lead(children, start, calls)
+            first = start + offset - (lead - fixed)
+            blocks = [calls.names[id(block)] for block in children[first : start + end] if block is not None]
+            found.append(Depth("", path, "run", first, lead, tuple(blocks)))
+    return found, reason
+
+
+def _problem(group: Sequence[nn.Module], calls: _Calls) -> str | None:
+    """Why like blocks are no run, or None."""
+    if len({id(block) for block in group}) < len(group):
+        return "its blocks are one and the same module"
+    if any(len(calls.of(block)) != 1 for block in group):
+        return (
+            "the forward on the example does not pass through each of its blocks once: they are shared, or picked by index "
+            "or data"
+        )
+    numbers = [calls.of(block)[0] for block in group]
+    if numbers != sorted(numbers):
+        return "its blocks are not called in their order"
+    for before, after in pairwise(calls.passes[number] for number in numbers):
+        if not before.outputs or not any(before.outputs[0] is tensor for tensor in after.inputs):
+            return f"between {before.name} and {after.name} the stream passes through something else"
+    return None
 
 
 def _signature(block: nn.Module | None) -> Any:
@@ -138,14 +163,6 @@ def _signature(block: nn.Module | None) -> Any:
         return None
     modules = tuple((name, type(module)) for name, module in block.named_modules())
     return modules, tuple(named_tensors(block)), id(block) if hasattr(block, CHAIN) else 0
-
-
-def _diverted(passes: Sequence[Pass]) -> str | None:
-    """Where something else than the next block reads the stream, or None."""
-    for before, after in pairwise(passes):
-        if not before.outputs or not any(before.outputs[0] is tensor for tensor in after.inputs):
-            return f"between {before.name} and {after.name} the stream passes through something else"
-    return None
 
 
 def _segments(passes: Sequence[Pass]) -> list[tuple[int, int, int]]:
@@ -168,20 +185,23 @@ def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
     return tensor.shape, tensor.dtype
 
 
-def _lead(
-    children: Sequence[nn.Module | None], start: int, called: Mapping[str, list[int]], names: Mapping[int, str],
-    passes: Sequence[Pass], entry: int,
-) -> int:  # fmt: skip
-    """How many blocks of the same class, but not alike, lead into a run."""
-    count, kind, reader = 0, type(children[start]), passes[entry]
+def _lead(children: Sequence[nn.Module | None], start: int, calls: _Calls) -> int:
+    """How many blocks of the same class as the run that starts there, but not alike, lead into it."""
+    entry = children[start]
+    assert entry is not None
+    count, reader = 0, calls.passes[calls.of(entry)[0]]
     for block in reversed(children[:start]):
-        if type(block) is not kind or isinstance(block, nn.Sequential) or called.get(names[id(block)], []) == []:
+        if (
+            block is None
+            or type(block) is not type(entry)
+            or isinstance(block, nn.Sequential)
+            or len(calls.of(block)) != 1
+        ):
             break
-        (number, *others) = called[names[id(block)]]
-        outputs = passes[number].outputs
-        if others or not outputs or not any(outputs[0] is tensor for tensor in reader.inputs):
+        led = calls.passes[calls.of(block)[0]]
+        if not led.outputs or not any(led.outputs[0] is tensor for tensor in reader.inputs):
             break
-        count, reader = count + 1, passes[number]
+        count, reader = count + 1, led
     return count
 
 
@@ -205,13 +225,25 @@ def find_places(model: nn.Module, passes: Sequence[Pass], runs: Sequence[Depth],
             keys = keys if stands == "after" else [keys[-1], *keys[:-1]]
             places.append(Depth(f"{name}:depth", name, stands, 0, 1, tuple(f"{name}.{key}" for key in keys)))
             grown.append(f"{name}.")
-        elif _fits(module):
+        elif _fits(module) and not _inside_torch(model, name):
             stands = "before" if name in outputs else "after"
             places.append(Depth(f"{name}:depth", name, stands, 0, 1, (name,)))
     return places
 
 
+def _inside_torch(model: nn.Module, name: str) -> bool:
+    """Whether torch's own code holds a layer: it may read its weight directly, as the fast path of attention does."""
+    holder = model.get_submodule(name.rpartition(".")[0])
+    return type(holder).__module__.startswith("torch.nn.") and not isinstance(
+        holder, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    )
+
+
 def _fits(module: nn.Module) -> bool:
+    """Whether an identity fits behind or before a layer; one behind a layer that widens much would dwarf it (a vocabulary)."""
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dim() < 2 or weight.shape[0] > max(1024, 4 * weight.shape[1]):
+        return False
     if isinstance(module, nn.modules.conv._ConvNd):
         return not module.transposed and module.groups == 1 and type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return isinstance(module, nn.Linear)

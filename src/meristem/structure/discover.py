@@ -233,7 +233,8 @@ class Structure:
         module = self.model.get_submodule(module_name)
         outer = module_name.rpartition(".")[0]
         chain = getattr(self.model.get_submodule(outer), CHAIN, None) if outer else None
-        old = chain is not None and self.depths[f"{outer}:depth"].blocks[0] == module_name
+        keys = list(self.model.get_submodule(outer)._modules)
+        old = chain is not None and keys[0 if chain == "after" else -1] == module_name.rpartition(".")[2]
         leaf_module = bool(module_name) and leaf == "weight" and next(module.children(), None) is None
         name = (outer if old else module_name) if leaf_module else owner.name
         if atom.end == "vocabulary":

@@ -33,34 +33,27 @@ def insert(
 
 def _insert_blocks(model: nn.Module, insertion: Insertion) -> dict[int, tuple[nn.Module, nn.Module]]:
     container = model.get_submodule(insertion.path)
-    old = [(key, module) for key, module in container._modules.items() if module is not None]
+    old = list(container._modules.items())
     run = old[insertion.first : insertion.first + insertion.size]
     taken = set(container._modules)
-    placed: list[tuple[str, nn.Module]] = []
+    placed: list[tuple[str, nn.Module | None]] = []
     made = {}
     for place, (number, new) in enumerate(zip(insertion.blocks, insertion.new, strict=True)):
         key, block = run[number]
-        if new:
+        if new and block is not None:
             copied = copy_part(model, block)
             made[place] = (block, copied)
-            key = _free_key(key, taken)
+            key = next(f"{key}_{i}" for i in range(2, len(taken) + 3) if f"{key}_{i}" not in taken)
             taken.add(key)
             placed.append((key, copied))
         else:
             placed.append((key, block))
     entries = [*old[: insertion.first], *placed, *old[insertion.first + insertion.size :]]
-    if isinstance(container, nn.ModuleList):
+    if all(key.isdigit() for key, _ in old):  # a list of modules stays one: append() and load_state_dict() count on it
         entries = [(str(i), module) for i, (_, module) in enumerate(entries)]
     container._modules.clear()
     container._modules.update(entries)
     return made
-
-
-def _free_key(key: str, taken: set[str]) -> str:
-    """A name for a new block; the names of the others stay."""
-    if key.isdigit():
-        return str(next(i for i in range(len(taken) + 1) if str(i) not in taken))
-    return next(f"{key}_{i}" for i in range(2, len(taken) + 3) if f"{key}_{i}" not in taken)
 
 
 def _insert_layers(model: nn.Module, insertion: Insertion) -> dict[int, tuple[nn.Module, nn.Module]]:
@@ -104,7 +97,6 @@ def identity_layer(old: nn.Module, form: str) -> nn.Module:
     layer: nn.Module
     if isinstance(old, nn.Linear):
         layer = nn.Linear(width, width, device="meta")
-        start = torch.eye(width)
     else:
         assert isinstance(old, nn.modules.conv._ConvNd)
         odd = all(k % 2 for k in old.kernel_size)
@@ -113,9 +105,11 @@ def identity_layer(old: nn.Module, form: str) -> nn.Module:
         padding: Any = tuple(k // 2 for k in kernel)
         size: Any = kernel
         layer = kind(width, width, size, padding=padding, padding_mode=old.padding_mode, device="meta")
-        start = nn.init.dirac_(torch.empty(width, width, *kernel))
-    for name, value in (("weight", start), ("bias", torch.zeros(width))):
-        setattr(layer, name, nn.Parameter(_like(weight, value), requires_grad=weight.requires_grad))
+    for name, parameter in list(layer.named_parameters()):
+        start = weight.detach().new_zeros(parameter.shape)
+        if name == "weight" and not _is_fake(weight):
+            start = nn.init.eye_(start) if start.dim() == 2 else nn.init.dirac_(start)
+        setattr(layer, name, nn.Parameter(start, requires_grad=weight.requires_grad))
     return layer.train(old.training)
 
 

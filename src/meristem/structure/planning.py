@@ -45,8 +45,8 @@ def resized(structure: Structure, wishes: Mapping[str, Amount]) -> Plan:
         else len(changes[structure.atoms[name]]) * structure.axes.named(name).multiple
         for name in wishes
     }
-    # The last runs of a container first: the places of the others then hold.
-    ordered = sorted(insertions.values(), key=lambda insertion: -insertion.first)
+    # Inner ones first, and the last runs of a container: the paths and places of the others then hold.
+    ordered = sorted(insertions.values(), key=lambda insertion: (-insertion.path.count("."), -insertion.first))
     return _lay_out(structure, changes, before, after, tuple(ordered))
 
 
@@ -81,6 +81,13 @@ def with_insertions(structure: Structure, plan: Plan, insertions: Sequence[Inser
     """A plan whose new blocks stand where `insertions` say, with the attributes that follow them, or the refusal."""
     if not insertions:
         return plan
+    if tuple(insertions) != plan.insertions:
+        changes = _changes(structure, plan.added)
+        spent = [_added(structure, structure.depths[i.axis], i, changes) for i in plan.insertions]
+        wanted = [_added(structure, structure.depths[i.axis], i, changes) for i in insertions]
+        extra = [sum(cost[k] for cost in wanted) - sum(cost[k] for cost in spent) for k in (0, 1)]
+        parameters = (plan.parameters[0], plan.parameters[1] + extra[0])
+        plan = replace(plan, parameters=parameters, flops=(plan.flops[0], plan.flops[1] + extra[1]))
     counts, refusal = counts_for(structure, plan, insertions)
     return replace(plan, insertions=tuple(insertions), counts=counts, refusal=refusal)
 

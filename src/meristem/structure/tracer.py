@@ -187,9 +187,9 @@ class Tracer(TorchDispatchMode):
             traced = self._freeze_all(call, f"{self.place()}: {conflict}")
         if traced is None:
             traced = self._freeze_all(call, f"{self.place()}: no rule for the operation {call.name!r}")
-        positive = call.name in _RECTIFIED or (
-            call.name in _SIGN_KEPT and all(self.of(tensor).positive for tensor in inputs)
-        )
+        scaled = [v for v in arguments.values() if isinstance(v, (int, float))] if call.name in ("add", "mul") else []
+        kept = call.name in _SIGN_KEPT and min(scaled, default=0) >= 0
+        positive = call.name in _RECTIFIED or (kept and all(self.of(tensor).positive for tensor in inputs))
         for tensor in inputs:
             self.of(tensor).readers.append(call.name)
         for tensor, known in zip(outputs, traced, strict=True):

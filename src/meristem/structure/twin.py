@@ -97,7 +97,7 @@ def set_attribute(model: nn.Module, module: str, attribute: str, value: Any) -> 
         return lambda: setattr(holder, attribute, old)
     present = getattr(holder, outer)
     changed = copy.copy(present)
-    setattr(changed, inner, value)
+    object.__setattr__(changed, inner, value)  # also where the class is frozen: the copy is ours
     held = [(m, key) for m in model.modules() for key, v in vars(m).items() if v is present]
     for one, key in held:
         one.__dict__[key] = changed

@@ -92,11 +92,15 @@ def place_blocks(
                 continue
             for optimizer in optimizers:
                 undo += _join(optimizer, tensor, followed, blocks.inherits)
+    names = {id(p): name for name, p in model.named_parameters()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             gone = [p for p in group["params"] if id(p) in before - live]
             if gone:
                 undo.append(_leave(optimizer, group, gone))
+            if "param_names" in group:
+                undo.append(partial(group.__setitem__, "param_names", group["param_names"]))
+                group["param_names"] = [names.get(id(p), "") for p in group["params"]]
 
 
 def _modules_of(model: nn.Module, insertion: Insertion) -> Callable[[], None]:

@@ -36,6 +36,18 @@ def check_ownership(optimizers: Sequence[Optimizer], trainable: Mapping[str, Ten
         )
 
 
+def check_separable(optimizers: Sequence[Optimizer]) -> None:
+    """Raise where an optimizer keeps state over all its parameters together, which new ones cannot join."""
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            wrong = [k for k, v in state.items() if isinstance(v, Tensor) and v.dim() and v.shape != parameter.shape]
+            if wrong:
+                raise OptimizerError(
+                    f"{type(optimizer).__name__} state {wrong[0]!r} does not have its parameter's shape; no rule says how it "
+                    "takes new blocks in. hint: grow before the first step, or make a new optimizer after the growth"
+                )
+
+
 def grown_state(
     optimizer: Optimizer, parameter: Tensor, change: TensorChange, plan: Plan, axes: Sequence[Axis],
     proposals: Sequence[Proposal], warm: bool,

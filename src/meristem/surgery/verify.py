@@ -40,7 +40,7 @@ def check_edit(structure: Structure, plan: Plan, axes: Sequence[Axis], deepen: b
     proposals = []
     insertions = plan.insertions if deepen else ()
     if any(len(insertion.blocks) < insertion.size for insertion in insertions):
-        return
+        insertions = ()  # what the model computes without a block is the user's choice
     for axis in axes:
         if axis.kind == "depth":
             continue
@@ -133,7 +133,7 @@ def silenced(structure: Structure, insertion: Insertion) -> Blocks:
             if new:
                 tensors_of = named_tensors(structure.model.get_submodule(depth.blocks[block]))
                 values |= {(place, name): torch.zeros_like(tensors_of[name].detach()) for name in depth.silent[block]}
-    return Blocks(insertion, values, exact=True)
+    return Blocks(insertion, values)
 
 
 def grown_twin(model: nn.Module, values: Mapping[str, Tensor], plan: Plan, blocks: Sequence[Blocks] = ()) -> nn.Module:
@@ -167,6 +167,8 @@ def run(
 
 def relative_change(plan: Plan, before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     """The largest difference of an old output entry, relative to the largest old output."""
+    if len(before) != len(after) or len(before) != len(plan.outputs):
+        return float("inf")
     worst, scale = 0.0, 0.0
     for old, new, kept_by_dim in zip(before, after, plan.outputs, strict=True):
         if tuple(new.shape) != tuple(len(source) for source in kept_by_dim):
