@@ -297,3 +297,25 @@ def test_the_benchmarks_files_are_valid() -> None:
     assert files
     for file in files:
         read_suite(file) if "[methods]" in file.read_text() else read(file)
+
+
+def test_a_run_grows_depth_at_a_fraction_of_its_steps(tmp_path: Path) -> None:
+    table = {
+        "model": {"resnet": {"width": 4, "blocks": 1}},
+        "data": {"digits": {"examples": 256}},
+        "train": {"steps": 8, "batch_size": 64, "clip": 1.0, "evaluate": 2, "optimizer": {"sgd": {"lr": 0.1}}},
+        "grow": {"when": {"at": 0.5}, "how": ["stack", "net2net"], "axes": "stage?", "amount": [3]},
+    }
+    result = json.loads(run(checked(table), tmp_path, "deep").read_text())
+    assert [point["step"] for point in result["curve"]] == [2, 4, 6, 8]
+    (growth,) = result["growths"]
+    assert growth["step"] == 4
+    assert growth["after"] == {"stage1": 2, "stage2": 2, "stage3": 2}
+    fixed = {k: v for k, v in table.items() if k != "grow"} | {"sizes": growth["after"]}
+    again = json.loads(run(checked(fixed), tmp_path, "fixed").read_text())
+    assert again["parameters"] == result["parameters"]
+    for wrong in (0.0, 1.0, 1.5):
+        with pytest.raises(ConfigError, match="fraction of training"):
+            checked(table | {"grow": {"when": {"at": wrong}}})
+    with pytest.raises(ConfigError, match="one of epochs, steps and flops"):
+        checked(table | {"train": {"steps": 8, "epochs": 1}})

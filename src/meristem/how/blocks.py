@@ -14,7 +14,7 @@ from meristem.structure.depth import Depth
 from meristem.structure.discover import apply_edits
 from meristem.structure.insertion import insert
 from meristem.structure.planning import resolve, with_insertions
-from meristem.structure.twin import copy_part, named_tensors, twin
+from meristem.structure.twin import named_tensors, twin
 from meristem.structure.undisturbed import undisturbed
 from meristem.values import Blocks, Insertion
 from meristem.view import View
@@ -35,24 +35,17 @@ def only_runs(view: View, axis: Axis, method: str) -> Depth:
     return depth
 
 
-def fresh_blocks(view: View, depth: Depth, insertion: Insertion) -> dict[tuple[int, str], Tensor]:
+def fresh_blocks(view: View, insertion: Insertion) -> dict[tuple[int, str], Tensor]:
     """Weights as the layers of a new block draw them: every module that has `reset_parameters` calls it, the inner ones
     first. What has none (a bare scale) starts as in the block that it is made after; what is shared stays.
     """
     values: dict[tuple[int, str], Tensor] = {}
-    model = view.structure.model
+    copied = twin(view.structure.model, lambda name, _: view.values[name].clone())
+    present = {id(tensor) for tensor in named_tensors(copied).values()}
+    known = {id(module) for module in copied.modules()}
     with undisturbed():
         torch.manual_seed(int(torch.randint(2**62, (), generator=view.generator)))
-        for place, new in enumerate(insertion.new):
-            if not new:
-                continue
-            copied = twin(model, lambda name, _: view.values[name].clone())
-            present = {id(tensor) for tensor in named_tensors(copied).values()}
-            known = {id(module) for module in copied.modules()}
-            if depth.form == "run":
-                block = copy_part(copied, copied.get_submodule(depth.blocks[insertion.blocks[place]]))
-            else:
-                block = insert(copied, insertion)[place][1]
+        for place, (_, block) in insert(copied, insertion).items():
             for module in reversed(list(block.modules())):
                 reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
                 own = [*module.parameters(), *module.buffers()]

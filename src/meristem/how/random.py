@@ -57,9 +57,8 @@ class Random:
         blocks behind the present ones (in a chain a fresh layer); their outputs are not zero, so the function changes.
         """
         if axis.kind == "depth":
-            depth = view.structure.depths[axis.name]
-            insertion = depth.appended(count)
-            return Proposal(axis.name, count, blocks=Blocks(insertion, fresh_blocks(view, depth, insertion)))
+            insertion = view.structure.depths[axis.name].appended(count)
+            return Proposal(axis.name, count, blocks=Blocks(insertion, fresh_blocks(view, insertion)))
         strips = drawn(view, axis, count, self.zero, self.scale)
         with counting() as counter:
             if self.zero == "fan_out" and view.loss is not None and view.batches:

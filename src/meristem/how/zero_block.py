@@ -56,7 +56,7 @@ class ZeroBlock:
         depth = view.structure.depths[axis.name]
         insertion = depth.appended(count)
         silent = silenced(view.structure, insertion)
-        values = fresh_blocks(view, depth, insertion) if depth.form == "run" else {}
+        values = fresh_blocks(view, insertion) if depth.form == "run" else {}
         blocks = Blocks(insertion, {**values, **silent.values})
         with counting() as counter:
             found = gains(view, axis, blocks) if view.loss is not None and view.batches else ()
