@@ -216,7 +216,7 @@ def test_every_axis_grows_and_narrows_back_to_the_same_bits(name: str) -> None:
     model, x = make(name)
     axes = ms.find_axes(model, x)
     assert len(axes) > 0
-    for axis in axes.values():
+    for axis in (axis for axis in axes.values() if axis.kind != "depth"):  # depths: test_depth_methods
         opt = torch.optim.AdamW(model.parameters())
         step(model, opt, x)
         before = {k: v.clone() for k, v in model.state_dict().items()}

@@ -93,7 +93,8 @@ def test_every_axis_of_a_random_network(pieces: list, hidden: list, tie: bool, c
     axes = ms.find_axes(net, x)
     assert "a0" in axes
     wishes = [{axis.name: count * axis.multiple} for axis in axes.values() if axis.kind != "depth"]
-    wishes.append({axis.name: min(count, 2) for axis in axes.values() if axis.kind == "depth"})
+    if seed % 5 == 0:  # all places of the chain at once, on some of the networks: it is the longest growth
+        wishes.append({axis.name: 1 for axis in axes.values() if axis.kind == "depth"})
     for wish in wishes:
         model = copy.deepcopy(net)
         opt = torch.optim.AdamW(model.parameters())
