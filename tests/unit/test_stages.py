@@ -133,7 +133,7 @@ def test_wrong_arguments_are_told_at_once() -> None:
     with pytest.raises(ms.DataError, match="validation is empty"):
         next(stages(net(), validation=Empty()))
     with pytest.raises(ms.GrowthRefused, match="nothing in the model can grow"):
-        stages(nn.Sequential(nn.Linear(4, 2)))
+        stages(nn.Sequential(nn.Linear(4, 2)), axes="!*:depth")
 
 
 class Empty:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from meristem.axis import Axis, Slot
-from meristem.errors import DataError
+from meristem.errors import DataError, GrowthRefused
 from meristem.sandbox import Sandbox
 from meristem.statistics.health import dense_gradient
 from meristem.structure.twin import named_tensors
@@ -81,6 +81,10 @@ class SVoD:
         """Counts by vote; with one axis there is nothing to vote on."""
         if len(choice.axes) == 1:
             return rounded(choice.axes, {choice.axes[0].name: float(choice.total)}, choice.total)
+        if any(axis.kind == "depth" for axis in choice.axes):
+            raise GrowthRefused(
+                "SVoD votes among widths. hint: share blocks out by where.Uniform() or name them in amount="
+            )
         if choice.view is None:
             raise DataError("where.SVoD trains a copy on the data: pass loss= and data=")
         sandbox = Sandbox(choice.view)
