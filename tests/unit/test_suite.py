@@ -19,7 +19,7 @@ from meristem.experiments.config import ConfigError, checked
 from meristem.experiments.data import Batches, crop_and_flip, prepared
 from meristem.experiments.models import build, sized
 from meristem.experiments.run import Run
-from meristem.experiments.suite import Comparison, read
+from meristem.experiments.suite import Comparison, Row, lent, read
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SUITE = """
@@ -103,6 +103,16 @@ def test_learning_rates_are_tuned_for_every_row_on_held_out_data(tmp_path: Path)
     for result in comparison.done.values():
         assert result["config"]["train"]["optimizer"] == {"adam": {"lr": 1e-2}}
         assert result["config"]["data"] == "digits"
+
+
+def test_a_row_that_is_not_tuned_takes_the_rate_of_its_kind_in_whatever_order_runs_end() -> None:
+    rows = [
+        Row("a", "final of m", "m", "final"), Row("a", "equal of m", "m", "equal"), Row("a", "equal of n", "n", "equal"),
+        Row("a", "small", None, "small"), Row("b", "equal of m", "m", "equal"),
+    ]  # fmt: skip
+    found = {rows[1]: 4e-3, rows[0]: 8e-3}
+    assert lent(rows, found) == lent(rows, dict(reversed(found.items()))) == {**found, rows[2]: 4e-3}
+    assert lent(rows, {rows[0]: 8e-3})[rows[2]] == 8e-3
 
 
 def test_a_rate_that_diverges_is_not_chosen_and_a_run_that_diverges_is_named(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ class Suite(BaseModel):
     `score` is what differences are in and what is plotted, for the rows in `drawn` (all of them where nothing is said).
     Baselines are those of the methods in `baselines_of` (of all where nothing is said); where several methods end in one
     shape, `final_of` names the one whose final shape is trained. `learning_rates` are tried for every row named in `tuned` (for all of them where nothing is said); the other rows take
-    the rate of the first tuned one of their side, grown or fixed. `rates` names rates by row, found elsewhere.
+    the rate of the first tuned one of their kind: grown, small, final or equal. `rates` names rates by row, found elsewhere.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -186,15 +186,7 @@ class Comparison:
             loss = json.loads(path.read_text())["validation"] if path is not None else math.inf
             found.setdefault(job.row, []).append((math.inf if math.isnan(loss) else loss, _rate(job.experiment)))
             told(job)
-        best = {row: min(pairs)[1] for row, pairs in found.items()}
-        for row in rows:
-            side = [
-                other for other in best if other.task == row.task and (other.method is None) == (row.method is None)
-            ]
-            side = [other for other in side if (other.baseline is None) == (row.baseline is None)]
-            if row not in best and side:
-                best[row] = best[side[0]]
-        return best
+        return lent(rows, {row: min(pairs)[1] for row, pairs in found.items()})
 
 
 def read(path: Path, out: Path | None = None) -> Comparison:
@@ -232,6 +224,20 @@ def read(path: Path, out: Path | None = None) -> Comparison:
     for row in next(comparison.waves()):
         comparison.experiment(row, suite.seeds[0])
     return comparison
+
+
+def lent(rows: Sequence[Row], rates: dict[Row, float]) -> dict[Row, float]:
+    """The rates with those of the rows that were not tuned: the rate of the first tuned row of their kind (grown, small, final,
+    equal), else of the fixed nets of the grown shapes.
+    """
+    result = dict(rates)
+    for row in rows:
+        tuned = [other for other in rows if other in rates and other.task == row.task]
+        alike = [other for other in tuned if other.baseline == row.baseline]
+        shaped = [other for other in tuned if {other.baseline, row.baseline} == {"final", "equal"}]
+        if row not in rates and (alike or shaped):
+            result[row] = rates[(alike or shaped)[0]]
+    return result
 
 
 def slug(text: str) -> str:
