@@ -110,6 +110,9 @@ class Axes(Mapping[str, Axis]):
         if name in self.frozen:
             return UnknownAxis(f"axis {name!r} cannot grow: {self.frozen[name]}")
         known = [*self._axes, *self.ends]
+        ending = [other for other in known if other.rpartition(".")[2] == name]
+        if ending:
+            return UnknownAxis(f"no axis is called {name!r}. Did you mean {' or '.join(map(repr, ending[:3]))}?")
         listed = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
         return UnknownAxis(f"no axis is called {name!r}.{nearest(name, known)} This model has: {listed or 'none'}")
 

@@ -137,6 +137,10 @@ class Grower:
         self._epoch_length = length(data)
         self._example = example
         check_parts(self.how, self.care)
+        if not hasattr(when, "due") or isinstance(when, type):
+            raise TypeError(f"when must be a trigger such as meristem.when.Every(steps=100); got {when!r}")
+        if not isinstance(self.budget, Budget):
+            raise TypeError(f"budget must be a meristem.Budget(parameters=..., units=...); got {budget!r}")
         if not hasattr(self.where, "share") or isinstance(self.where, type):
             raise TypeError(f"where must be a choice such as meristem.where.Uniform(); got {where!r}")
         self._check()
@@ -150,12 +154,16 @@ class Grower:
         for amount in _amounts(self.amount):
             if not isinstance(amount, (int, float)) or isinstance(amount, bool) or amount <= 0:
                 raise ValueError(f"amount must be positive: units, or a fraction of the present widths; got {amount!r}")
+            if isinstance(self.amount, Mapping) and not isinstance(amount, int):
+                raise ValueError(f"amount by axis is a number of units; got {dict(self.amount)!r}")
         if self.round_to < 1:
             raise ValueError(f"round_to must be an int in [1, inf); got {self.round_to}")
         with undisturbed():
             structure = self._structure()
             found = growable(structure, self.axes, self.how)
-        for name in self.budget.sizes:
+        plain = [self.axes] if isinstance(self.axes, str) else self.axes
+        spelt = [p.removeprefix("!") for p in plain if not set(p) & set("*?[")]
+        for name in (*self.budget.sizes, *spelt):
             structure.axes.named(name)
         named = set(self.amount) if isinstance(self.amount, Mapping) else set(found)
         for name in named:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import time
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 from meristem.axis import Axes, Axis, Kind, matches
 from meristem.care import Care, WarmMoments
 from meristem.errors import DataError, GrowthRefused, VerificationError
-from meristem.how import How, Random, Settles, ZeroBlock
+from meristem.how import METHODS, How, Random, Settles, ZeroBlock
 from meristem.sandbox import Sandbox
 from meristem.statistics.batches import first_call, growth_batches
 from meristem.statistics.flops import counting
@@ -28,7 +29,7 @@ from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.exchange import check_free, exchange
 from meristem.surgery.optimizers import check_ownership, check_separable, grown_state
 from meristem.surgery.tensors import grown_tensors
-from meristem.surgery.verify import check_edit, grown_twin, relative_change, rounding_gap, run
+from meristem.surgery.verify import check_edit, grown_twin, relative_change, rounding_gap, run, silence
 from meristem.values import Blocks, Growth, Plan, Proposal, Settled, Treatment, new_blocks
 from meristem.view import Progress, View
 
@@ -136,10 +137,13 @@ def _inexact(structure: Structure, axes: Mapping[str, Axis]) -> dict[str, str]:
         return False
 
     listed = list(axes.values())
-    together = clash(structure, list(axes)) is None and resolve(structure, {a.name: a.multiple for a in listed})
-    if listed and together and not changes(listed):
-        return {}
-    reasons = {}
+    reasons = _unread(structure, listed)
+    listed = [axis for axis in listed if axis.name not in reasons]
+    together = clash(structure, [a.name for a in listed]) is None and resolve(
+        structure, {a.name: a.multiple for a in listed}
+    )
+    if not listed or (together and not changes(listed)):
+        return reasons
     for axis in listed:
         if changes([axis]):
             reasons[axis.name] = (
@@ -149,6 +153,20 @@ def _inexact(structure: Structure, axes: Mapping[str, Axis]) -> dict[str, str]:
                 if axis.streamed and axis.norm is not None
                 else "the model's code depends on its size: the outputs would change"
             )
+    return reasons
+
+
+def _unread(structure: Structure, axes: Sequence[Axis]) -> dict[str, str]:
+    """Reasons of the depths whose new blocks nothing would read."""
+    reasons = {}
+    for axis in axes:
+        if axis.kind == "depth":
+            try:
+                silence(structure, structure.depths[axis.name].appended(1))
+            except VerificationError:
+                continue
+            except GrowthRefused as refusal:
+                reasons[axis.name] = str(refusal)
     return reasons
 
 
@@ -524,7 +542,11 @@ def _drops(units: Mapping[str, Any]) -> dict[str, int | list[int]]:
             wrong = [i for i in listed if isinstance(i, bool) or not hasattr(i, "__index__")]
             if wrong:
                 raise TypeError(f"units of axis {name!r} are named by int indices; got {wrong[0]!r}")
-            wishes[name] = [operator.index(i) for i in listed]
+            indices = [operator.index(i) for i in listed]
+            wishes[name] = indices
+            twice = [i for i, count in Counter(indices).items() if count > 1]
+            if twice:
+                raise GrowthRefused(f"axis {name!r}: unit {twice[0]} is named twice in {amount!r}")
         else:
             wishes[name] = -_counts({name: amount})[name]
     return wishes
@@ -532,14 +554,16 @@ def _drops(units: Mapping[str, Any]) -> dict[str, int | list[int]]:
 
 def methods(how: Methods) -> tuple[How, ...]:
     """One method, several or none as a tuple."""
-    return () if how is None else tuple(how) if isinstance(how, Sequence) else (how,)
+    return () if how is None else tuple(how) if isinstance(how, Sequence) and not isinstance(how, str) else (how,)
 
 
 def check_parts(how: Sequence[Any], care: Sequence[Any]) -> None:
     """Raise unless methods and cares are what they should be."""
     for one in how:
         if not isinstance(one, How) or isinstance(one, type):
-            raise TypeError(f"how must be a method such as meristem.how.Random(), or several; got {one!r}")
+            known = {key: made.__name__ for key, made in METHODS.items()}
+            hint = f" hint: meristem.how.{known[one]}()" if isinstance(one, str) and one in known else ""
+            raise TypeError(f"how must be a method such as meristem.how.Random(), or several; got {one!r}.{hint}")
     for one in care:
         if not hasattr(one, "treat") or isinstance(one, type):
             raise TypeError(f"care must be made of cares such as meristem.care.WarmMoments(); got {one!r}")
@@ -549,7 +573,7 @@ def cares(care: Care | Sequence[Care] | None) -> tuple[Care, ...]:
     """The chosen cares; a warm second moment where none is named."""
     if care is None:
         return (WarmMoments(),)
-    return tuple(care) if isinstance(care, Sequence) else (care,)
+    return tuple(care) if isinstance(care, Sequence) and not isinstance(care, str) else (care,)
 
 
 def optimizers(optimizer: Optimizers) -> tuple[Optimizer, ...]:

@@ -140,9 +140,10 @@ def stack(
     flat = [name for name in to if axes.named(name).kind != "depth"]
     if flat:
         raise GrowthRefused(f"axis {flat[0]!r} is a {axes.named(flat[0]).kind}, not a depth; only depths are stacked")
-    small = [
-        name for name, size in to.items() if isinstance(size, bool) or not isinstance(size, int) or size <= sizes[name]
-    ]
+    small = [name for name, size in to.items() if isinstance(size, int) and size <= sizes[name]]
+    wrong = [size for size in to.values() if isinstance(size, bool) or not isinstance(size, int)]
+    if wrong:
+        raise TypeError(f"to={dict(to)!r}: the number of blocks is an int; got {wrong[0]!r}")
     if small or not to:
         raise GrowthRefused(
             f"to={dict(to)} must give every depth more blocks than it has now: {sizes or 'name a depth axis'}"

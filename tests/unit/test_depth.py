@@ -531,3 +531,207 @@ def test_the_stack_recipe_says_what_is_wrong(change: dict[str, Any], error: type
     with pytest.raises(error, match=words):
         ms.recipes.stack(model, opt, loss=loss_of, data=[X], **asked)
     assert len(model.blocks) == 1
+
+
+class Gated(nn.Module):
+    """Two projections multiplied: with both at zero neither would ever learn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gate(x) * self.up(x)
+
+
+class Modulated(nn.Module):
+    """A branch scaled by what a condition says, as in a diffusion transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.condition, self.up, self.down = nn.Linear(6, 6), nn.Linear(6, 9), nn.Linear(9, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.condition(x.mean(0, keepdim=True)) * self.down(torch.tanh(self.up(x)))
+
+
+class OwnNorm(nn.Module):
+    def __init__(self, shifted: bool) -> None:
+        super().__init__()
+        self.shifted = shifted
+        self.weight = nn.Parameter(torch.zeros(6) if shifted else torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+        return scaled * (1 + self.weight if self.shifted else self.weight)
+
+
+class Sandwiched(nn.Module):
+    """A norm of the user's own behind the last projection."""
+
+    def __init__(self, shifted: bool = False) -> None:
+        super().__init__()
+        self.pre, self.up, self.down, self.post = OwnNorm(shifted), nn.Linear(6, 9), nn.Linear(9, 6), OwnNorm(shifted)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.post(self.down(torch.tanh(self.up(self.pre(x)))))
+
+
+def chain_of(block: Any, depth: int = 2) -> Net:
+    net = Net(0)
+    net.blocks.extend(block() for _ in range(depth))
+    return net
+
+
+@pytest.mark.parametrize("block", [Gated, Modulated, Sandwiched])
+@pytest.mark.parametrize("how", [ms.how.ZeroBlock(), ms.how.Interpose(zero=True)])
+def test_a_silent_block_learns_at_once_and_gently(block: Any, how: Any) -> None:
+    """As little as possible is zero: no product of two zeros, and no zero in front of a norm, whose slope would be 1000."""
+    torch.manual_seed(0)
+    net = chain_of(block)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    before = net(X).detach()
+    growth = ms.grow_(net, {"blocks": 1}, X, how=how, optimizer=optimizer)
+    assert torch.equal(net(X), before)
+    target = torch.randn(5, 2)
+    (net(X) - target).square().mean().backward()
+    (new,) = growth.blocks["blocks"]
+    norms = [p.grad.norm() for p in net.blocks[new].parameters()]
+    old = max(p.grad.norm() for p in net.blocks[0].parameters())
+    assert 0 < max(norms) < 10 * old
+    optimizer.step()
+    assert (net(X) - before).abs().max() < 0.3 * before.abs().max()
+
+
+def test_a_norm_that_no_zero_silences_is_refused_and_stacks() -> None:
+    net = chain_of(lambda: Sandwiched(shifted=True))
+    assert "no new block of it leaves the function as it is" in reason(net)
+    assert ms.grow_(net, {"blocks": 1}, X, how=ms.how.Stack()).max_change > 0
+
+
+def test_ids_that_are_no_positions_stay_where_one_block_is_all_there_is() -> None:
+    net = Net(1)
+    net.blocks[0].pad_token_id, net.blocks[0].aux = 0, nn.CrossEntropyLoss()
+    ms.grow_(net, {"blocks": 2}, X)
+    assert [block.pad_token_id for block in net.blocks] == [0, 0, 0]
+    assert [block.aux.ignore_index for block in net.blocks] == [-100] * 3
+    assert [block.layer_idx for block in net.blocks] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("name", "depth"), [("layer_num", 1), ("lid", 2), ("i", 2), ("whatever", 3)])
+def test_positions_are_known_by_their_name_or_by_counting_on(name: str, depth: int) -> None:
+    net = Net(depth)
+    for i, block in enumerate(net.blocks):
+        setattr(block, name, i)
+        block.dilation = i + 5
+    ms.grow_(net, {"blocks": 2}, X, how=ms.how.Stack())
+    assert [getattr(block, name) for block in net.blocks] == list(range(depth + 2))
+    assert [block.dilation for block in net.blocks] != list(range(5, depth + 7))
+
+
+def test_a_lone_first_block_that_differs_leads_into_the_run() -> None:
+    net = Net(3)
+    net.num_layers = 3
+    net.blocks[0].up = nn.Sequential(nn.Linear(6, 9))
+    axes = ms.find_axes(net, X)
+    assert {name: axis.size for name, axis in axes.items() if axis.kind == "depth" and ":" not in name} == {"blocks": 3}
+    growth = ms.grow_(net, {"blocks": 2}, X, how=ms.how.Stack())
+    assert [block.layer_idx for block in net.blocks] == [0, 1, 2, 3, 4]
+    assert net.num_layers == 5
+    ms.narrow_(net, growth.blocks | {}, X)
+    assert [block.layer_idx for block in net.blocks] == [0, 1, 2]
+    assert net.num_layers == 3
+
+
+def test_parametrized_blocks_are_alike() -> None:
+    net = Net(3)
+    for block in net.blocks:
+        nn.utils.parametrizations.weight_norm(block.down)
+    assert ms.grow_(net, {"blocks": 2}, X, how=ms.how.Stack()).before == {"blocks": 3}
+    assert len(net.blocks) == 5
+
+
+class Tapped(Net):
+    """Reads its second and fourth block."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.head = nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, taps = self.stem(x), []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i in (1, 3):
+                taps.append(x)
+        return self.head(torch.cat(taps, -1))
+
+
+@pytest.mark.parametrize("how", [ms.how.ZeroBlock(), ms.how.Stack()])
+def test_blocks_that_nothing_would_read_are_refused(how: Any) -> None:
+    net = Tapped()
+    with pytest.raises(ms.MeristemError, match="reach"):
+        ms.grow_(net, {"blocks": 2}, X, how=how)
+    assert len(net.blocks) == 4
+
+
+class Looping(Net):
+    """Numbers that equal the depth by coincidence."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.num_mlp_layers = self.patch_depth = self.num_refine_blocks = 3
+        self.refine = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        for _ in range(self.num_refine_blocks):
+            x = torch.tanh(self.refine(x))
+        return self.head(x)
+
+
+def test_numbers_of_something_else_stay() -> None:
+    net = Looping()
+    assert ms.grow_(net, {"blocks": 2}, X).max_change == 0
+    assert (net.num_mlp_layers, net.patch_depth, net.num_refine_blocks) == (3, 3, 3)
+
+
+def test_a_layer_inside_a_block_that_is_in_no_run_grows_again_and_narrows() -> None:
+    class Between(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            for block in self.blocks:
+                x = block(1.5 * x)
+            return self.head(x)
+
+    net = Between(2)
+    growth = ms.grow_(net, {"blocks.0.up:depth": 1}, X)
+    ms.grow_(net, {"blocks.0.up:depth": 1}, X)
+    ms.narrow_(net, {"blocks.0.up:depth": 2}, X)
+    assert isinstance(net.blocks[0].up, nn.Linear)
+    assert growth.after == {"blocks.0.up:depth": 2}
+
+
+def test_wrong_arguments_of_the_grower_are_named_at_once() -> None:
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    given = {"loss": loss_of, "data": [X], "when": ms.when.Every(steps=1), "how": ms.how.Stack(), "axes": "blocks"}
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"when": "2 steps"}, TypeError, "when must be a trigger"),
+        ({"budget": 30}, TypeError, "budget must be a meristem.Budget"),
+        ({"how": "stack"}, TypeError, r"got 'stack'. hint: meristem.how.Stack\(\)"),
+        ({"care": "warm_moments"}, TypeError, "got 'warm_moments'"),
+        ({"amount": {"blocks": 0.5}}, ValueError, "number of units"),
+        ({"axes": ["blocks", "blockz"]}, ms.UnknownAxis, "Did you mean 'blocks'"),
+    ]
+    for wrong, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            ms.Grower(net, optimizer, **given | wrong)
+    with pytest.raises(TypeError, match="number of blocks is an int"):
+        ms.recipes.stack(net, optimizer, loss=loss_of, data=[X], to={"blocks": 6.5}, total="4 steps")
+    with pytest.raises(ms.GrowthRefused, match="unit 0 is named twice"):
+        ms.narrow_(net, {"blocks": [0, 0]}, X)
+    with pytest.raises(ms.UnknownAxis, match=r"Did you mean '1\.blocks'"):
+        ms.grow_(nn.Sequential(nn.Linear(4, 4), net), {"blocks": 1}, X)

@@ -17,8 +17,10 @@ from meristem.values import AttributeChange, Insertion, Plan
 
 TRIALS = 30
 """Largest number of re-traces that the search for one attribute may cost."""
-_COUNT = re.compile(r"(^|_)(n|num|number_of)_?(\w+_)?(layers?|blocks?)$|(^|_)depth$")
-_POSITION = re.compile(r"(^|_)((layer|block|depth)_?)?(idx|index|id|number)$|^layer_?i$")
+_COUNT = re.compile(r"^(n|num|number_of)_?((hidden|encoder|decoder|transformer)_?)?(layers?|blocks?)$|^depth$")
+_POSITION = re.compile(r"(layer|block|depth|stage)_?(idx|index|id|i|n|num|number|position)?$|^(i|n)_(layer|block)$")
+_COUNTER = re.compile(rf"{_POSITION.pattern}|(^|_)(idx|index|id|number|position|order)$|^(i|n|lid)$")
+"""Names of numbers of layers; of positions where one block is all there is to tell by; and where two count on."""
 
 
 def counts_for(
@@ -71,6 +73,10 @@ def counts_for(
     edits, problem = attempt(list(sure.values()))
     if problem is None:
         return tuple(edits), None
+    if sure:  # a name that says something else here: a number of layers of another kind
+        edits, without = attempt([])
+        if without is None:
+            return tuple(edits), None
     possible = [e for i in runs for e in candidates(structure.model, i) if (e.module, e.attribute) not in sure]
     for trial in [*[[edit] for edit in possible[:TRIALS]], possible]:
         edits, still = attempt([*sure.values(), *trial])
@@ -132,15 +138,21 @@ def _numbers(model: nn.Module, path: str) -> Iterator[tuple[str, str, Any]]:
 
 
 def positions_in(model: nn.Module, depth: Depth) -> dict[tuple[str, str], int]:
-    """Attributes inside the blocks that number them, with the number of the first: (module inside the block, name)."""
+    """Attributes inside the blocks that number them, with the number of the first: (module inside the block, name).
+
+    Three blocks that count on from their place are evidence enough; two, or one, need a name that says so.
+    """
     blocks = [model.get_submodule(name) for name in depth.blocks[depth.fixed :]]
+    named = {1: _POSITION, 2: _COUNTER}.get(len(blocks))
+    start = depth.first + depth.fixed
     found = {}
     for name, module in blocks[0].named_modules():
         for attribute, value in vars(module).items():
-            if type(value) is not int or attribute.startswith("_"):
+            if type(value) is not int or attribute.startswith("_") or type(module).__module__.startswith("torch."):
                 continue
             values = [vars(block.get_submodule(name)).get(attribute) for block in blocks]
-            if values == [value + i for i in range(len(blocks))] and _POSITION.search(attribute):
+            counts_on = values == [value + i for i in range(len(blocks))]
+            if counts_on and (named.search(attribute) if named is not None else value in (0, start)):
                 found[name, attribute] = value
     return found
 

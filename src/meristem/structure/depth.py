@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from meristem.axis import Axis
 from meristem.errors import GrowthRefused
@@ -132,9 +133,11 @@ def _runs_in(path: str, container: nn.Module, calls: _Calls) -> tuple[list[Depth
         if not segments and len(group) > 1:
             reason = problem or "its blocks change the shape of the stream"
         for fixed, offset, end in segments:
-            lead = fixed if fixed or offset else _lead(children, start, calls)
+            taken = {name for run in found if run.size - run.fixed > 1 for name in run.blocks}
+            lead = fixed if fixed or offset else _lead(children, start, calls, taken)
             first = start + offset - (lead - fixed)
             blocks = [calls.names[id(block)] for block in children[first : start + end] if block is not None]
+            found = [run for run in found if not set(run.blocks) & set(blocks)]  # a lone block that leads into this run
             found.append(Depth("", path, "run", first, lead, tuple(blocks)))
     return found, reason
 
@@ -161,7 +164,7 @@ def _signature(block: nn.Module | None) -> Any:
     """What like blocks have in common; None for what is no block: a layer without parts, or without weights."""
     if block is None or next(block.children(), None) is None or next(block.parameters(), None) is None:
         return None
-    modules = tuple((name, type(module)) for name, module in block.named_modules())
+    modules = tuple((name, type_before_parametrizations(module)) for name, module in block.named_modules())
     return modules, tuple(named_tensors(block)), id(block) if hasattr(block, CHAIN) else 0
 
 
@@ -185,8 +188,8 @@ def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
     return tensor.shape, tensor.dtype
 
 
-def _lead(children: Sequence[nn.Module | None], start: int, calls: _Calls) -> int:
-    """How many blocks of the same class as the run that starts there, but not alike, lead into it."""
+def _lead(children: Sequence[nn.Module | None], start: int, calls: _Calls, taken: set[str]) -> int:
+    """How many blocks of the same class as the run that starts there, but not alike and in no run of their own, lead into it."""
     entry = children[start]
     assert entry is not None
     count, reader = 0, calls.passes[calls.of(entry)[0]]
@@ -196,6 +199,7 @@ def _lead(children: Sequence[nn.Module | None], start: int, calls: _Calls) -> in
             or type(block) is not type(entry)
             or isinstance(block, nn.Sequential)
             or len(calls.of(block)) != 1
+            or calls.names[id(block)] in taken
         ):
             break
         led = calls.passes[calls.of(block)[0]]
@@ -217,7 +221,8 @@ def find_places(model: nn.Module, passes: Sequence[Pass], runs: Sequence[Depth],
     places = []
     grown: list[str] = []
     for name, module in model.named_modules():
-        if not name or name.startswith((*inside, *grown)) or times.get(name) != 1 or held[id(module)] != 1:
+        hidden = name.startswith((*inside, *grown)) and not hasattr(module, CHAIN)  # what has grown there can go again
+        if not name or hidden or times.get(name) != 1 or held[id(module)] != 1:
             continue
         if hasattr(module, CHAIN):
             stands: Literal["after", "before"] = getattr(module, CHAIN)

@@ -50,6 +50,7 @@ class Structure:
         outputs: Labels of the model's output tensors.
         depths: Where the blocks of each depth axis stand.
         plans: What has been resolved so far.
+        silences: Which tensors of a new block are zero where it adds nothing, by depth axis, as far as that is known.
     """
 
     def __init__(self, model: nn.Module, example: Any) -> None:
@@ -70,6 +71,7 @@ class Structure:
                     "the model is called: a tensor, a tuple of arguments or a dict of keyword arguments"
                 ) from first
         self.plans: dict[Any, Plan] = {}
+        self.silences: dict[str, tuple[str, ...]] = {}
         self.tensors = named_tensors(model)
         self._collect()
 

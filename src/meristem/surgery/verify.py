@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from meristem.axis import Axis, Place
-from meristem.errors import VerificationError
-from meristem.structure import Structure
+from meristem.errors import GrowthRefused, VerificationError
+from meristem.structure import Structure, resolve
 from meristem.structure.discover import apply_edits
 from meristem.structure.insertion import insert
 from meristem.structure.tracer import tensors
@@ -32,11 +33,12 @@ def check_edit(structure: Structure, plan: Plan, axes: Sequence[Axis], deepen: b
     not preserve the function) random weights and a silent end; units that are dropped get a zero fan-out before they go.
     Real weights would hide wrong edits (layer scale of 1e-6, zero initialisations), so they are not used here.
     """
+    for insertion in plan.insertions:
+        if any(insertion.new):
+            with contextlib.nullcontext() if deepen else contextlib.suppress(VerificationError):
+                silence(structure, insertion)
     generator = torch.Generator().manual_seed(0)
-    old = {name: _random_tensor(tensor, generator) for name, tensor in named_tensors(structure.model).items()}
-    averaged = {f"{n}.running_var" if n else "running_var" for n, _ in structure.model.named_modules()}
-    for name in averaged & old.keys():
-        old[name] = old[name].abs() + 0.5
+    old = _random_tensors(structure.model, generator)
     proposals = []
     insertions = plan.insertions if deepen else ()
     if any(len(insertion.blocks) < insertion.size for insertion in insertions):
@@ -51,7 +53,7 @@ def check_edit(structure: Structure, plan: Plan, axes: Sequence[Axis], deepen: b
         else:
             _silence_dropped(plan, axis, old)
     grown = {**old, **grown_tensors(old, plan, axes, proposals, Scaling())}
-    example = map_tensors(structure.example, lambda t: t.double() if t.is_floating_point() else t)
+    example = _doubled(structure.example)
     try:
         before = run(structure.model, old, example)
         probes = [silenced(structure, insertion) for insertion in insertions]
@@ -63,10 +65,11 @@ def check_edit(structure: Structure, plan: Plan, axes: Sequence[Axis], deepen: b
         if insertions and plan.tensors:
             check_edit(structure, plan, axes, deepen=False)
         if insertions:
+            follows = ", ".join(f"{edit.module or 'model'}.{edit.attribute}" for edit in plan.counts)
             raise VerificationError(
                 f"no new block of {', '.join(i.axis for i in insertions)} leaves the function as it is: the outputs would "
-                f"change by {change:.1e} of the largest one; nothing was changed. hint: a method that does not preserve the "
-                "function, as how.Stack(), grows it"
+                f"change by {change:.1e} of the largest one{f', with {follows} changed too' if follows else ''}; nothing was "
+                "changed. hint: a method that does not preserve the function, as how.Stack(), grows it"
             )
         raise VerificationError(
             f"growing {', '.join(plan.after)} would change what the model computes, by {change:.1e} of its largest output "
@@ -106,6 +109,18 @@ def stream_strip(axis: Axis, name: str, dim: int, old: Tensor, where: np.ndarray
     return {slot.place: old.mean(dim, keepdim=True).movedim(dim, 0)[None].expand(shape).clone()}
 
 
+def _random_tensors(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random float64 values for every tensor of a model; variances are positive."""
+    values = {name: _random_tensor(tensor, generator) for name, tensor in named_tensors(model).items()}
+    variances = {f"{n}.running_var" if n else "running_var" for n, _ in model.named_modules()}
+    return {name: value.abs() + 0.5 if name in variances else value for name, value in values.items()}
+
+
+def _doubled(example: Example) -> Example:
+    doubled: Example = map_tensors(example, lambda t: t.double() if t.is_floating_point() else t)
+    return doubled
+
+
 def _random_tensor(tensor: Tensor, generator: torch.Generator) -> Tensor:
     if not tensor.is_floating_point():
         return tensor.detach().clone()
@@ -129,11 +144,74 @@ def silenced(structure: Structure, insertion: Insertion) -> Blocks:
     values: dict[tuple[int, str], Tensor] = {}
     if insertion.form == "run":
         depth = structure.depths[insertion.axis]
+        silent = silence(structure, insertion)
         for place, (block, new) in enumerate(zip(insertion.blocks, insertion.new, strict=True)):
             if new:
                 tensors_of = named_tensors(structure.model.get_submodule(depth.blocks[block]))
-                values |= {(place, name): torch.zeros_like(tensors_of[name].detach()) for name in depth.silent[block]}
+                values |= {(place, name): torch.zeros_like(tensors_of[name].detach()) for name in silent}
     return Blocks(insertion, values)
+
+
+def silence(structure: Structure, insertion: Insertion) -> tuple[str, ...]:
+    """The tensors of a new block of a run that are zero where it adds nothing, under their names inside it; tried once for every
+    run, on random float64 weights.
+
+    The labels tell which tensors add to the stream. Of these as few as possible are zero, since a product of two zeros never
+    learns. Where a norm without a class of torch's own reads the zeros, its slope there is a thousandfold: then it is the
+    block's own scales and shifts that are tried.
+
+    Raises:
+        GrowthRefused: Nothing would read what a new block gives.
+        VerificationError: Only a zero in front of a norm silences the block.
+    """
+    if insertion.form != "run":
+        return ()
+    if insertion.axis not in structure.silences:
+        structure.silences[insertion.axis] = _silence(structure, insertion.axis)
+    return structure.silences[insertion.axis]
+
+
+def _silence(structure: Structure, axis: str) -> tuple[str, ...]:
+    depth = structure.depths[axis]
+    labelled, block = depth.silent[-1], depth.blocks[-1]
+    plan = resolve(structure, {axis: 1})
+    if plan.refusal is not None:
+        return labelled
+    values = _random_tensors(structure.model, torch.Generator().manual_seed(0))
+    example = _doubled(structure.example)
+    before = run(structure.model, values, example)
+
+    def moved(names: Sequence[str], scale: float = 0.0) -> float:
+        placed = {(depth.size, name): scale * values[f"{block}.{name}"] for name in names}
+        return relative_change(
+            plan, before, run(structure.model, values, example, plan, [Blocks(plan.insertions[0], placed)])
+        )
+
+    try:
+        whole = moved(())
+    except Exception:
+        return labelled  # code that insists on float32
+    if whole == 0:
+        raise GrowthRefused(
+            f"what a new block of {axis} gives would not reach the output: the model reads its blocks by their numbers, or a "
+            "fixed number of them"
+        )
+    vectors = [n for n, p in structure.model.get_submodule(block).named_parameters() if p.dim() == 1]
+    for names in (list(labelled), vectors):
+        if not names or moved(names) > STRUCTURAL_TOLERANCE:
+            continue
+        for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):
+            fewer = [name for name in names if name.rpartition(".")[0] != owner]
+            names = fewer if moved(fewer) <= STRUCTURAL_TOLERANCE else names
+        if moved(names, 0.01) <= 0.3 * whole:
+            return tuple(names)
+        labelled = ()
+    if not labelled:
+        raise VerificationError(
+            f"a new block of {axis} could only be silenced in front of a norm, where the first step would undo it; nothing was "
+            "changed. hint: a method that does not preserve the function, as how.Stack(), grows it"
+        )
+    return labelled
 
 
 def grown_twin(model: nn.Module, values: Mapping[str, Tensor], plan: Plan, blocks: Sequence[Blocks] = ()) -> nn.Module:
