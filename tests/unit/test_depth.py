@@ -735,3 +735,13 @@ def test_wrong_arguments_of_the_grower_are_named_at_once() -> None:
         ms.narrow_(net, {"blocks": [0, 0]}, X)
     with pytest.raises(ms.UnknownAxis, match=r"Did you mean '1\.blocks'"):
         ms.grow_(nn.Sequential(nn.Linear(4, 4), net), {"blocks": 1}, X)
+
+
+def test_a_model_that_insists_on_float32_grows_by_its_labels() -> None:
+    class Insisting(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.float())
+
+    net = Insisting()
+    assert ms.grow_(net, {"blocks": 1}, X).max_change == 0
+    assert not net.blocks[3].down.weight.any()

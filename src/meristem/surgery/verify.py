@@ -179,15 +179,16 @@ def _silence(structure: Structure, axis: str) -> tuple[str, ...]:
         return labelled
     values = _random_tensors(structure.model, torch.Generator().manual_seed(0))
     example = _doubled(structure.example)
-    before = run(structure.model, values, example)
+
+    def outputs(blocks: Sequence[Blocks] = ()) -> list[Tensor]:
+        return run(structure.model, values, example, plan if blocks else None, blocks)
 
     def moved(names: Sequence[str], scale: float = 0.0) -> float:
         placed = {(depth.size, name): scale * values[f"{block}.{name}"] for name in names}
-        return relative_change(
-            plan, before, run(structure.model, values, example, plan, [Blocks(plan.insertions[0], placed)])
-        )
+        return relative_change(plan, before, outputs([Blocks(plan.insertions[0], placed)]))
 
     try:
+        before = outputs()
         whole = moved(())
     except Exception:
         return labelled  # code that insists on float32
@@ -196,6 +197,7 @@ def _silence(structure: Structure, axis: str) -> tuple[str, ...]:
             f"what a new block of {axis} gives would not reach the output: the model reads its blocks by their numbers, or a "
             "fixed number of them"
         )
+    steep = False
     vectors = [n for n, p in structure.model.get_submodule(block).named_parameters() if p.dim() == 1]
     for names in (list(labelled), vectors):
         if not names or moved(names) > STRUCTURAL_TOLERANCE:
@@ -203,10 +205,10 @@ def _silence(structure: Structure, axis: str) -> tuple[str, ...]:
         for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):
             fewer = [name for name in names if name.rpartition(".")[0] != owner]
             names = fewer if moved(fewer) <= STRUCTURAL_TOLERANCE else names
-        if moved(names, 0.01) <= 0.3 * whole:
+        if moved(names, 0.01) <= 0.3 * whole:  # behind a norm a hundredth of the weights moves as much as all of them
             return tuple(names)
-        labelled = ()
-    if not labelled:
+        steep = True
+    if steep:
         raise VerificationError(
             f"a new block of {axis} could only be silenced in front of a norm, where the first step would undo it; nothing was "
             "changed. hint: a method that does not preserve the function, as how.Stack(), grows it"
