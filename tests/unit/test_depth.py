@@ -745,3 +745,41 @@ def test_a_model_that_insists_on_float32_grows_by_its_labels() -> None:
     net = Insisting()
     assert ms.grow_(net, {"blocks": 1}, X).max_change == 0
     assert not net.blocks[3].down.weight.any()
+
+
+class Listing(Net):
+    """Gives what every block gives."""
+
+    def forward(self, x: Tensor) -> Any:
+        found = [self.stem(x)]
+        for block in self.blocks:
+            found.append(block(found[-1]))
+        return [self.head(x) for x in found]
+
+
+def test_reasons_are_told_for_every_container_of_blocks() -> None:
+    with pytest.raises(ms.VerificationError, match="one for every block"):
+        ms.grow_(Listing(), {"blocks": 1}, X, how=ms.how.ZeroBlock())
+
+    class Keyed(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleDict({"a": Residual(), "b": Residual()})
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            for block in self.blocks.values():
+                x = block(x)
+            return self.head(x)
+
+    assert "nn.ModuleDict" in reason(Keyed())
+
+    class Widening(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.act = nn.Linear(4, 6), nn.Tanh()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.up(x))
+
+    assert "change the shape" in reason(nn.Sequential(nn.Sequential(Widening()), nn.Linear(6, 2)), "0")

@@ -101,6 +101,10 @@ def find_runs(model: nn.Module, passes: Sequence[Pass]) -> tuple[list[Depth], di
     reasons: dict[str, str] = {}
     inside: tuple[str, ...] = ()
     for path, container in model.named_modules():
+        if isinstance(container, nn.ModuleDict) and any(_signature(block) for block in container.values()):
+            reasons[path] = (
+                "its blocks stand in an nn.ModuleDict, which knows no order; an nn.ModuleList or nn.Sequential does"
+            )
         if not isinstance(container, (nn.Sequential, nn.ModuleList)) or hasattr(container, CHAIN):
             continue
         if path.startswith(inside):
@@ -130,7 +134,7 @@ def _runs_in(path: str, container: nn.Module, calls: _Calls) -> tuple[list[Depth
         problem = _problem(group, calls)
         passes = [calls.passes[calls.of(block)[0]] for block in group] if problem is None else []
         segments = _segments(passes) if passes else []
-        if not segments and len(group) > 1:
+        if not segments and (len(group) > 1 or len(group) == len(children)):
             reason = problem or "its blocks change the shape of the stream"
         for fixed, offset, end in segments:
             taken = {name for run in found if run.size - run.fixed > 1 for name in run.blocks}

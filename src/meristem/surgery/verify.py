@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -66,6 +67,12 @@ def check_edit(structure: Structure, plan: Plan, axes: Sequence[Axis], deepen: b
             check_edit(structure, plan, axes, deepen=False)
         if insertions:
             follows = ", ".join(f"{edit.module or 'model'}.{edit.attribute}" for edit in plan.counts)
+            if math.isinf(change):
+                raise VerificationError(
+                    f"with a new block of {', '.join(i.axis for i in insertions)} the model gives other outputs, or outputs of "
+                    "other shapes (one for every block?), which cannot be compared; nothing was changed. hint: a method that does "
+                    "not preserve the function, as how.Stack(), grows it"
+                )
             raise VerificationError(
                 f"no new block of {', '.join(i.axis for i in insertions)} leaves the function as it is: the outputs would "
                 f"change by {change:.1e} of the largest one{f', with {follows} changed too' if follows else ''}; nothing was "
