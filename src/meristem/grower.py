@@ -64,7 +64,7 @@ class Grower:
         care: What the optimizer and the old weights get; a warm second moment by default.
         amount: Units per growth: an int over all axes, a fraction of the present widths, a list of either (one per
             growth), or {axis: count}. An int is shared out among the widths that `axes` lets grow, or among the depths
-            where it names these alone; `where.ByGain(per_flop=True)` weighs both.
+            where `axes` or the methods speak for these alone (runs of blocks first); `where.ByGain(per_flop=True)` weighs both.
         budget: Upper limits; a growth that would pass one grows what fits.
         axes: Glob patterns of the axes that may grow; a leading "!" excludes.
         round_to: Grown sizes are rounded down to a multiple of this.
@@ -295,7 +295,11 @@ class Grower:
         """The axes that may still grow, without those that multiply an earlier one (groups, and the width of a group)."""
         kept: list[Axis] = []
         axes = list(growable(structure, self.axes, self.how).values())
-        if not self.where.weighs_kinds and any(axis.kind != "depth" for axis in axes):
+        spoken = {kind for method in self.how for kind in method.kinds}
+        if spoken == {"depth"} and not self.where.weighs_kinds:
+            deep = [axis for axis in axes if axis.kind == "depth"]
+            axes = [axis for axis in deep if structure.depths[axis.name].form == "run"] or deep
+        elif not self.where.weighs_kinds and any(axis.kind != "depth" for axis in axes):
             axes = [axis for axis in axes if axis.kind != "depth"]
         for axis in axes:
             room = self.budget.sizes.get(axis.name, axis.size + axis.multiple) - axis.size

@@ -57,7 +57,8 @@ def find_axes(model: nn.Module, example: Any, axes: str | Sequence[str] = "*") -
 
     The model is run once on `example`, on data-free copies of its tensors, and is left untouched. An axis is named
     after the module whose output units it counts; a depth, after the container of its blocks ("h"), or, where a layer fits
-    into a chain, after the layer that it would stand behind or (at the output) before ("fc1:depth"). `.frozen` maps what cannot grow to the reason, `.ends` holds the
+    into a chain, after the layer that it would stand behind or (at the output) before ("fc1:depth"); a second run in one
+    container is "h:2". `.frozen` maps what cannot grow to the reason, `.ends` holds the
     model's classes and vocabulary.
 
     Args:
@@ -102,7 +103,9 @@ def growable(structure: Structure, patterns: str | Sequence[str] = "*", how: Met
             refused[name] = reason
     left = {name: axis for name, axis in candidates.items() if name not in refused}
     refused |= _inexact(structure, {name: axis for name, axis in left.items() if axis.kind != "depth"})
-    exact = {name: axis for name, axis in left.items() if axis.kind == "depth" and method_for(how, axis).kinds["depth"]}
+    depths = {name: axis for name, axis in left.items() if axis.kind == "depth"}
+    refused |= _unread(structure, list(depths.values()))
+    exact = {n: axis for n, axis in depths.items() if n not in refused and method_for(how, axis).kinds["depth"]}
     refused |= _inexact(structure, exact)
     kept = {name: axis for name, axis in found.items() if name not in refused and matches(name, patterns)}
     ends = {name: axis for name, axis in found.ends.items() if name not in refused}
@@ -137,13 +140,10 @@ def _inexact(structure: Structure, axes: Mapping[str, Axis]) -> dict[str, str]:
         return False
 
     listed = list(axes.values())
-    reasons = _unread(structure, listed)
-    listed = [axis for axis in listed if axis.name not in reasons]
-    together = clash(structure, [a.name for a in listed]) is None and resolve(
-        structure, {a.name: a.multiple for a in listed}
-    )
-    if not listed or (together and not changes(listed)):
-        return reasons
+    together = clash(structure, list(axes)) is None and resolve(structure, {a.name: a.multiple for a in listed})
+    if listed and together and not changes(listed):
+        return {}
+    reasons = {}
     for axis in listed:
         if changes([axis]):
             reasons[axis.name] = (
@@ -475,7 +475,7 @@ def _check_preserved(view: View, before: Sequence[Tensor], change: float, names:
         return
     raise VerificationError(
         f"{', '.join(names)} should preserve the function, but an output would change by {change:.1e} of the largest "
-        "one; nothing was changed. hint: an activation that is not 0 at 0 breaks a zero fan-in; use zero='fan_out'"
+        "one; nothing was changed. hint: for widths, an activation that is not 0 at 0 breaks a zero fan-in; use zero='fan_out'"
     )
 
 

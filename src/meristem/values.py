@@ -57,7 +57,7 @@ class Insertion:
 
     def __str__(self) -> str:
         placed = [f"+{block}" if new else str(block) for block, new in zip(self.blocks, self.new, strict=True)]
-        return f"{self.path}: blocks {', '.join(map(str, range(self.size)))} -> {', '.join(placed)}"
+        return f"{self.axis}: blocks {', '.join(map(str, range(self.size)))} -> {', '.join(placed)}"
 
 
 @dataclass(frozen=True)

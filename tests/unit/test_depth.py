@@ -783,3 +783,70 @@ def test_reasons_are_told_for_every_container_of_blocks() -> None:
             return self.act(self.up(x))
 
     assert "change the shape" in reason(nn.Sequential(nn.Sequential(Widening()), nn.Linear(6, 2)), "0")
+
+
+class Scaled(nn.Module):
+    """A branch whose scale starts at zero (ReZero)."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 9), nn.Linear(9, 6)
+        self.scale = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale * self.down(torch.tanh(self.up(x)))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (6,)])
+@pytest.mark.parametrize("how", [ms.how.ZeroBlock(), ms.how.Interpose(zero=True)])
+def test_a_scale_that_is_still_zero_silences_a_block_by_itself(shape: tuple[int, ...], how: Any) -> None:
+    net = chain_of(lambda: Scaled(shape))
+    assert ms.grow_(net, {"blocks": 1}, X, how=how).max_change == 0
+    net(X).square().mean().backward()
+    assert all(block.scale.grad.abs().sum() > 0 for block in net.blocks)
+
+
+def test_a_lone_block_keeps_numbers_that_mean_something_else() -> None:
+    net = Net(1)
+    net.blocks[0].depth = net.blocks[0].n_layer = net.blocks[0].stage = 2
+    ms.grow_(net, {"blocks": 2}, X)
+    assert [(b.depth, b.n_layer, b.stage) for b in net.blocks] == [(2, 2, 2)] * 3
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_positions_that_count_from_one_follow(depth: int) -> None:
+    net = Net(depth)
+    for i, block in enumerate(net.blocks):
+        block.layer_number = i + 1
+    ms.grow_(net, {"blocks": 2}, X, how=ms.how.Stack())
+    assert [block.layer_number for block in net.blocks] == list(range(1, depth + 3))
+
+
+class Rooted(Net):
+    """A square root that random weights of the checks fall out of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.gain.sqrt().mean()
+
+
+@pytest.mark.parametrize("how", [ms.how.ZeroBlock(), ms.how.Stack()])
+def test_what_random_weights_cannot_tell_is_left_to_the_real_ones(how: Any) -> None:
+    net = Rooted()
+    growth = ms.grow_(net, {"blocks": 1}, X, how=how)
+    assert (growth.max_change == 0) == isinstance(how, ms.how.ZeroBlock)
+
+
+def test_a_grower_with_a_method_for_depth_grows_depth_and_refuses_at_once() -> None:
+    net = Net()
+    given = {"loss": loss_of, "data": [X], "when": ms.when.Every(steps=1), "how": ms.how.Stack(), "amount": 2}
+    grower = ms.Grower(net, torch.optim.SGD(net.parameters(), lr=0.1), **given)
+    growth = grower.grow()
+    assert growth is not None
+    assert growth.added == {"blocks": 2}
+    tapped = Tapped()
+    with pytest.raises(ms.UnknownAxis, match="would not reach the output"):
+        ms.Grower(tapped, torch.optim.SGD(tapped.parameters(), lr=0.1), **given | {"amount": {"blocks": 1}})

@@ -41,8 +41,9 @@ class Suite(BaseModel):
 
     `score` is what differences are in and what is plotted, for the rows in `drawn` (all of them where nothing is said).
     Baselines are those of the methods in `baselines_of` (of all where nothing is said); where several methods end in one
-    shape, `final_of` names the one whose final shape is trained. `learning_rates` are tried for every row named in `tuned` (for all of them where nothing is said); the other rows take
-    the rate of the first tuned one of their kind: grown, small, final or equal. `rates` names rates by row, found elsewhere.
+    shape, `final_of` names the one whose final shape is trained. `learning_rates` are tried for every row named in `tuned` (for
+    all of them where nothing is said); the other rows take the rate of the first tuned one of their kind: grown, small, final
+    or equal (of these two, the other's where there is none). `rates` names rates by row, found elsewhere.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

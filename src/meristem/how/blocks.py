@@ -16,6 +16,7 @@ from meristem.structure.insertion import insert
 from meristem.structure.planning import resolve, with_insertions
 from meristem.structure.twin import named_tensors, twin
 from meristem.structure.undisturbed import undisturbed
+from meristem.surgery.verify import comparable, relative_change, run
 from meristem.values import Blocks, Insertion
 from meristem.view import View
 
@@ -54,6 +55,21 @@ def fresh_blocks(view: View, insertion: Insertion) -> dict[tuple[int, str], Tens
                         reset()
             values |= {(place, n): t.detach() for n, t in named_tensors(block).items() if id(t) not in present}
     return values
+
+
+def stirs(view: View, axis: Axis, blocks: Blocks) -> bool:
+    """Whether new blocks, as they are, change what the model gives on the example.
+
+    Raises:
+        GrowthRefused: The model cannot take them.
+    """
+    model, example = view.structure.model, view.structure.example
+    plan = resolve(view.structure, {axis.name: sum(blocks.insertion.new)})
+    plan = with_insertions(view.structure, plan, [blocks.insertion])
+    if plan.refusal is not None:
+        raise GrowthRefused(f"{axis.name} cannot grow: {plan.refusal}")
+    before, after = run(model, view.values, example), run(model, view.values, example, plan, [blocks])
+    return not comparable(before) or relative_change(plan, before, after) > 0
 
 
 def gains(view: View, axis: Axis, blocks: Blocks) -> tuple[float, ...]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from meristem.axis import Axis, Kind
-from meristem.how.blocks import only_runs
+from meristem.how.blocks import only_runs, stirs
 from meristem.surgery.verify import silenced
 from meristem.values import Blocks, Proposal
 from meristem.view import View
@@ -54,9 +54,11 @@ class Interpose:
         free = depth.size - depth.fixed
         blocks, new = list(range(depth.fixed)), [False] * depth.fixed
         for i in range(free):
-            copies = count // free + (i < count % free)
-            blocks += [depth.fixed + i] * (1 + copies)
-            new += [False] + [True] * copies
+            each = count // free + (i < count % free)
+            blocks += [depth.fixed + i] * (1 + each)
+            new += [False] + [True] * each
         insertion = depth.with_blocks(blocks, new)
-        values = silenced(view.structure, insertion).values if self.zero else {}
-        return Proposal(axis.name, count, blocks=Blocks(insertion, values, inherits=not self.zero))
+        copies = Blocks(insertion, inherits=not self.zero)
+        if self.zero and stirs(view, axis, copies):
+            copies = silenced(view.structure, insertion)
+        return Proposal(axis.name, count, blocks=copies)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from meristem.axis import Axis, Kind
-from meristem.how.blocks import fresh_blocks, gains
+from meristem.how.blocks import fresh_blocks, gains, stirs
 from meristem.statistics.flops import counting
 from meristem.surgery.verify import silenced
 from meristem.values import Blocks, Proposal
@@ -55,9 +55,9 @@ class ZeroBlock:
         """Silent blocks. The gain of a block is the norm of the gradient that its weights receive on the first batch."""
         depth = view.structure.depths[axis.name]
         insertion = depth.appended(count)
-        silent = silenced(view.structure, insertion)
-        values = fresh_blocks(view, insertion) if depth.form == "run" else {}
-        blocks = Blocks(insertion, {**values, **silent.values})
         with counting() as counter:
+            blocks = Blocks(insertion, fresh_blocks(view, insertion) if depth.form == "run" else {})
+            if stirs(view, axis, blocks):  # else a scale that is still zero (ReZero) silences it, and learns
+                blocks = Blocks(insertion, {**blocks.values, **silenced(view.structure, insertion).values})
             found = gains(view, axis, blocks) if view.loss is not None and view.batches else ()
         return Proposal(axis.name, count, blocks=blocks, gains=found, flops=counter.get_total_flops())

@@ -18,7 +18,9 @@ from meristem.values import AttributeChange, Insertion, Plan
 TRIALS = 30
 """Largest number of re-traces that the search for one attribute may cost."""
 _COUNT = re.compile(r"^(n|num|number_of)_?((hidden|encoder|decoder|transformer)_?)?(layers?|blocks?)$|^depth$")
-_POSITION = re.compile(r"(layer|block|depth|stage)_?(idx|index|id|i|n|num|number|position)?$|^(i|n)_(layer|block)$")
+_POSITION = re.compile(
+    r"(^|_)(layer|block|depth|stage)_?(idx|index|id|i|num|number|position)$|^layer$|^i_(layer|block)$"
+)
 _COUNTER = re.compile(rf"{_POSITION.pattern}|(^|_)(idx|index|id|number|position|order)$|^(i|n|lid)$")
 """Names of numbers of layers; of positions where one block is all there is to tell by; and where two count on."""
 
@@ -140,19 +142,24 @@ def _numbers(model: nn.Module, path: str) -> Iterator[tuple[str, str, Any]]:
 def positions_in(model: nn.Module, depth: Depth) -> dict[tuple[str, str], int]:
     """Attributes inside the blocks that number them, with the number of the first: (module inside the block, name).
 
-    Three blocks that count on from their place are evidence enough; two, or one, need a name that says so.
+    Three blocks that count on from their place are evidence enough; else the name must say so, and that of a lone block
+    together with its number.
     """
     blocks = [model.get_submodule(name) for name in depth.blocks[depth.fixed :]]
-    named = {1: _POSITION, 2: _COUNTER}.get(len(blocks))
     start = depth.first + depth.fixed
+
+    def is_position(attribute: str, value: int) -> bool:
+        if len(blocks) == 1:
+            return value in (0, 1, start, start + 1) and bool(_POSITION.search(attribute))
+        return (len(blocks) > 2 and value in (0, start)) or bool(_COUNTER.search(attribute))
+
     found = {}
     for name, module in blocks[0].named_modules():
         for attribute, value in vars(module).items():
             if type(value) is not int or attribute.startswith("_") or type(module).__module__.startswith("torch."):
                 continue
             values = [vars(block.get_submodule(name)).get(attribute) for block in blocks]
-            counts_on = values == [value + i for i in range(len(blocks))]
-            if counts_on and (named.search(attribute) if named is not None else value in (0, start)):
+            if values == [value + i for i in range(len(blocks))] and is_position(attribute, value):
                 found[name, attribute] = value
     return found
 

@@ -73,8 +73,8 @@ def _dropped(depth: Depth, amount: int | Sequence[int]) -> set[int]:
     wrong = sorted(i for i in drop if not depth.fixed <= i < depth.size)
     if not drop or wrong or depth.size - len(drop) < least:
         raise GrowthRefused(
-            f"axis {depth.name!r} has blocks 0..{depth.size - 1}, of which {depth.fixed or 'none'} must stay as "
-            f"{'they are' if depth.fixed != 1 else 'it is'} and {least} in all must be left; got {amount!r}"
+            f"axis {depth.name!r} has blocks 0..{depth.size - 1}"
+            f"{f', of which the first {depth.fixed} must stay' if depth.fixed else ''}; {least} in all must stay; got {amount!r}"
         )
     return drop
 

@@ -61,6 +61,8 @@ def check_edit(structure: Structure, plan: Plan, axes: Sequence[Axis], deepen: b
         after = run(structure.model, grown, example, replace(plan, counts=plan.counts if insertions else ()), probes)
     except Exception:
         return  # code that insists on float32 is left to the check on the real weights
+    if not comparable(before):
+        return  # so is a root of random weights
     change = relative_change(plan, before, after)
     if not change <= STRUCTURAL_TOLERANCE:
         if insertions and plan.tensors:
@@ -199,6 +201,8 @@ def _silence(structure: Structure, axis: str) -> tuple[str, ...]:
         whole = moved(())
     except Exception:
         return labelled  # code that insists on float32
+    if not comparable(before):
+        return labelled  # a root of random weights, or classes for outputs
     if whole == 0:
         raise GrowthRefused(
             f"what a new block of {axis} gives would not reach the output: the model reads its blocks by their numbers, or a "
@@ -264,12 +268,18 @@ def relative_change(plan: Plan, before: Sequence[Tensor], after: Sequence[Tensor
             kept = np.flatnonzero(source >= 0)
             if len(kept) != new.shape[d]:
                 new = new.index_select(d, index(kept).to(new.device))
-        if old.is_floating_point() and old.numel():
-            worst = max(worst, (new.double() - old.double()).abs().max().item())
-            scale = max(scale, old.double().abs().max().item())
-        if not bool(torch.isfinite(new.double()).all()) and bool(torch.isfinite(old.double()).all()):
+        finite = torch.isfinite(old.double())
+        if not bool(torch.isfinite(new.double())[finite].all()):
             return float("inf")
+        if old.is_floating_point() and bool(finite.any()):
+            worst = max(worst, (new.double() - old.double())[finite].abs().max().item())
+            scale = max(scale, old.double()[finite].abs().max().item())
     return worst / scale if scale else worst
+
+
+def comparable(outputs: Sequence[Tensor]) -> bool:
+    """Whether outputs hold a finite real number, by which a change would show."""
+    return any(out.is_floating_point() and bool(torch.isfinite(out).any()) for out in outputs)
 
 
 def rounding_gap(structure: Structure, values: Mapping[str, Tensor], before: Sequence[Tensor]) -> float:
