@@ -295,12 +295,12 @@ class Grower:
         """The axes that may still grow, without those that multiply an earlier one (groups, and the width of a group)."""
         kept: list[Axis] = []
         axes = list(growable(structure, self.axes, self.how).values())
-        spoken = {kind for method in self.how for kind in method.kinds}
-        if spoken == {"depth"} and not self.where.weighs_kinds:
+        if not self.where.weighs_kinds:  # one sort: what the methods speak for, widths first, runs before places
+            wide = [axis for axis in axes if axis.kind != "depth"]
             deep = [axis for axis in axes if axis.kind == "depth"]
-            axes = [axis for axis in deep if structure.depths[axis.name].form == "run"] or deep
-        elif not self.where.weighs_kinds and any(axis.kind != "depth" for axis in axes):
-            axes = [axis for axis in axes if axis.kind != "depth"]
+            runs = [axis for axis in deep if structure.depths[axis.name].form == "run"]
+            spoken = {kind for method in self.how for kind in method.kinds}
+            axes = (runs or deep) if spoken == {"depth"} else (wide or deep)
         for axis in axes:
             room = self.budget.sizes.get(axis.name, axis.size + axis.multiple) - axis.size
             if room >= axis.multiple and clash(structure, [*[other.name for other in kept], axis.name]) is None:
@@ -360,7 +360,7 @@ class Grower:
         limits = (
             (self.budget.parameters, sizes.parameters[1]),
             (self.budget.flops, sizes.flops[1] / structure.batch),
-            (self.budget.units, _units(structure, {}) + _units(structure, counts)),
+            (self.budget.units, _units(structure, counts)),
         )
         return all(limit is None or value <= limit for limit, value in limits)
 
@@ -437,9 +437,8 @@ def _amounts(amount: Amount) -> list[Any]:
 
 
 def _units(structure: Structure, counts: Mapping[str, int]) -> int:
-    """Units of all widths together, or those that `counts` adds to them."""
-    widths = {axis.name: axis.size for axis in structure.axes.values() if axis.kind != "depth"}
-    return sum(count for name, count in counts.items() if name in widths) if counts else sum(widths.values())
+    """Units of all widths together, with those that `counts` adds."""
+    return sum(axis.size + counts.get(axis.name, 0) for axis in structure.axes.values() if axis.kind != "depth")
 
 
 def _spike(losses: Sequence[float]) -> dict[str, float | None]:

@@ -58,8 +58,7 @@ def find_axes(model: nn.Module, example: Any, axes: str | Sequence[str] = "*") -
     The model is run once on `example`, on data-free copies of its tensors, and is left untouched. An axis is named
     after the module whose output units it counts; a depth, after the container of its blocks ("h"), or, where a layer fits
     into a chain, after the layer that it would stand behind or (at the output) before ("fc1:depth"); a second run in one
-    container is "h:2". `.frozen` maps what cannot grow to the reason, `.ends` holds the
-    model's classes and vocabulary.
+    container is "h:2". `.frozen` maps what cannot grow to the reason, `.ends` holds the model's classes and vocabulary.
 
     Args:
         model: Any module that runs.
@@ -104,7 +103,7 @@ def growable(structure: Structure, patterns: str | Sequence[str] = "*", how: Met
     left = {name: axis for name, axis in candidates.items() if name not in refused}
     refused |= _inexact(structure, {name: axis for name, axis in left.items() if axis.kind != "depth"})
     depths = {name: axis for name, axis in left.items() if axis.kind == "depth"}
-    refused |= _unread(structure, list(depths.values()))
+    refused |= _unread(structure, depths)
     exact = {n: axis for n, axis in depths.items() if n not in refused and method_for(how, axis).kinds["depth"]}
     refused |= _inexact(structure, exact)
     kept = {name: axis for name, axis in found.items() if name not in refused and matches(name, patterns)}
@@ -156,17 +155,16 @@ def _inexact(structure: Structure, axes: Mapping[str, Axis]) -> dict[str, str]:
     return reasons
 
 
-def _unread(structure: Structure, axes: Sequence[Axis]) -> dict[str, str]:
+def _unread(structure: Structure, depths: Iterable[str]) -> dict[str, str]:
     """Reasons of the depths whose new blocks nothing would read."""
     reasons = {}
-    for axis in axes:
-        if axis.kind == "depth":
-            try:
-                silence(structure, structure.depths[axis.name].appended(1))
-            except VerificationError:
-                continue
-            except GrowthRefused as refusal:
-                reasons[axis.name] = str(refusal)
+    for name in depths:
+        try:
+            silence(structure, structure.depths[name].appended(1))
+        except VerificationError:
+            continue
+        except GrowthRefused as refusal:
+            reasons[name] = str(refusal)
     return reasons
 
 
@@ -561,8 +559,8 @@ def check_parts(how: Sequence[Any], care: Sequence[Any]) -> None:
     """Raise unless methods and cares are what they should be."""
     for one in how:
         if not isinstance(one, How) or isinstance(one, type):
-            known = {key: made.__name__ for key, made in METHODS.items()}
-            hint = f" hint: meristem.how.{known[one]}()" if isinstance(one, str) and one in known else ""
+            spelt = METHODS.get(one) if isinstance(one, str) else None
+            hint = f" hint: meristem.how.{spelt.__name__}()" if spelt is not None else ""
             raise TypeError(f"how must be a method such as meristem.how.Random(), or several; got {one!r}.{hint}")
     for one in care:
         if not hasattr(one, "treat") or isinstance(one, type):

@@ -14,7 +14,7 @@ from meristem.grower import Amount, Grower
 from meristem.growing import Optimizers
 from meristem.how import SWE
 from meristem.stages import MakeOptimizer, Stages
-from meristem.statistics.batches import check_reiterable, first_call, growth_batches
+from meristem.statistics.batches import first_call, growth_batches
 from meristem.statistics.losses import Loss
 from meristem.structure import Structure
 from meristem.structure.undisturbed import undisturbed
@@ -131,7 +131,6 @@ def stack(
     length, unit = duration(total)
     due = At(**{unit: (moment(at, length),)})
     if example is None:
-        check_reiterable(data)
         with undisturbed():
             example = first_call(model, loss, growth_batches(data, 1, torch.Generator().manual_seed(0))[0])
     with undisturbed():
@@ -140,11 +139,10 @@ def stack(
     flat = [name for name in to if axes.named(name).kind != "depth"]
     if flat:
         raise GrowthRefused(f"axis {flat[0]!r} is a {axes.named(flat[0]).kind}, not a depth; only depths are stacked")
-    small = [name for name, size in to.items() if isinstance(size, int) and size <= sizes[name]]
     wrong = [size for size in to.values() if isinstance(size, bool) or not isinstance(size, int)]
     if wrong:
         raise TypeError(f"to={dict(to)!r}: the number of blocks is an int; got {wrong[0]!r}")
-    if small or not to:
+    if not to or any(size <= sizes[name] for name, size in to.items()):
         raise GrowthRefused(
             f"to={dict(to)} must give every depth more blocks than it has now: {sizes or 'name a depth axis'}"
         )

@@ -17,7 +17,7 @@ from meristem.structure.planning import resolve, with_insertions
 from meristem.structure.twin import named_tensors, twin
 from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.verify import comparable, relative_change, run
-from meristem.values import Blocks, Insertion
+from meristem.values import Blocks, Insertion, Plan
 from meristem.view import View
 
 
@@ -57,6 +57,20 @@ def fresh_blocks(view: View, insertion: Insertion) -> dict[tuple[int, str], Tens
     return values
 
 
+def _planned(view: View, axis: Axis, blocks: Blocks) -> Plan:
+    """The plan with the new blocks where they are wanted; re-traced only where that is not behind the present ones.
+
+    Raises:
+        GrowthRefused: The model cannot take them.
+    """
+    plan = resolve(view.structure, {axis.name: sum(blocks.insertion.new)})
+    if plan.insertions != (blocks.insertion,):
+        plan = with_insertions(view.structure, plan, [blocks.insertion])
+    if plan.refusal is not None:
+        raise GrowthRefused(f"{axis.name} cannot grow: {plan.refusal}")
+    return plan
+
+
 def stirs(view: View, axis: Axis, blocks: Blocks) -> bool:
     """Whether new blocks, as they are, change what the model gives on the example.
 
@@ -64,10 +78,7 @@ def stirs(view: View, axis: Axis, blocks: Blocks) -> bool:
         GrowthRefused: The model cannot take them.
     """
     model, example = view.structure.model, view.structure.example
-    plan = resolve(view.structure, {axis.name: sum(blocks.insertion.new)})
-    plan = with_insertions(view.structure, plan, [blocks.insertion])
-    if plan.refusal is not None:
-        raise GrowthRefused(f"{axis.name} cannot grow: {plan.refusal}")
+    plan = _planned(view, axis, blocks)
     before, after = run(model, view.values, example), run(model, view.values, example, plan, [blocks])
     return not comparable(before) or relative_change(plan, before, after) > 0
 
@@ -75,12 +86,8 @@ def stirs(view: View, axis: Axis, blocks: Blocks) -> bool:
 def gains(view: View, axis: Axis, blocks: Blocks) -> tuple[float, ...]:
     """For every new block the norm of the gradient that its weights receive on the first growth batch."""
     assert view.loss is not None
-    model = view.structure.model
-    plan = resolve(view.structure, {axis.name: sum(blocks.insertion.new)})
-    plan = with_insertions(view.structure, plan, [blocks.insertion])
-    if plan.refusal is not None:
-        raise GrowthRefused(f"{axis.name} cannot grow: {plan.refusal}")
-    copied = twin(model, lambda name, _: view.values[name].clone()).eval()
+    plan = _planned(view, axis, blocks)
+    copied = twin(view.structure.model, lambda name, _: view.values[name].clone()).eval()
     made = insert(copied, blocks.insertion, blocks.values)
     apply_edits(copied, plan.counts)
     copied.zero_grad()

@@ -42,16 +42,15 @@ def counts_for(
     def attempt(edits: Sequence[AttributeChange]) -> tuple[list[AttributeChange], str | None]:
         mode = fake_mode(structure.fake)
         copied = structure.twin_of_shape(shapes, plan.attributes, mode).eval()
-        numbered: list[AttributeChange] = []
+        followed = list(edits)
         try:
             for insertion in insertions:
                 insert(copied, insertion)
             for depth in beside:
                 now = changed.get(depth.name) or depth.with_blocks(range(depth.size), [False] * depth.size)
-                numbered += renumbered(
-                    copied, depth, standing(copied, now, runs), positions[depth.name], shift(now, runs)
-                )
-            apply_edits(copied, [*edits, *numbered])
+                names = standing(copied, now, runs)
+                followed += renumbered(copied, depth, names, positions[depth.name], shift(now, runs))
+            apply_edits(copied, followed)
         except AttributeError as error:  # a container inside a block that moves
             return [], f"these depths lie inside each other; grow one after the other ({error})"
         stack = ModuleStack(copied)
@@ -61,16 +60,13 @@ def counts_for(
                 copied(*args, **kwargs)
         except Exception as error:
             first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-            return [*edits, *numbered], f"{stack.innermost or 'the model'} fails with the new depth: {first_line[:200]}"
+            return followed, f"{stack.innermost or 'the model'} fails with the new depth: {first_line[:200]}"
         found, _ = find_runs(copied, stack.passes)
         for insertion in runs:
             wanted = tuple(standing(copied, insertion, runs))
             if not any(run.path == insertion.path and run.blocks == wanted for run in found):
-                return [
-                    *edits,
-                    *numbered,
-                ], f"the forward does not pass through every block of {insertion.path} in order"
-        return [*edits, *numbered], None
+                return followed, f"the forward does not pass through every block of {insertion.path} in order"
+        return followed, None
 
     edits, problem = attempt(list(sure.values()))
     if problem is None:

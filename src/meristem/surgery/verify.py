@@ -285,9 +285,8 @@ def comparable(outputs: Sequence[Tensor]) -> bool:
 def rounding_gap(structure: Structure, values: Mapping[str, Tensor], before: Sequence[Tensor]) -> float:
     """How far the ungrown model's own outputs lie from a float64 evaluation, relative to the largest output."""
     doubled = {name: value.double() if value.is_floating_point() else value for name, value in values.items()}
-    example = map_tensors(structure.example, lambda t: t.double() if t.is_floating_point() else t)
     try:
-        exact = run(structure.model, doubled, example)
+        exact = run(structure.model, doubled, _doubled(structure.example))
     except Exception:
         return 0.0
     floats = [(a, b) for a, b in zip(before, exact, strict=True) if a.is_floating_point() and a.numel()]
