@@ -30,7 +30,7 @@ from meristem.growing import (
     proposed,
 )
 from meristem.statistics.batches import check_reiterable, first_call, growth_batches, length
-from meristem.statistics.flops import counting
+from meristem.statistics.flops import batch_size, counting, step_flops
 from meristem.statistics.health import look
 from meristem.statistics.losses import Loss
 from meristem.structure import Structure, clash, resized, resolve
@@ -75,7 +75,7 @@ class Grower:
     Attributes:
         history: Every `Growth` so far.
         done: True once nothing more can grow; `reason` says why.
-        flops: Floating-point operations that all growths cost together, without later looks at their health.
+        flops: Floating-point operations that all growths and checks cost together, without later looks at their health.
 
     Raises:
         GrowthRefused: The model is wrapped, or nothing in it can grow.
@@ -136,6 +136,7 @@ class Grower:
         self.reason = ""
         self._epoch_length = length(data)
         self._example = example
+        self._step_cost: float | None = None
         check_parts(self.how, self.care)
         if not hasattr(when, "due") or isinstance(when, type):
             raise TypeError(f"when must be a trigger such as meristem.when.Every(steps=100); got {when!r}")
@@ -147,7 +148,7 @@ class Grower:
 
     @property
     def flops(self) -> int:
-        return sum(growth.flops for growth in self.history)
+        return round(self.clock.growing)
 
     def _check(self) -> None:
         """Find out now, not at the first growth, whether the model and the optimizer will do."""
@@ -201,7 +202,11 @@ class Grower:
             self._losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
         ended = self._epoch_length is not None and (self.clock.step + 1) % self._epoch_length == 0
         self.clock = replace(
-            self.clock, step=self.clock.step + 1, epoch=self.clock.epoch + int(ended), epoch_ended=ended
+            self.clock,
+            step=self.clock.step + 1,
+            epoch=self.clock.epoch + int(ended),
+            epoch_ended=ended,
+            trained=self.clock.trained + (self._cost_of_a_step() if self.when.reads_costs and not self.done else 0.0),
         )
         self._complete_health()
         return self._grow_if_due()
@@ -216,6 +221,16 @@ class Grower:
         growth = self._grow_if_due()
         self.clock = replace(self.clock, epoch_ended=False)
         return growth
+
+    def _cost_of_a_step(self) -> float:
+        """Floating-point operations of a training step at the present sizes; counted again after every growth."""
+        if self._step_cost is None:
+            state = self.generator.get_state()
+            with undisturbed():
+                (batch,) = growth_batches(self.data, 1, self.generator)
+                self._step_cost = step_flops(self.model, self.loss, batch) * batch_size(batch)
+            self.generator.set_state(state)
+        return self._step_cost
 
     def _grow_if_due(self) -> Growth | None:
         return self.grow() if self.when.due(self.clock) else None
@@ -232,35 +247,34 @@ class Grower:
         state = self.generator.get_state()
         try:
             with undisturbed():
-                growth = self._grow()
+                growth, cost = self._grow()
         except BaseException:
             self.generator.set_state(state)
             raise
+        self.clock = replace(self.clock, growing=self.clock.growing + cost, latest=float(cost))
         if growth is not None:
             growth.step = self.clock.step
             self.history.append(growth)
-            self.clock = replace(self.clock, growths=self.clock.growths + 1)
+            self._step_cost = None
+            self.clock = replace(self.clock, growths=self.clock.growths + 1, refusals=0)
         return growth
 
-    def _grow(self) -> Growth | None:
+    def _grow(self) -> tuple[Growth | None, int]:
+        """The growth, or None where nothing grows, and what finding out and doing it cost."""
         if self.budget.growths is not None and len(self.history) >= self.budget.growths:
-            self._finish(f"the budget of {self.budget.growths} growths is used up")
-            return None
+            return self._finish(f"the budget of {self.budget.growths} growths is used up")
         structure = self._structure()
         if isinstance(self.amount, Mapping):
             axes = [structure.axes.named(name) for name in self.amount]
         else:
             axes = self._open(structure)
         if not axes:
-            self._finish("every axis has reached the largest size that the budget allows")
-            return None
+            return self._finish("every axis has reached the largest size that the budget allows")
         total = self._total(axes)
         if total is None:
-            self._finish("the list of amounts is used up")
-            return None
+            return self._finish("the list of amounts is used up")
         if not isinstance(self.amount, Mapping) and total < min(axis.multiple for axis in axes):
-            self._finish(f"an amount of {total} is less than one step of any axis")
-            return None
+            return self._finish(f"an amount of {total} is less than one step of any axis")
         batches = growth_batches(self.data, most_batches(self.how), self.generator)
         view = View(structure, self.generator, self.loss, batches, self.data, self.progress)
         offered: dict[str, Proposal] = {}
@@ -268,16 +282,25 @@ class Grower:
             share = Share(dict(self.amount))
         else:
             offered = self._offers(view, axes, total) if self.where.reads_gains else {}
-            per_unit = {axis.name: self._flops_per_unit(structure, axis) for axis in axes}
-            share = self.where.share(Choice(axes, total, len(self.history), offered, per_unit, view))
+            axes = [axis for axis in axes if axis.name in offered] if offered else axes
+            added = {axis.name: resized(structure, {axis.name: axis.multiple}) for axis in axes}
+            flops = {axis.name: max(_more(added[axis.name].flops), 1) / axis.multiple for axis in axes}
+            parameters = {axis.name: max(_more(added[axis.name].parameters), 1) / axis.multiple for axis in axes}
+            share = self.where.share(
+                Choice(axes, total, len(self.history), self.clock.refusals, offered, flops, parameters, view)
+            )
+        cost = share.flops + sum(offer.flops for offer in offered.values())
+        if share.refusal:
+            self.clock = replace(self.clock, refusals=self.clock.refusals + 1)
+            return self._finish(share.refusal, cost) if share.final else (None, cost)
         planned = self._fitting(structure, {axis.name: axis for axis in axes}, share.counts)
         if planned is None:
-            self._finish(
+            return self._finish(
                 "the budget leaves no room for another unit"
                 if self.budget != Budget()
-                else f"an amount of {total} is less than one step of any axis (multiples, round_to={self.round_to})"
+                else f"an amount of {total} is less than one step of any axis (multiples, round_to={self.round_to})",
+                cost,
             )
-            return None
         if planned.refusal is not None:
             raise GrowthRefused(f"{', '.join(planned.after)} cannot grow together: {planned.refusal}")
         if offered:
@@ -289,7 +312,7 @@ class Grower:
         growth = perform(view, planned, proposals, self.how, self.care, self.optimizers)
         growth.flops += share.flops + sum(p.flops for name, p in offered.items() if name not in planned.after)
         growth.votes = share.votes
-        return growth
+        return growth, growth.flops
 
     def _open(self, structure: Structure) -> list[Axis]:
         """The axes that may still grow, without those that multiply an earlier one (groups, and the width of a group)."""
@@ -319,14 +342,18 @@ class Grower:
         return round(amount * sum(axis.size for axis in axes)) if isinstance(amount, float) else int(amount)
 
     def _offers(self, view: View, axes: Sequence[Axis], total: int) -> dict[str, Proposal]:
-        return {
-            axis.name: method_for(self.how, axis).propose(view, axis, max(total // axis.multiple, 1) * axis.multiple)
-            for axis in axes
-        }
-
-    def _flops_per_unit(self, structure: Structure, axis: Axis) -> float:
-        before, after = resized(structure, {axis.name: axis.multiple}).flops
-        return max(after - before, 1) / axis.multiple
+        """What the methods offer for every axis; an axis that its method refuses takes no part."""
+        offers: dict[str, Proposal] = {}
+        reasons = []
+        for axis in axes:
+            try:
+                count = max(total // axis.multiple, 1) * axis.multiple
+                offers[axis.name] = method_for(self.how, axis).propose(view, axis, count)
+            except GrowthRefused as refusal:
+                reasons.append(str(refusal))
+        if not offers:
+            raise GrowthRefused(reasons[0])
+        return offers
 
     def _fitting(self, structure: Structure, axes: Mapping[str, Axis], counts: Mapping[str, int]) -> Plan | None:
         """The plan for the largest share of `counts` that the budget allows, or None where not one unit fits."""
@@ -364,8 +391,9 @@ class Grower:
         )
         return all(limit is None or value <= limit for limit, value in limits)
 
-    def _finish(self, reason: str) -> None:
+    def _finish(self, reason: str, cost: int = 0) -> tuple[None, int]:
         self.done, self.reason = True, reason
+        return None, cost
 
     def _complete_health(self) -> None:
         """Measure the units of earlier growths where one of the moments has come. Never stops the user's training."""
@@ -434,6 +462,10 @@ def _amounts(amount: Amount) -> list[Any]:
     if isinstance(amount, Mapping):
         return list(amount.values())
     return list(amount) if isinstance(amount, Sequence) else [amount]
+
+
+def _more(pair: tuple[int, int]) -> int:
+    return pair[1] - pair[0]
 
 
 def _units(structure: Structure, counts: Mapping[str, int]) -> int:

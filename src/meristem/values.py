@@ -152,7 +152,8 @@ class Proposal:
     A strip holds the new entries of one place, unit by unit: shape (units, entries per unit, *the other dimensions of
     the tensor at their present size). A place without a strip starts by its fill, or as a copy where `copies` is given.
     New units of a depth axis are `blocks`. `gains` are predicted first-order gains per unit, best first, where the method
-    finds them; `flops` is what finding them cost; `note` is for the reader of the log.
+    finds them, and `freedom` how many parameters of one unit were free to give that gain; `flops` is what finding them
+    cost; `note` is for the reader of the log.
     """
 
     axis: str
@@ -161,6 +162,7 @@ class Proposal:
     copies: Copies | None = None
     blocks: Blocks | None = None
     gains: tuple[float, ...] = ()
+    freedom: int = 0
     flops: int = 0
     note: str = ""
 
@@ -220,12 +222,15 @@ class Settled:
 class Share:
     """How many units each axis gets, why, and what finding that out cost.
 
-    `votes[axis]` holds the figures behind the decision, where it was a measured one.
+    `votes[axis]` holds the figures behind the decision, where it was a measured one. Where no axis gets any, `refusal`
+    says why, and `final` that it is not worth asking again.
     """
 
     counts: dict[str, int]
     votes: dict[str, dict[str, float]] = field(default_factory=dict)
     flops: int = 0
+    refusal: str = ""
+    final: bool = False
 
 
 @dataclass

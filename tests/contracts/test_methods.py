@@ -21,6 +21,7 @@ class Row:
     zero_side: bool  # one side zero: old entries learn as in the ungrown twin
     everywhere: bool = True  # works on every axis (a layer norm on the axis has no zero side)
     keeps_old: bool = True  # old weights stay bit for bit
+    refused: tuple[str, ...] = ()  # axes that it does not grow
 
 
 METHODS = {
@@ -30,6 +31,7 @@ METHODS = {
     "net2net": Row(ms.how.Net2Net(), False, everywhere=False, keeps_old=False),
     "gradmax": Row(ms.how.GradMax(steps=2), True, everywhere=False),
     "gradmax_zero_fan_out": Row(ms.how.GradMax(zero="fan_out", steps=2), True, everywhere=False),
+    "senn": Row(ms.how.SENN(steps=3, candidates=4), True, everywhere=False, refused=("down2",)),
     "swe": Row(ms.how.SWE(), False, keeps_old=False),
     "swe_factored": Row(ms.how.SWE(coupling="factored"), False, keeps_old=False),
 }
@@ -65,6 +67,7 @@ def step(model: nn.Module, opt: Any, x: Any) -> None:
 def chosen(model: nn.Module, x: Any, row: Row) -> dict[str, int]:
     axes = ms.find_axes(model, x)
     usable = [a for a in axes.values() if a.kind == "width" and (row.everywhere or a.places("fan_in"))]
+    usable = [a for a in usable if a.name not in row.refused]
     return {a.name: 2 * a.multiple for a in usable}
 
 

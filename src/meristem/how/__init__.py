@@ -5,6 +5,7 @@ from meristem.how.interpose import Interpose
 from meristem.how.net2net import Net2Net
 from meristem.how.protocol import How, Settles
 from meristem.how.random import Random
+from meristem.how.senn import SENN
 from meristem.how.stack import Stack
 from meristem.how.swe import SWE
 from meristem.how.zero_block import ZeroBlock
@@ -14,6 +15,7 @@ METHODS = {
     "net2net": Net2Net,
     "gradmax": GradMax,
     "swe": SWE,
+    "senn": SENN,
     "zero_block": ZeroBlock,
     "stack": Stack,
     "interpose": Interpose,
@@ -22,6 +24,7 @@ METHODS = {
 
 __all__ = [
     "METHODS",
+    "SENN",
     "SWE",
     "GradMax",
     "How",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from meristem.axis import Axis
 from meristem.errors import GrowthRefused
@@ -83,13 +83,18 @@ def stirs(view: View, axis: Axis, blocks: Blocks) -> bool:
     return not comparable(before) or relative_change(plan, before, after) > 0
 
 
-def gains(view: View, axis: Axis, blocks: Blocks) -> tuple[float, ...]:
-    """For every new block the norm of the gradient that its weights receive on the first growth batch."""
-    assert view.loss is not None
+def inserted(view: View, axis: Axis, blocks: Blocks) -> tuple[nn.Module, dict[int, tuple[nn.Module, nn.Module]]]:
+    """A copy of the model with the new blocks in their places, and for every place the block before it and itself."""
     plan = _planned(view, axis, blocks)
     copied = twin(view.structure.model, lambda name, _: view.values[name].clone()).eval()
     made = insert(copied, blocks.insertion, blocks.values)
     apply_edits(copied, plan.counts)
+    return copied, made
+
+
+def gains(view: View, axis: Axis, blocks: Blocks) -> tuple[float, ...]:
+    """For every new block the norm of the gradient that its weights receive on the first growth batch."""
+    copied, made = inserted(view, axis, blocks)
     copied.zero_grad()
     loss = measured(lambda: called(view.loss, copied, view.batches[0]))  # type: ignore[arg-type]
     if not loss.requires_grad:

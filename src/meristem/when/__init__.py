@@ -11,16 +11,28 @@ _DURATION = re.compile(r"\s*(\d+)\s*(steps?|epochs?)\s*")
 
 @dataclass(frozen=True)
 class Clock:
-    """Where training stands after an optimizer step: counts so far, and whether an epoch has just ended."""
+    """Where training stands after an optimizer step: counts so far, and whether an epoch has just ended.
+
+    `refusals` counts the last checks in a row at which nothing was worth growing. In floating-point operations, `trained` is
+    what the training steps cost (counted where the trigger `reads_costs`), `growing` what all growths and checks cost, and
+    `latest` the last one.
+    """
 
     step: int = 0
     epoch: int = 0
     epoch_ended: bool = False
     growths: int = 0
+    refusals: int = 0
+    trained: float = 0.0
+    growing: float = 0.0
+    latest: float = 0.0
 
 
 class When(Protocol):
-    """A trigger."""
+    """A trigger. `reads_costs` says that it looks at the cost of training."""
+
+    @property
+    def reads_costs(self) -> bool: ...
 
     def due(self, clock: Clock) -> bool: ...
 
@@ -73,6 +85,10 @@ class Every:
         if period < 1:
             raise ValueError(f"the period of Every must be an int in [1, inf); got {period}")
 
+    @property
+    def reads_costs(self) -> bool:
+        return False
+
     def due(self, clock: Clock) -> bool:
         """Whether to grow now."""
         if self.growths is not None and clock.growths >= self.growths:
@@ -103,10 +119,49 @@ class At:
         if wrong:
             raise ValueError(f"the moments of At must be ints in [1, inf); got {wrong[0]}")
 
+    @property
+    def reads_costs(self) -> bool:
+        return False
+
     def due(self, clock: Clock) -> bool:
         """Whether to grow now."""
         return clock.step in self.steps if self.steps else clock.epoch_ended and clock.epoch in self.epochs
 
 
-TRIGGERS = {"every": Every, "at": At}
+@dataclass(frozen=True)
+class SENN:
+    """Due as often as a share of the cost of training allows.
+
+    A check costs what it costs; the next one waits until it, like all before it, fits into `budget` times the
+    floating-point operations that training has taken. From Mitchell et al., "Self-Expanding Neural Networks", 2024, arXiv
+    2307.04526, which checks every 10 to 30 epochs, whatever it costs.
+
+    Args:
+        budget: Largest share of training that checks and growths may cost.
+        start: Epochs before the first check.
+
+    Examples:
+        >>> SENN(budget=0.05).due(Clock(epoch=1, trained=1e9, growing=2e7, latest=2e7))
+        True
+    """
+
+    budget: float = 0.05
+    start: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.budget < 1:
+            raise ValueError(f"the budget of SENN is a share of training in (0, 1); got {self.budget!r}")
+        if isinstance(self.start, bool) or not isinstance(self.start, int) or self.start < 0:
+            raise ValueError(f"start must be an int in [0, inf); got {self.start!r}")
+
+    @property
+    def reads_costs(self) -> bool:
+        return True
+
+    def due(self, clock: Clock) -> bool:
+        """Whether to check now."""
+        return clock.epoch >= self.start and clock.growing + clock.latest <= self.budget * clock.trained
+
+
+TRIGGERS = {"every": Every, "at": At, "senn": SENN}
 """Every trigger by its name in a configuration file."""

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from meristem.values import Share
 from meristem.where.choice import Choice, Where, rounded, taken
+from meristem.where.senn import SENN
 from meristem.where.svod import SVoD
 
-__all__ = ["PLACES", "ByGain", "Choice", "Proportional", "RoundRobin", "SVoD", "Uniform", "Where"]
+__all__ = ["PLACES", "SENN", "ByGain", "Choice", "Proportional", "RoundRobin", "SVoD", "Uniform", "Where"]
 
 
 @dataclass(frozen=True)
@@ -118,5 +119,12 @@ class ByGain:
         return Share(taken(ranked, choice.total))
 
 
-PLACES = {"uniform": Uniform, "proportional": Proportional, "round_robin": RoundRobin, "by_gain": ByGain, "svod": SVoD}
+PLACES = {
+    "uniform": Uniform,
+    "proportional": Proportional,
+    "round_robin": RoundRobin,
+    "by_gain": ByGain,
+    "senn": SENN,
+    "svod": SVoD,
+}
 """Every choice by its name in a configuration file."""

@@ -13,7 +13,8 @@ from meristem.view import View
 
 @dataclass(frozen=True)
 class Choice:
-    """What there is to choose from: axes, `total` units to give away, how often the net has grown.
+    """What there is to choose from: axes, `total` units to give away, how often the net has grown, and at how many checks in
+    a row since then nothing was worth growing.
 
     `proposals` (one per axis, for as many units as it may get) are there for rules that `reads_gains`; `view` for rules
     that measure.
@@ -22,8 +23,10 @@ class Choice:
     axes: Sequence[Axis]
     total: int
     growths: int = 0
+    refusals: int = 0
     proposals: Mapping[str, Proposal] = field(default_factory=dict)
     flops_per_unit: Mapping[str, float] = field(default_factory=dict)
+    parameters_per_unit: Mapping[str, float] = field(default_factory=dict)
     view: View | None = None
 
 

@@ -1,0 +1,430 @@
+"""SENN's proposals (Mitchell, Menzenbach, Kersting, Mundt, "Self-Expanding Neural Networks", 2024, arXiv 2307.04526).
+
+A new unit is a random one whose incoming weights have been optimised, by autograd, on what it would add to the score:
+
+    Delta eta' = Tr[S^-1 C A_p^-1 C^T],     C = E[g_r a_p^T],     g_r = g - dW A^-1 a,
+
+where a_p is what the next layer would read from it, and S, A and dW are that layer's (`statistics.curvature`). Its outgoing
+weights are zero, so the function is preserved. A new layer of a chain is the identity before a rational activation that is
+the identity too; it adds to the score through the two coefficients beta, gamma of that activation. A new block of a run is
+silent and adds through its last projections.
+
+Differences from the paper: units are chosen and optimised on one half of the growth batches, and their gain, Delta eta, is
+measured on the other half, where choosing has not flattered them; several units are offered at once, each by what it adds to
+those before it; any activation; convolutions over unfolded patches. A gain is given without the part that pure chance gives
+(one per outgoing weight and example) and less two standard errors of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meristem.axis import Axis, Kind, Place
+from meristem.errors import DataError, GrowthRefused
+from meristem.how.blocks import inserted
+from meristem.how.draws import drawn
+from meristem.how.zero_block import ZeroBlock
+from meristem.rational import Rational
+from meristem.statistics.curvature import (
+    DAMPING,
+    Watched,
+    agreement,
+    damped,
+    mean_diagonal,
+    measure,
+    patches,
+    scored,
+    whitened,
+    with_bias,
+)
+from meristem.statistics.flops import counting
+from meristem.statistics.losses import Loss
+from meristem.structure.twin import twin
+from meristem.surgery.tensors import new_units
+from meristem.surgery.verify import silenced
+from meristem.values import Blocks, Proposal, index
+from meristem.view import View
+
+_RATE = 0.1
+"""Step size of the optimisation of candidates, in root mean squares of their first weights."""
+
+
+@dataclass(frozen=True)
+class SENN:
+    """New units optimised on the score that they add, identity layers behind rational activations, silent blocks.
+
+    Args:
+        candidates: Random units that are optimised side by side, at the least; twice the wanted number where that is more.
+        steps: Gradient steps of their optimisation, each on one growth batch.
+        batches: Growth batches; candidates are chosen on one half of them and measured on the other.
+        damping: Share of its mean diagonal that is added to every factor.
+
+    Examples:
+        >>> import torch, meristem as ms
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        >>> data = [(torch.randn(64, 4), torch.randn(64, 2)) for _ in range(4)]
+        >>> loss = lambda model, batch: torch.nn.functional.mse_loss(model(batch[0]), batch[1])
+        >>> ms.grow_(net, {"0": 2}, how=ms.how.SENN(), loss=loss, data=data).after
+        {'0': 10}
+    """
+
+    candidates: int = 32
+    steps: int = 30
+    batches: int = 8
+    damping: float = DAMPING
+
+    @property
+    def kinds(self) -> Mapping[Kind, bool]:
+        return {"width": True, "depth": True}
+
+    @property
+    def preserves(self) -> bool:
+        return True
+
+    def propose(self, view: View, axis: Axis, count: int) -> Proposal:
+        """The best units that were found, or new blocks; `gains` are what each adds to the score, beyond chance."""
+        if view.loss is None or not view.batches:
+            raise DataError("SENN measures a score: pass loss= and data=")
+        with counting() as counter:
+            if axis.kind != "depth":
+                offered = _Space(view, view.loss, axis, count, self).proposal()
+            elif view.structure.depths[axis.name].form == "run":
+                offered = self._block(view, view.loss, axis, count)
+            else:
+                offered = self._layer(view, view.loss, axis, count)
+        return replace(offered, flops=offered.flops + counter.get_total_flops())
+
+    def _block(self, view: View, loss: Loss, axis: Axis, count: int) -> Proposal:
+        """Silent blocks of a run; each adds the score of its silent layers."""
+        offered = ZeroBlock().propose(replace(view, loss=None), axis, count)
+        assert offered.blocks is not None
+        copied, made = inserted(view, axis, offered.blocks)
+        names = {id(module): name for name, module in copied.named_modules()}
+        silent: dict[int, set[str]] = {}
+        for place, tensor in silenced(view.structure, offered.blocks.insertion).values:
+            module = made[place][1].get_submodule(tensor.rpartition(".")[0])
+            silent.setdefault(place, set()).update({names[id(module)]} if scored(module) else ())
+        watched = sorted(set().union(*silent.values()))
+        parts = [measure(copied, loss, half, watched) for half in _halves(view, self)]
+        gains, freedom = [], 0
+        for listed in silent.values():
+            both = [(parts[0].layers[name] + parts[1].layers[name]).damped(self.damping) for name in listed]
+            found = sum(
+                agreement(layer, parts[0].layers[name].gradient, parts[1].layers[name].gradient)
+                for name, layer in zip(listed, both, strict=True)
+            )
+            freedom = sum(layer.gradient.numel() for layer in both)
+            gains.append(found - _error(freedom, both[0].samples) if both else 0.0)
+        return replace(offered, gains=tuple(gains), freedom=freedom)
+
+    def _layer(self, view: View, loss: Loss, axis: Axis, count: int) -> Proposal:
+        """Identity layers of a chain; the first adds the score of beta and gamma of its rational activation at the identity,
+
+            d sigma / d beta = 1 / (1 + x^2),     d sigma / d gamma = x / (1 + x^2),
+
+        beyond what is linear in the input of the layer before it, which that layer's own weights reach.
+        """
+        blocks = Blocks(replace(view.structure.depths[axis.name].appended(count), activation="rational"))
+        copied, made = inserted(view, axis, blocks)
+        _, block = next(iter(made.values()))
+        before = _layer_before(copied, next(module for module in block.children() if isinstance(module, Rational)))
+        total: dict[str, Tensor] = {}
+        samples = rows = 0
+        for batch in [batch for half in _halves(view, self) for batch in half]:
+            with Watched(copied, [before]) as watched:
+                watched.run(loss, batch)
+            for read, back, given in watched.rows(before):
+                features = torch.cat([1 / (1 + given**2), given / (1 + given**2)], 1)
+                doubled = back.repeat(1, 2)
+                sums = {
+                    "reading": read.T @ read, "cross": read.T @ features, "features": features.T @ features,
+                    "outputs": doubled.T @ doubled, "linear": doubled.T @ read, "gradient": (doubled * features).sum(0),
+                }  # fmt: skip
+                total = {key: value + total.get(key, 0.0) for key, value in sums.items()}
+                rows += len(read)
+            samples += watched.samples
+        if not total:
+            return Proposal(axis.name, count, blocks=blocks, gains=(0.0,) * count, freedom=1)
+        mean = {key: value / (rows if key == "outputs" else samples) for key, value in total.items()}
+        layer = damped(mean["reading"], self.damping)
+        explained = torch.cholesky_solve(mean["cross"], torch.linalg.cholesky(layer))
+        gradient = mean["gradient"] - (mean["linear"].T * explained).sum(0)
+        fisher = mean["outputs"] * (mean["features"] - mean["cross"].T @ explained)
+        found = whitened(damped(fisher, self.damping), gradient[:, None]).square().sum().item()
+        freedom = len(gradient)
+        gain = found - freedom / samples - _error(freedom, samples)
+        return Proposal(axis.name, count, blocks=blocks, gains=(gain, *[0.0] * (count - 1)), freedom=freedom)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A growth batch as the next layers see it: how often each is called, and in rows the gradient g_r that its present
+    inputs leave over, whitened by S.
+    """
+
+    batch: Any
+    samples: int
+    calls: Mapping[str, int]
+    gradients: Mapping[str, Tensor]
+
+
+class _Reached(BaseException):
+    """Every next layer has been reached; the rest of the forward is not needed. No Exception: a model may catch those."""
+
+
+class _Space:
+    """Candidates for one axis: their weights, what the next layers read from them, and what that is worth."""
+
+    def __init__(self, view: View, loss: Loss, axis: Axis, count: int, method: SENN) -> None:
+        self.view, self.loss, self.axis, self.count, self.method = view, loss, axis, count, method
+        self.units = count // axis.multiple
+        self.trials = max(method.candidates, 2 * self.units)
+        self.layers = _next_layers(view, axis)
+        self.first, self.second = self._residuals(*_halves(view, method))
+        self.widened = view.widened(axis, self.trials * axis.multiple)
+        self.new = {
+            layer: new_units(self.widened.plan, axis.name, Place(f"{layer}.weight", 1)) for layer in self.layers
+        }
+
+    def _residuals(self, *halves: Sequence[Any]) -> list[list[_Seen]]:
+        """The halves of the growth batches with the gradient that is left over; the moments of the next layers are kept."""
+        copied = twin(self.view.structure.model, lambda name, _: self.view.values[name].clone())
+        moments = [measure(copied, self.loss, half, self.layers) for half in halves]
+        both = moments[0] + moments[1]
+        self.moments = {layer: both.layers[layer].damped(self.method.damping) for layer in self.layers}
+        slopes = {
+            n: torch.cholesky_solve(m.gradient.T, torch.linalg.cholesky(m.inputs)) for n, m in self.moments.items()
+        }
+        found: list[list[_Seen]] = []
+        for half in halves:
+            found.append([])
+            for batch in half:
+                with Watched(copied, self.layers) as watched:
+                    watched.run(self.loss, batch)
+                left = {
+                    layer: torch.cat([
+                        whitened(self.moments[layer].outputs, (back - read @ slopes[layer]).T).T
+                        for read, back, _ in watched.rows(layer)
+                    ])
+                    for layer in self.layers
+                }  # fmt: skip
+                calls = {layer: len(watched.calls[layer]) for layer in self.layers}
+                found[-1].append(_Seen(batch, watched.samples, calls, left))
+        return found
+
+    def _reads(self, strips: Mapping[Place, Tensor], seen: _Seen) -> dict[str, list[Tensor]]:
+        """What the next layers read, old and new, on one batch: one tensor for every call. The forward stops behind them."""
+        found: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
+
+        def seen_by(layer: str) -> Any:
+            def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                found[layer].append(args[0])
+                if all(len(found[name]) == seen.calls[name] for name in found):
+                    raise _Reached
+
+            return hook
+
+        model = self.widened.module.model
+        hooks = [model.get_submodule(layer).register_forward_pre_hook(seen_by(layer)) for layer in self.layers]
+        try:
+            self.widened.loss(strips, seen.batch)
+        except _Reached:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+    def _features(self, layer: str, reads: Sequence[Tensor], where: Tensor) -> Tensor:
+        """The rows of some entries of what a layer reads."""
+        module = self.widened.module.model.get_submodule(layer)
+        channel = -1 if isinstance(module, nn.Linear) else 1
+        return torch.cat([patches(module, read.index_select(channel, where.to(read.device))) for read in reads])
+
+    def scores(self, strips: Mapping[Place, Tensor], seen: _Seen) -> Tensor:
+        """Delta eta' of every candidate alone, on one batch, differentiable in the strips."""
+        total = torch.zeros(self.trials, dtype=torch.float64)
+        for layer, reads in self._reads(strips, seen).items():
+            rows = self._features(layer, reads, index(self.new[layer].ravel())).double()
+            rows = rows.reshape(len(rows), self.trials, -1)
+            against = torch.einsum("mo,muf->ufo", seen.gradients[layer], rows) / seen.samples
+            own = torch.einsum("muf,mug->ufg", rows, rows) / seen.samples
+            own = own + self._damping(layer) * torch.eye(own.shape[-1], dtype=own.dtype, device=own.device)
+            total = total + whitened(own, against).square().sum((1, 2)).to(total.device)
+        return total
+
+    def _damping(self, layer: str) -> float:
+        """What damping has added to the diagonal of A; candidates get the same."""
+        return self.method.damping / (1 + self.method.damping) * mean_diagonal(self.moments[layer].inputs)
+
+    def together(self, strips: Mapping[Place, Tensor], half: Sequence[_Seen], exact: bool) -> dict[str, _Joint]:
+        """All candidates at once against the gradient that is left over, on half of the batches."""
+        found: dict[str, _Joint] = {}
+        samples = sum(seen.samples for seen in half)
+        for seen in half:
+            with torch.no_grad():
+                reads = self._reads(strips, seen)
+            for layer in self.layers:
+                module = self.widened.module.model.get_submodule(layer)
+                new = index(self.new[layer].ravel())
+                size = self.widened.plan.change(f"{layer}.weight").after[1]
+                old = torch.tensor(sorted(set(range(size)) - set(new.tolist())), dtype=torch.long)
+                rows = self._features(layer, reads[layer], new).double()
+                present = with_bias(module, self._features(layer, reads[layer], old).double())
+                part = _Joint(
+                    seen.gradients[layer].T @ rows / samples,
+                    rows.T @ rows / samples,
+                    present.T @ rows / samples,
+                    present.T @ present / samples,
+                )
+                found[layer] = found[layer] + part if layer in found else part
+        for layer, joint in found.items():
+            own, present = (
+                m + self._damping(layer) * torch.eye(len(m), dtype=m.dtype) for m in (joint.own, joint.present)
+            )
+            if exact:
+                explained = whitened(present, joint.cross)
+                own = own - explained.T @ explained
+            found[layer] = replace(joint, own=own)
+        return found
+
+    def proposal(self) -> Proposal:
+        """The candidates, optimised on the first half, the best of them by what each adds to those before it there; their
+        gains from the second half.
+        """
+        started = drawn(self.view, self.axis, self.trials * self.axis.multiple, zero="fan_out")
+        silent = {slot.place for slot in self.axis.places("fan_out")}
+        moving = [place for place in started if place not in silent]
+        strips = self._optimised(started, moving)
+        order, _ = _greedy(self.together(strips, self.first, exact=False), self.trials, range(self.trials), self.units)
+        _, gains = _greedy(self.together(strips, self.second, exact=True), self.trials, order, self.units)
+        freedom = sum(m.gradient.shape[0] * self.new[n].shape[1] * self._kernel(n) for n, m in self.moments.items())
+        samples = sum(seen.samples for seen in self.second)
+        beyond = tuple(gain - freedom / samples - _error(freedom, samples) for gain in gains)
+        chosen = torch.tensor(order)
+        kept = {place: strip[chosen] for place, strip in strips.items()}
+        moved = sum(strips[place][0].numel() for place in moving)
+        return Proposal(self.axis.name, self.count, kept, gains=beyond, freedom=moved + freedom)
+
+    def _optimised(self, started: Mapping[Place, Tensor], moving: Sequence[Place]) -> dict[Place, Tensor]:
+        """Every candidate after some steps of Adam on log Delta eta', or as it started where that was better."""
+        strips = {place: strip.detach().clone().requires_grad_(place in moving) for place, strip in started.items()}
+        groups = [
+            {"params": [strips[p]], "lr": _RATE * float(started[p].square().mean().sqrt() or 1.0)} for p in moving
+        ]
+        optimizer = torch.optim.Adam(groups)
+        with torch.enable_grad():
+            for step in range(self.method.steps):
+                optimizer.zero_grad()
+                worth = self.scores(strips, self.first[step % len(self.first)])
+                (-worth.clamp_min(torch.finfo(worth.dtype).tiny).log().sum()).backward()
+                optimizer.step()
+        with torch.no_grad():
+            before, after = (sum(self.scores(one, seen) for seen in self.first) for one in (started, strips))
+        better = torch.as_tensor(after > before)
+        return {
+            place: torch.where(
+                better.reshape(-1, *[1] * (strip.dim() - 1)).to(strip.device), strip.detach(), started[place]
+            )
+            for place, strip in strips.items()
+        }
+
+    def _kernel(self, layer: str) -> int:
+        return self.view.values[f"{layer}.weight"][0, 0].numel()
+
+
+@dataclass(frozen=True)
+class _Joint:
+    """Moments of all candidates of one next layer: E[g_r a_p^T], E[a_p a_p^T], E[a a_p^T], E[a a^T]."""
+
+    against: Tensor
+    own: Tensor
+    cross: Tensor
+    present: Tensor
+
+    def __add__(self, other: _Joint) -> _Joint:
+        parts = (getattr(self, f.name) + getattr(other, f.name) for f in fields(self))
+        return _Joint(*parts)
+
+
+def _greedy(
+    layers: Mapping[str, _Joint], trials: int, allowed: Sequence[int], count: int
+) -> tuple[list[int], list[float]]:
+    """The `count` candidates that add most, each beyond those before it, with what they add; in the given order where only
+    `count` are allowed. A chosen one is taken out of the others and of the gradient (Schur complement).
+    """
+    left, worth = list(allowed), []
+    chosen: list[int] = []
+    while len(chosen) < count:
+        best: list[Tensor] = []
+        for joint in layers.values():
+            size = joint.own.shape[0] // trials
+            blocks = joint.own.reshape(trials, size, trials, size).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+            against = joint.against.reshape(-1, trials, size).permute(1, 2, 0)
+            best.append(whitened(blocks, against).square().sum((1, 2)))
+        total = sum(best[1:], best[0])
+        pick = left[0] if len(allowed) == count else max(left, key=lambda u: float(total[u]))
+        left.remove(pick)
+        chosen.append(pick)
+        worth.append(float(total[pick]))
+        layers = {name: _without(joint, pick, trials) for name, joint in layers.items()}
+    return chosen, worth
+
+
+def _without(joint: _Joint, unit: int, trials: int) -> _Joint:
+    """The moments of what one candidate does not explain; its own block is left as it was."""
+    size = joint.own.shape[0] // trials
+    mine = slice(unit * size, (unit + 1) * size)
+    root = torch.linalg.cholesky(joint.own[mine, mine])
+    explains = torch.cholesky_solve(joint.own[mine], root)
+    own = joint.own - joint.own[:, mine] @ explains
+    own[mine, mine] = joint.own[mine, mine]
+    return replace(joint, against=joint.against - joint.against[:, mine] @ explains, own=own)
+
+
+def _layer_before(model: nn.Module, activation: nn.Module) -> str:
+    """The name of the layer that feeds an inserted activation."""
+    for name, chain in model.named_modules():
+        keys = list(chain._modules)
+        stands = [key for key, module in chain._modules.items() if module is activation]
+        if stands:
+            return f"{name}.{keys[keys.index(stands[0]) - 1]}".removeprefix(".")
+    raise AssertionError("the activation has just been inserted")
+
+
+def _next_layers(view: View, axis: Axis) -> list[str]:
+    """The layers that read the units of an axis.
+
+    Raises:
+        GrowthRefused: Something else reads them.
+    """
+    if axis.streamed or axis.end:
+        raise GrowthRefused(f"SENN has no zero side on axis {axis.name!r}. hint: how.Random grows it")
+    layers = []
+    for slot in axis.places("fan_out"):
+        owner = view.owner(slot)
+        if slot.tied or slot.dim != 1 or not slot.name.endswith("weight") or not scored(owner):
+            raise GrowthRefused(
+                f"SENN scores linear layers and ungrouped convolutions; {slot.name}, which reads axis {axis.name!r}, belongs "
+                f"to a {type(owner).__name__}. hint: leave it out by axes=, or grow it by how.Random()"
+            )
+        layers.append(slot.name.rpartition(".")[0])
+    return layers
+
+
+def _halves(view: View, method: SENN) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The growth batches to choose on, and those to measure on; where there is but one, it is both."""
+    batches = list(view.batches)[: method.batches]
+    middle = len(batches) // 2
+    return batches[:middle] or batches, batches[middle:]
+
+
+def _error(freedom: int, samples: int) -> float:
+    """Two standard errors of a score that is zero: N eta is chi-squared, with one degree of freedom per weight."""
+    return 2 * math.sqrt(2 * freedom) / samples

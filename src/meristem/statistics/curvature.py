@@ -1,0 +1,369 @@
+"""SENN's score: how far the loss could still fall along the natural gradient, with the parameters there are and with some
+that are not there yet.
+
+For a layer that reads a (with a 1 for the bias) and whose pre-activation receives the gradient g, with the second moments
+A = E[a a^T] and S = E[g g^T] and the gradient dW = E[g a^T] of its weights (K-FAC),
+
+    eta = Tr[S^-1 dW A^-1 dW^T],     summed over the layers,
+
+and candidate inputs a_p of that layer add, with g_r = g - dW A^-1 a and C = E[g_r a_p^T],
+
+    Delta eta  = Tr[S^-1 C (A_p - A_pc A^-1 A_cp)^-1 C^T]    exactly,
+    Delta eta' = Tr[S^-1 C A_p^-1 C^T] <= Delta eta.
+
+S is made of the gradients of the loss itself, so nothing has a unit: N eta is Rao's score statistic, and eta / 2 the log
+likelihood per example that a step along the natural gradient would win. From Mitchell, Menzenbach, Kersting, Mundt,
+"Self-Expanding Neural Networks", 2024, arXiv 2307.04526; K-FAC for convolutions: Grosse, Martens, 2016, arXiv 1602.01407.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from meristem.statistics.losses import Loss, called, measured
+from meristem.structure.tracer import tensors
+
+DAMPING = 0.01
+"""Added to every factor: this share of its mean diagonal."""
+_CHUNK = 2**24
+"""Entries of unfolded patches that are held at once."""
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Second moments of one layer over some examples, in float64.
+
+    Attributes:
+        gradient: dW = E[g a^T], (outputs, inputs).
+        inputs: A = E[a a^T], the last entry of a being 1 where the layer has a bias.
+        outputs: S = E[g g^T].
+        samples: The number of examples.
+    """
+
+    gradient: Tensor
+    inputs: Tensor
+    outputs: Tensor
+    samples: int
+
+    def __add__(self, other: Factors) -> Factors:
+        """The moments over the examples of both."""
+        total = self.samples + other.samples
+        parts = ("gradient", "inputs", "outputs")
+        mean = {n: (self.samples * getattr(self, n) + other.samples * getattr(other, n)) / total for n in parts}
+        return Factors(**mean, samples=total)
+
+    def damped(self, damping: float) -> Factors:
+        """The same layer with `damping` times its mean diagonal added to each factor."""
+        return replace(self, inputs=damped(self.inputs, damping), outputs=damped(self.outputs, damping))
+
+    @property
+    def score(self) -> float:
+        """eta = Tr[S^-1 dW A^-1 dW^T]."""
+        return agreement(self, self.gradient, self.gradient)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Moments of inputs that a layer does not have yet: gradient E[g a_p^T], cross E[a a_p^T], inputs E[a_p a_p^T]."""
+
+    gradient: Tensor
+    cross: Tensor
+    inputs: Tensor
+
+    def damped(self, damping: float, layer: Factors) -> Candidates:
+        """Damped as `layer` is: by the same number, since both belong to one matrix."""
+        added = damping * mean_diagonal(layer.inputs)
+        return replace(self, inputs=self.inputs + added * torch.eye(len(self.inputs), dtype=self.inputs.dtype))
+
+
+def agreement(layer: Factors, first: Tensor, second: Tensor) -> float:
+    """Tr[S^-1 dW_1 A^-1 dW_2^T]: the score with the gradients of two sets of examples, free of their sampling error where
+    these are independent.
+    """
+    left, right = (whitened(layer.outputs, whitened(layer.inputs, one.T).T) for one in (first, second))
+    return (left * right).sum().item()
+
+
+def residual(layer: Factors, candidates: Candidates) -> Tensor:
+    """C = E[g_r a_p^T]: what of the gradient the layer's own inputs do not explain, against the candidates."""
+    explained = torch.cholesky_solve(candidates.cross, _root(layer.inputs))
+    return candidates.gradient - layer.gradient @ explained
+
+
+def bound(layer: Factors, candidates: Candidates) -> float:
+    """Delta eta' = Tr[S^-1 C A_p^-1 C^T], which punishes candidates that resemble what is there."""
+    return _norm(layer, residual(layer, candidates), candidates.inputs)
+
+
+def gain(layer: Factors, candidates: Candidates) -> float:
+    """Delta eta = eta with the candidates - eta without them."""
+    return _norm(layer, residual(layer, candidates), unexplained(layer, candidates))
+
+
+def unexplained(layer: Factors, candidates: Candidates) -> Tensor:
+    """A_p - A_pc A^-1 A_cp: the moments of what the layer's own inputs do not explain of the candidates."""
+    half = whitened(layer.inputs, candidates.cross)
+    return candidates.inputs - half.T @ half
+
+
+def exact_score(rows: Tensor, gradient: Tensor, damping: float = 0.0) -> float:
+    """eta = g^T F^-1 g with F = J^T J / N, for parameters few enough to hold it.
+
+    Args:
+        rows: J, (N, parameters): the derivative of every example's output, as one row (of its loss, for the loss's own
+            metric).
+        gradient: g, (parameters,): the gradient of the mean loss.
+        damping: Added to F: this share of its mean diagonal.
+    """
+    fisher = rows.T.double() @ rows.double() / len(rows)
+    root = whitened(damped(fisher, damping), gradient.double()[:, None])
+    return root.square().sum().item()
+
+
+def largest_number(alpha: float, tau: float, most: float) -> float:
+    """N_s = 1 + (ln lambda - ln alpha) / ln(1 + tau): fewer additions than this can be accepted one after the other while no
+    parameter moves, if each must add more than `tau` of the score and `alpha` in all, and the score never exceeds `most`.
+    """
+    return 1 + float(torch.log(torch.tensor(most / alpha)) / torch.log1p(torch.tensor(tau)))
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """Factors of every layer that can be scored, by name: linear layers, ungrouped convolutions, affine norms."""
+
+    layers: Mapping[str, Factors]
+
+    @property
+    def samples(self) -> int:
+        return next(iter(self.layers.values())).samples if self.layers else 0
+
+    def __add__(self, other: Curvature) -> Curvature:
+        return Curvature({name: layer + other.layers[name] for name, layer in self.layers.items()})
+
+    def score(self, damping: float = DAMPING) -> float:
+        """eta of the whole net."""
+        return sum(layer.damped(damping).score for layer in self.layers.values())
+
+
+def score(first: Curvature, second: Curvature, damping: float = DAMPING) -> float:
+    """eta of the whole net without its sampling error: the gradients of two sets of examples against each other."""
+    total = 0.0
+    for name, layer in (first + second).layers.items():
+        total += agreement(layer.damped(damping), first.layers[name].gradient, second.layers[name].gradient)
+    return total
+
+
+def measure(model: nn.Module, loss: Loss, batches: Iterable[Any], layers: Sequence[str] | None = None) -> Curvature:
+    """The curvature of a copy of a model whose gradients may be written, in eval mode; one pass forward and backward.
+
+    Only one batch at a time is held, so memory does not grow with the data. `layers` names the layers to look at, all that
+    can be scored by default.
+    """
+    found: dict[str, Factors] = {}
+    names = [n for n, m in model.named_modules() if scored(m)] if layers is None else layers
+    for batch in batches:
+        with Watched(model, names) as watched:
+            watched.run(loss, batch)
+        for name in watched.calls:
+            factors = watched.factors(name)
+            found[name] = found[name] + factors if name in found else factors
+    return Curvature(found)
+
+
+def scored(module: nn.Module) -> bool:
+    """Whether the score knows a layer."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return module.groups == 1 and not module.transposed
+    if isinstance(module, _NORMS):
+        tracks = getattr(module, "running_mean", 0) is not None
+        return module.weight is not None and tracks
+    return isinstance(module, nn.Linear)
+
+
+class Watched:
+    """Sees what some layers of a copy of a model read and which gradient comes back to them, while it is entered.
+
+    Attributes:
+        calls: By layer, for every call: what it read, and what it gave.
+        samples: Examples of the batch, as the rows of the model's output count them: images, or tokens.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        self.model = model
+        self.names = list(names)
+        self.calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self.samples = 0
+
+    def __enter__(self) -> Watched:
+        modules = dict(self.model.named_modules())
+        self._hooks = [modules[name].register_forward_hook(self._seen(name)) for name in self.names]
+        self._hooks.append(self.model.register_forward_hook(self._counted))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _seen(self, name: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if output.requires_grad:
+                output.retain_grad()
+                self.calls.setdefault(name, []).append((args[0], output))
+
+        return hook
+
+    def _counted(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        (out, *_) = tensors(output)
+        self.samples += out.numel() // max(_classes(out), 1)
+
+    def run(self, loss: Loss, batch: Any) -> None:
+        """The loss and its gradients on one batch."""
+        self.model.eval()
+        self.model.requires_grad_(True)
+        self.model.zero_grad()
+        with torch.enable_grad():
+            value = measured(lambda: called(loss, self.model, batch))
+            if value.requires_grad:
+                value.backward()
+        self.model.zero_grad()
+
+    def factors(self, name: str) -> Factors:
+        """The moments of one layer over the batch."""
+        module = self.model.get_submodule(name)
+        if isinstance(module, _NORMS):
+            return self._norm_factors(name, module)
+        sums: list[Tensor] | None = None
+        count = 0
+        for inputs, gradients, _ in self.rows(name):
+            parts = [gradients.T @ inputs, inputs.T @ inputs, gradients.T @ gradients]
+            sums = parts if sums is None else [a + b for a, b in zip(sums, parts, strict=True)]
+            count += len(inputs)
+        assert sums is not None
+        gradient, inputs, outputs = sums
+        return Factors(gradient / self.samples, inputs / self.samples, outputs / count, self.samples)
+
+    def rows(self, name: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """What a layer reads, with a 1 where it has a bias, (rows, inputs); the gradient g of its pre-activation for the loss
+        of one example, and what it gives, (rows, outputs); in float64, a piece at a time.
+        """
+        module = self.model.get_submodule(name)
+        for read, given in self.calls[name]:
+            gradient = given.grad if given.grad is not None else torch.zeros_like(given)
+            for part, back, out in zip(*_pieces(module, read.detach(), gradient, given.detach()), strict=True):
+                yield (
+                    with_bias(module, patches(module, part).double()),
+                    self.samples * flat(module, back).double(),
+                    flat(module, out).double(),
+                )
+
+    def _norm_factors(self, name: str, module: Any) -> Factors:
+        """Scale and shift of a norm: few enough for the Fisher matrix of whole examples."""
+        rows: Tensor | None = None
+        for read, given in self.calls[name]:
+            gradient = (given.grad if given.grad is not None else torch.zeros_like(given)).double()
+            parts = [gradient * _normalised(module, read.detach()).double()]
+            parts += [gradient] if getattr(module, "bias", None) is not None else []
+            dims = [_channel(module, given)] if not isinstance(module, (nn.LayerNorm, nn.RMSNorm)) else None
+            shape = module.weight.shape
+            over = [part.movedim(dims[0], -1) if dims else part for part in parts]
+            per_row = torch.cat([part.reshape(len(given), -1, shape.numel()).sum(1) for part in over], 1)
+            rows = per_row if rows is None or len(rows) != len(per_row) else rows + per_row
+        assert rows is not None
+        rows = self.samples * rows
+        mean = rows.sum(0, keepdim=True) / self.samples
+        return Factors(mean, rows.T @ rows / self.samples, torch.ones(1, 1, dtype=rows.dtype), self.samples)
+
+
+def patches(module: nn.Module, read: Tensor) -> Tensor:
+    """What every output position of a layer reads, in rows: (rows, inputs), or (rows, channels x kernel)."""
+    if isinstance(module, nn.Linear):
+        return read.reshape(-1, read.shape[-1])
+    assert isinstance(module, nn.modules.conv._ConvNd)
+    dims = len(module.kernel_size)
+    size = int(torch.tensor(module.kernel_size).prod())
+    channels = read.shape[1]
+    if size == 1 and all(s == 1 for s in module.stride) and module.padding in ((0,) * dims, "valid", "same"):
+        return read.movedim(1, -1).reshape(-1, channels)
+    one_hot = torch.eye(size, dtype=read.dtype, device=read.device).reshape(size, 1, *module.kernel_size)
+    padding: Any = module.padding
+    if module.padding_mode != "zeros":
+        read = F.pad(read, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+        padding = 0
+    convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
+    unfolded = convolve(
+        read, one_hot.repeat(channels, *[1] * (dims + 1)), None, module.stride, padding, module.dilation, channels
+    )
+    rows: Tensor = unfolded.movedim(1, -1).reshape(-1, channels * size)
+    return rows
+
+
+def flat(module: nn.Module, given: Tensor) -> Tensor:
+    """What a layer gives (or its gradient) in rows, as `patches` has them: (rows, outputs)."""
+    return given.movedim(_channel(module, given), -1).reshape(-1, given.shape[_channel(module, given)])
+
+
+def with_bias(module: nn.Module, rows: Tensor) -> Tensor:
+    """Rows with a 1 appended where the layer has a bias."""
+    return torch.cat([rows, rows.new_ones(len(rows), 1)], 1) if module.bias is not None else rows
+
+
+def _pieces(module: nn.Module, read: Tensor, *given: Tensor) -> list[Sequence[Tensor]]:
+    """The examples of a convolution a few at a time, so that their patches never take more than a fixed room."""
+    if isinstance(module, nn.Linear):
+        return [[read], *([one] for one in given)]
+    assert isinstance(module, nn.modules.conv._ConvNd)
+    entries = given[0][0, 0].numel() * read.shape[1] * int(torch.tensor(module.kernel_size).prod())
+    each = max(1, _CHUNK // max(entries, 1))
+    return [one.split(each) for one in (read, *given)]
+
+
+def _channel(module: nn.Module, given: Tensor) -> int:
+    return given.dim() - 1 if isinstance(module, nn.Linear) else 1
+
+
+def _classes(output: Tensor) -> int:
+    """How many numbers an output has for one example: the last dimension, or the second of maps."""
+    return output.shape[1 if output.dim() > 3 else -1] if output.dim() > 1 else 1
+
+
+def _normalised(module: Any, read: Tensor) -> Tensor:
+    """What an affine norm scales and shifts."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return F.batch_norm(read, module.running_mean, module.running_var, eps=module.eps)
+    if isinstance(module, nn.GroupNorm):
+        return F.group_norm(read, module.num_groups, eps=module.eps)
+    if isinstance(module, nn.RMSNorm):
+        return F.rms_norm(read, module.normalized_shape, eps=module.eps)
+    return F.layer_norm(read, module.normalized_shape, eps=module.eps)
+
+
+def mean_diagonal(matrix: Tensor) -> float:
+    """The mean diagonal entry; never zero, so that a factor without any entry can be damped too."""
+    return max(matrix.diagonal().mean().item(), torch.finfo(torch.float64).tiny) if len(matrix) else 0.0
+
+
+def damped(matrix: Tensor, damping: float) -> Tensor:
+    """The matrix with `damping` times its mean diagonal added."""
+    return matrix + damping * mean_diagonal(matrix) * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+
+
+def _root(matrix: Tensor) -> Tensor:
+    root: Tensor = torch.linalg.cholesky(matrix)
+    return root
+
+
+def whitened(matrix: Tensor, columns: Tensor) -> Tensor:
+    """L^-1 columns, where L L^T is the matrix."""
+    solved: Tensor = torch.linalg.solve_triangular(_root(matrix), columns, upper=False)
+    return solved
+
+
+def _norm(layer: Factors, residual: Tensor, inputs: Tensor) -> float:
+    return whitened(layer.outputs, whitened(inputs, residual.T).T).square().sum().item()

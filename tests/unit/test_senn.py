@@ -1,0 +1,274 @@
+"""SENN: the tests of its specification, on the score, on what is proposed and on what is accepted."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import meristem as ms
+from meristem.how.senn import _Space
+from meristem.statistics import curvature
+from meristem.statistics.batches import growth_batches
+from meristem.statistics.curvature import Candidates, Factors, bound, exact_score, gain, residual
+from meristem.structure import Structure
+from meristem.structure.twin import Example
+from meristem.view import View
+
+
+def factors(a: Tensor, g: Tensor) -> Factors:
+    n = len(a)
+    return Factors(g.T @ a / n, a.T @ a / n, g.T @ g / n, n)
+
+
+def candidates(a: Tensor, p: Tensor, g: Tensor) -> Candidates:
+    n = len(a)
+    return Candidates(g.T @ p / n, a.T @ p / n, p.T @ p / n)
+
+
+A = torch.tensor([[1.0, 0], [0, 1], [1, 1], [2, -1]], dtype=torch.float64)
+P = torch.tensor([[1.0], [0], [2], [1]], dtype=torch.float64)
+G = torch.tensor([[1.0, 0], [0, 1], [-1, 1], [2, 0]], dtype=torch.float64)
+ONE = torch.ones(4, 1, dtype=torch.float64)
+
+
+def test_the_golden_case() -> None:
+    layer, new = factors(A, G), candidates(A, P, G)
+    assert layer.score == pytest.approx(1.625668, abs=1e-6)
+    assert factors(torch.cat([A, P], 1), G).score == pytest.approx(1.917355, abs=1e-6)
+    assert gain(layer, new) == pytest.approx(0.291687, abs=1e-6)
+    assert bound(layer, new) == pytest.approx(0.031456, abs=1e-6)
+    torch.testing.assert_close(
+        residual(layer, new)[:, 0], torch.tensor([-0.205882, -0.058824]).double(), atol=1e-6, rtol=0
+    )
+    left = G - A @ torch.linalg.solve(layer.inputs, layer.gradient.T)
+    expected = [[0.470588, -0.294118], [0.823529, 0.235294], [-0.705882, -0.058824], [0.117647, 0.176471]]
+    torch.testing.assert_close(left, torch.tensor(expected).double(), atol=1e-6, rtol=0)
+    assert (left.T @ A).abs().max() < 1e-12
+    biased = torch.cat([A, ONE], 1)
+    assert factors(biased, G).score == pytest.approx(1.909091, abs=1e-6)
+    assert gain(factors(biased, G), candidates(biased, P, G)) == pytest.approx(0.090909, abs=1e-6)
+
+
+shapes = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 10**6))
+
+
+@given(shapes)
+@settings(max_examples=50, deadline=None)
+def test_the_bound_and_the_gain(shape: tuple[int, int, int, int]) -> None:
+    """0 <= Delta eta' <= Delta eta = eta after - eta before, and neither sees how inputs or candidates are mixed."""
+    inputs, new, outputs, seed = shape
+    draw = torch.Generator().manual_seed(seed)
+    normal = lambda *size: torch.randn(*size, generator=draw, dtype=torch.float64)
+    a, p, g = normal(40, inputs), normal(40, new), normal(40, outputs)
+    layer, added = factors(a, g), candidates(a, p, g)
+    exact = gain(layer, added)
+    assert 0 <= bound(layer, added) <= exact * (1 + 1e-9)
+    assert exact == pytest.approx(factors(torch.cat([a, p], 1), g).score - layer.score, rel=1e-6, abs=1e-9)
+    mixed_a, mixed_p = a @ normal(inputs, inputs), p @ normal(new, new)
+    mixed = factors(mixed_a, g), candidates(mixed_a, mixed_p, g)
+    assert gain(*mixed) == pytest.approx(exact, rel=1e-5, abs=1e-9)
+    assert bound(*mixed) == pytest.approx(bound(layer, added), rel=1e-5, abs=1e-9)
+
+
+def test_a_duplicate_and_a_constant_add_nothing() -> None:
+    draw = torch.Generator().manual_seed(0)
+    a = torch.cat([torch.randn(30, 3, generator=draw).double(), torch.ones(30, 1).double()], 1)
+    g = torch.randn(30, 2, generator=draw).double()
+    for p in (a[:, :1] * 2, torch.full((30, 1), 3.0).double()):
+        assert bound(factors(a, g), candidates(a, p, g)) < 1e-20
+        damped = factors(a, g).damped(0.01)
+        assert gain(damped, candidates(a, p, g).damped(0.01, factors(a, g))) < 0.02 * damped.score
+
+
+def net(activation: type[nn.Module] = nn.Tanh, hidden: int = 6) -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(4, hidden), activation(), nn.Linear(hidden, 3)).double()
+
+
+def squared(model: nn.Module, batch: Any) -> Tensor:
+    return (model(batch[0]) - batch[1]).square().sum(1).mean()
+
+
+def data(batches: int = 4, size: int = 32) -> list[tuple[Tensor, Tensor]]:
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(batches, size, 4, generator=draw).double()
+    y = torch.stack([(x[..., 0] * x[..., 1]), x[..., 2].sin(), x[..., 3].abs()], -1)
+    return list(zip(x, y, strict=True))
+
+
+def test_the_score_of_a_network_is_made_of_its_own_moments() -> None:
+    """Against moments of explicit rows: linear with its bias, over batches, with the gradients of single examples."""
+    model, batches = net(), data()
+    found = curvature.measure(copy.deepcopy(model), squared, batches)
+    x, y = (torch.cat([b[i] for b in batches]) for i in range(2))
+    hidden = model[1](model[0](x)).detach()
+    back = 2 * (model(x) - y).detach()
+    expected = factors(torch.cat([hidden, torch.ones(len(x), 1).double()], 1), back)
+    layer = found.layers["2"]
+    torch.testing.assert_close(layer.gradient, expected.gradient)
+    torch.testing.assert_close(layer.inputs, expected.inputs)
+    torch.testing.assert_close(layer.outputs, expected.outputs)
+    assert layer.samples == len(x)
+    assert found.score() == pytest.approx(sum(one.damped(curvature.DAMPING).score for one in found.layers.values()))
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"stride": 2}, {"padding": 1, "padding_mode": "circular"}, {"dilation": 2, "padding": "same"}, {"bias": False},
+])  # fmt: skip
+def test_a_convolution_is_scored_over_its_patches(options: dict[str, Any]) -> None:
+    """The gradient from patches is the gradient that autograd gives the kernel."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, **options), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    ).double()
+    batch = torch.randn(5, 3, 8, 8).double(), torch.randn(5, 2).double()
+    layer = curvature.measure(copy.deepcopy(model), squared, [batch]).layers["0"]
+    squared(model, batch).backward()
+    expected = model[0].weight.grad.flatten(1)
+    if model[0].bias is not None:
+        expected = torch.cat([expected, model[0].bias.grad[:, None]], 1)
+    torch.testing.assert_close(layer.gradient, expected)
+    assert torch.linalg.eigvalsh(layer.damped(0.1).inputs).min() > 0
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm([4, 5, 5])])
+def test_a_norm_is_scored_by_its_scale_and_shift(norm: nn.Module) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), copy.deepcopy(norm), nn.Tanh(), nn.Flatten(), nn.Linear(100, 2)
+    ).double()
+    batch = torch.randn(6, 3, 5, 5).double(), torch.randn(6, 2).double()
+    layer = curvature.measure(copy.deepcopy(model), squared, [batch]).layers["1"]
+    squared(model.eval(), batch).backward()
+    expected = torch.cat([model[1].weight.grad.flatten(), model[1].bias.grad.flatten()])
+    torch.testing.assert_close(layer.gradient[0], expected)
+
+
+def test_the_exact_score_stays_below_the_loss_gradients_own_norm() -> None:
+    """eta = (1/N) ||P g_y||^2 <= lambda = (1/N) ||g_y||^2 with the exact Fisher matrix, here of the outputs."""
+    draw = torch.Generator().manual_seed(0)
+    jacobian, back = torch.randn(20, 12, generator=draw).double(), torch.randn(20, generator=draw).double()
+    gradient = jacobian.T @ back / 20
+    eta = exact_score(jacobian, gradient)
+    assert eta <= back.square().mean().item()
+    assert eta == pytest.approx((back @ jacobian @ torch.linalg.lstsq(jacobian, back[:, None]).solution).item() / 20)
+
+
+def test_additions_on_frozen_parameters_respect_the_rate_bound() -> None:
+    """Random features one after the other, each taken where it adds more than tau of the score and alpha in all."""
+    draw = torch.Generator().manual_seed(0)
+    for tau, alpha in ((0.05, 0.01), (0.3, 0.001), (1.0, 0.05)):
+        back = torch.randn(60, generator=draw).double()
+        rows = torch.randn(60, 1, generator=draw).double()
+        most, taken = back.square().mean().item(), 0
+        eta = exact_score(rows, rows.T @ back / 60)
+        for _ in range(58):
+            wider = torch.cat([rows, torch.randn(60, 1, generator=draw).double()], 1)
+            new = exact_score(wider, wider.T @ back / 60)
+            if new - eta > max(tau * eta, alpha):
+                rows, eta, taken = wider, new, taken + 1
+        assert taken < curvature.largest_number(alpha, tau, most)
+
+
+def space(model: nn.Module, axis: str = "0", method: ms.how.SENN | None = None, count: int = 2) -> _Space:
+    batches = data()
+    structure = Structure(model, Example((batches[0][0],), {}))
+    view = View(structure, torch.Generator().manual_seed(0), squared, growth_batches(batches, 4, torch.Generator()))
+    return _Space(view, squared, structure.axes.named(axis), count, method or ms.how.SENN(candidates=5))
+
+
+def test_the_gradient_of_the_score_matches_finite_differences() -> None:
+    tried = space(net())
+    started = ms.how.draws.drawn(tried.view, tried.axis, tried.trials, zero="fan_out")
+    place = tried.axis.places("fan_in")[0].place
+
+    def score(strip: Tensor) -> Tensor:
+        return tried.scores({**started, place: strip}, tried.first[0])
+
+    assert torch.autograd.gradcheck(score, started[place].clone().requires_grad_(), atol=1e-6)
+    alone = bound_by_hand(tried, started, 3)
+    assert score(started[place])[3].item() == pytest.approx(alone, rel=1e-6)
+
+
+def bound_by_hand(tried: _Space, strips: Any, unit: int) -> float:
+    """Delta eta' of one candidate from rows that are computed here; the layer's own moments are those of all batches."""
+    model = tried.view.structure.model
+    x, y = tried.first[0].batch
+    weight, bias = (strips[slot.place] for slot in tried.axis.slots if slot.role != "fan_out")
+    read = torch.tanh(x @ weight[unit].flatten() + bias[unit].item())[:, None]
+    hidden = torch.cat([model[1](model[0](x)), torch.ones(len(x), 1).double()], 1).detach()
+    layer = tried.moments["2"]
+    back = 2 * (model(x) - y).detach()
+    left = back - hidden @ torch.linalg.solve(layer.inputs, layer.gradient.T)
+    own = (read.T @ read / len(x)).item() + tried._damping("2")
+    against = (left.T @ read / len(x))[:, 0]
+    return (against @ torch.linalg.solve(layer.outputs, against)).item() / own
+
+
+def test_optimised_candidates_never_score_below_their_start() -> None:
+    tried = space(net(nn.ReLU), method=ms.how.SENN(candidates=8, steps=25))
+    started = ms.how.draws.drawn(tried.view, tried.axis, tried.trials, zero="fan_out")
+    moving = [slot.place for slot in tried.axis.slots if slot.role != "fan_out"]
+    reached = tried._optimised(started, moving)
+    before, after = (sum(tried.scores(one, seen) for seen in tried.first) for one in (started, reached))
+    assert (after >= before).all()
+    assert (after > 1.5 * before).sum() >= 4
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU, nn.GELU])
+def test_what_is_inserted_is_what_was_optimised(activation: type[nn.Module]) -> None:
+    """Outputs stay (a wider matrix product may sum in another order); the new fan-out receives E[g a_p^T], the new fan-in
+    nothing.
+    """
+    model, batches = net(activation), data()
+    x, y = batches[0]
+    with torch.no_grad():
+        before = model(x)
+    offered: list[Any] = []
+
+    class Seen(ms.how.SENN):
+        def propose(self, *args: Any) -> Any:
+            offered.append(super().propose(*args))
+            return offered[-1]
+
+    growth = ms.grow_(model, {"0": 3}, x, how=Seen(), loss=squared, data=batches)
+    assert growth.flops > 0
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), before, rtol=0, atol=1e-14)
+    assert not model[2].weight[:, 6:].any()
+    weight = offered[0].strips[("0.weight", 0)][:, 0]
+    assert torch.equal(model[0].weight[6:], weight)
+    squared(model, (x, y)).backward()
+    new = torch.nn.functional.linear(x, model[0].weight[6:], model[0].bias[6:])
+    expected = (2 * (before - y)).T @ activation()(new) / len(x)
+    torch.testing.assert_close(model[2].weight.grad[:, 6:], expected.detach())
+    assert not model[0].weight.grad[6:].any()
+    assert list(offered[0].gains) == sorted(offered[0].gains, reverse=True) or len(offered[0].gains) == 3
+
+
+def test_a_layer_is_the_identity_when_it_is_inserted() -> None:
+    model = net().float()
+    batches = [(x.float(), y.float()) for x, y in data()]
+    growth = ms.grow_(model, {"2:depth": 1}, batches[0][0], how=ms.how.SENN(), loss=squared, data=batches)
+    assert growth.max_change <= 1e-6
+    assert isinstance(model[2][1], ms.Rational)
+
+
+def test_no_gradient_no_growth() -> None:
+    """A net that fits exactly: no NaN, nothing accepted."""
+    model = net()
+    batches = [(x, model(x).detach()) for x, _ in data()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    grower = ms.Grower(
+        model, optimizer, loss=squared, data=batches, when=ms.when.Every(steps=1), how=ms.how.SENN(), where=ms.where.SENN(),
+        amount=4,
+    )  # fmt: skip
+    assert grower.grow() is None
+    assert grower.clock.refusals == 1
+    assert all(torch.isfinite(p).all() for p in model.parameters())
