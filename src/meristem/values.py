@@ -152,8 +152,8 @@ class Proposal:
     A strip holds the new entries of one place, unit by unit: shape (units, entries per unit, *the other dimensions of
     the tensor at their present size). A place without a strip starts by its fill, or as a copy where `copies` is given.
     New units of a depth axis are `blocks`. `gains` are predicted first-order gains per unit, best first, where the method
-    finds them, and `freedom` how many parameters of one unit were free to give that gain; `flops` is what finding them
-    cost; `note` is for the reader of the log.
+    finds them; where they are measured on a sample, `error` is the standard error of one gain, and `freedom` how many weights
+    of a unit were fitted to that very sample. `flops` is what finding them cost; `note` is for the reader of the log.
     """
 
     axis: str
@@ -162,6 +162,7 @@ class Proposal:
     copies: Copies | None = None
     blocks: Blocks | None = None
     gains: tuple[float, ...] = ()
+    error: float = 0.0
     freedom: int = 0
     flops: int = 0
     note: str = ""

@@ -9,17 +9,17 @@ weights are zero, so the function is preserved. A new layer of a chain is the id
 the identity too; it adds to the score through the two coefficients beta, gamma of that activation. A new block of a run is
 silent and adds through its last projections.
 
-Differences from the paper: units are chosen and optimised on one half of the growth batches, and their gain, Delta eta, is
-measured on the other half, where choosing has not flattered them; several units are offered at once, each by what it adds to
-those before it; any activation; convolutions over unfolded patches. A gain is given without the part that pure chance gives
-(one per outgoing weight and example) and less two standard errors of it.
+Differences from the paper: units are optimised on some of the growth batches, and their gain, Delta eta, is measured on the
+others, where that has not flattered them; several units are offered at once, each by what it adds to those before it; any
+activation; convolutions over unfolded patches. A gain is given without the part that pure chance gives, one per outgoing
+weight and example.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,7 +41,6 @@ from meristem.statistics.curvature import (
     patches,
     scored,
     whitened,
-    with_bias,
 )
 from meristem.statistics.flops import counting
 from meristem.statistics.losses import Loss
@@ -51,8 +50,12 @@ from meristem.surgery.verify import silenced
 from meristem.values import Blocks, Proposal, index
 from meristem.view import View
 
-_RATE = 0.1
+_RATE = 0.4
 """Step size of the optimisation of candidates, in root mean squares of their first weights."""
+_MEMORY = 0.9
+"""Decay of the running mean that the optimisation climbs along."""
+_LOOKS = 8
+"""Batches on which optimised candidates are held against their start."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,9 @@ class SENN:
     """New units optimised on the score that they add, identity layers behind rational activations, silent blocks.
 
     Args:
-        candidates: Random units that are optimised side by side, at the least; twice the wanted number where that is more.
+        candidates: Random units that are optimised side by side; as many as are wanted, where that is more.
         steps: Gradient steps of their optimisation, each on one growth batch.
-        batches: Growth batches; candidates are chosen on one half of them and measured on the other.
+        batches: Growth batches; candidates are optimised on three quarters of them and measured on the others.
         damping: Share of its mean diagonal that is added to every factor.
 
     Examples:
@@ -74,9 +77,9 @@ class SENN:
         {'0': 10}
     """
 
-    candidates: int = 32
-    steps: int = 30
-    batches: int = 8
+    candidates: int = 24
+    steps: int = 200
+    batches: int = 256
     damping: float = DAMPING
 
     @property
@@ -111,8 +114,8 @@ class SENN:
             module = made[place][1].get_submodule(tensor.rpartition(".")[0])
             silent.setdefault(place, set()).update({names[id(module)]} if scored(module) else ())
         watched = sorted(set().union(*silent.values()))
-        parts = [measure(copied, loss, half, watched) for half in _halves(view, self)]
-        gains, freedom = [], 0
+        parts = [measure(copied, loss, half, watched) for half in _parts(view, self)]
+        gains, freedom, samples = [], 0, 1
         for listed in silent.values():
             both = [(parts[0].layers[name] + parts[1].layers[name]).damped(self.damping) for name in listed]
             found = sum(
@@ -120,8 +123,9 @@ class SENN:
                 for name, layer in zip(listed, both, strict=True)
             )
             freedom = sum(layer.gradient.numel() for layer in both)
-            gains.append(found - _error(freedom, both[0].samples) if both else 0.0)
-        return replace(offered, gains=tuple(gains), freedom=freedom)
+            gains.append(found)
+            samples = max((layer.samples for layer in both), default=1)
+        return replace(offered, gains=tuple(gains), error=_error(freedom, samples), freedom=freedom)
 
     def _layer(self, view: View, loss: Loss, axis: Axis, count: int) -> Proposal:
         """Identity layers of a chain; the first adds the score of beta and gamma of its rational activation at the identity,
@@ -136,7 +140,7 @@ class SENN:
         before = _layer_before(copied, next(module for module in block.children() if isinstance(module, Rational)))
         total: dict[str, Tensor] = {}
         samples = rows = 0
-        for batch in [batch for half in _halves(view, self) for batch in half]:
+        for batch in [batch for half in _parts(view, self) for batch in half]:
             with Watched(copied, [before]) as watched:
                 watched.run(loss, batch)
             for read, back, given in watched.rows(before):
@@ -158,8 +162,15 @@ class SENN:
         fisher = mean["outputs"] * (mean["features"] - mean["cross"].T @ explained)
         found = whitened(damped(fisher, self.damping), gradient[:, None]).square().sum().item()
         freedom = len(gradient)
-        gain = found - freedom / samples - _error(freedom, samples)
-        return Proposal(axis.name, count, blocks=blocks, gains=(gain, *[0.0] * (count - 1)), freedom=freedom)
+        gain = found - freedom / samples
+        return Proposal(
+            axis.name,
+            count,
+            blocks=blocks,
+            gains=(gain, *[0.0] * (count - 1)),
+            error=_error(freedom, samples),
+            freedom=freedom,
+        )
 
 
 @dataclass(frozen=True)
@@ -184,39 +195,33 @@ class _Space:
     def __init__(self, view: View, loss: Loss, axis: Axis, count: int, method: SENN) -> None:
         self.view, self.loss, self.axis, self.count, self.method = view, loss, axis, count, method
         self.units = count // axis.multiple
-        self.trials = max(method.candidates, 2 * self.units)
+        self.trials = max(method.candidates, self.units)
         self.layers = _next_layers(view, axis)
-        self.first, self.second = self._residuals(*_halves(view, method))
+        self.copied = twin(view.structure.model, lambda name, _: view.values[name].clone())
+        self.first, self.second = _parts(view, method)
+        layers = measure(self.copied, loss, self.first, self.layers).layers
+        self.moments = {layer: layers[layer].damped(method.damping) for layer in self.layers}
+        self.slopes = {
+            layer: torch.cholesky_solve(m.gradient.T, torch.linalg.cholesky(m.inputs))
+            for layer, m in self.moments.items()
+        }
         self.widened = view.widened(axis, self.trials * axis.multiple)
         self.new = {
             layer: new_units(self.widened.plan, axis.name, Place(f"{layer}.weight", 1)) for layer in self.layers
         }
 
-    def _residuals(self, *halves: Sequence[Any]) -> list[list[_Seen]]:
-        """The halves of the growth batches with the gradient that is left over; the moments of the next layers are kept."""
-        copied = twin(self.view.structure.model, lambda name, _: self.view.values[name].clone())
-        moments = [measure(copied, self.loss, half, self.layers) for half in halves]
-        both = moments[0] + moments[1]
-        self.moments = {layer: both.layers[layer].damped(self.method.damping) for layer in self.layers}
-        slopes = {
-            n: torch.cholesky_solve(m.gradient.T, torch.linalg.cholesky(m.inputs)) for n, m in self.moments.items()
-        }
-        found: list[list[_Seen]] = []
-        for half in halves:
-            found.append([])
-            for batch in half:
-                with Watched(copied, self.layers) as watched:
-                    watched.run(self.loss, batch)
-                left = {
-                    layer: torch.cat([
-                        whitened(self.moments[layer].outputs, (back - read @ slopes[layer]).T).T
-                        for read, back, _ in watched.rows(layer)
-                    ])
-                    for layer in self.layers
-                }  # fmt: skip
-                calls = {layer: len(watched.calls[layer]) for layer in self.layers}
-                found[-1].append(_Seen(batch, watched.samples, calls, left))
-        return found
+    def seen(self, batch: Any) -> _Seen:
+        """A growth batch as the next layers see it."""
+        with Watched(self.copied, self.layers) as watched:
+            watched.run(self.loss, batch)
+        left = {
+            layer: torch.cat([
+                whitened(self.moments[layer].outputs, (back - read @ self.slopes[layer]).T).T
+                for read, back, _ in watched.rows(layer)
+            ])
+            for layer in self.layers
+        }  # fmt: skip
+        return _Seen(batch, watched.samples, {layer: len(watched.calls[layer]) for layer in self.layers}, left)
 
     def _reads(self, strips: Mapping[Place, Tensor], seen: _Seen) -> dict[str, list[Tensor]]:
         """What the next layers read, old and new, on one batch: one tensor for every call. The forward stops behind them."""
@@ -247,90 +252,103 @@ class _Space:
         channel = -1 if isinstance(module, nn.Linear) else 1
         return torch.cat([patches(module, read.index_select(channel, where.to(read.device))) for read in reads])
 
-    def scores(self, strips: Mapping[Place, Tensor], seen: _Seen) -> Tensor:
-        """Delta eta' of every candidate alone, on one batch, differentiable in the strips."""
-        total = torch.zeros(self.trials, dtype=torch.float64)
+    def whitened(self, strips: Mapping[Place, Tensor], seen: _Seen) -> list[Tensor]:
+        """L^-1 C^T S^-1/2 with L L^T = A_p, of every candidate alone: (candidates, entries, outputs) for every next layer, on
+        one batch, differentiable in the strips. Its square is Delta eta'.
+        """
+        found = []
         for layer, reads in self._reads(strips, seen).items():
             rows = self._features(layer, reads, index(self.new[layer].ravel())).double()
             rows = rows.reshape(len(rows), self.trials, -1)
             against = torch.einsum("mo,muf->ufo", seen.gradients[layer], rows) / seen.samples
             own = torch.einsum("muf,mug->ufg", rows, rows) / seen.samples
             own = own + self._damping(layer) * torch.eye(own.shape[-1], dtype=own.dtype, device=own.device)
-            total = total + whitened(own, against).square().sum((1, 2)).to(total.device)
-        return total
+            found.append(whitened(own, against))
+        return found
+
+    def scores(self, strips: Mapping[Place, Tensor], batches: Sequence[Any]) -> Tensor:
+        """Delta eta' of every candidate alone, over several batches."""
+        with torch.no_grad():
+            parts = [self.whitened(strips, self.seen(batch)) for batch in batches]
+            return sum(torch.stack(layer).mean(0).square().sum((1, 2)).cpu() for layer in zip(*parts, strict=True))  # type: ignore[return-value]
 
     def _damping(self, layer: str) -> float:
         """What damping has added to the diagonal of A; candidates get the same."""
         return self.method.damping / (1 + self.method.damping) * mean_diagonal(self.moments[layer].inputs)
 
-    def together(self, strips: Mapping[Place, Tensor], half: Sequence[_Seen], exact: bool) -> dict[str, _Joint]:
-        """All candidates at once against the gradient that is left over, on half of the batches."""
-        found: dict[str, _Joint] = {}
-        samples = sum(seen.samples for seen in half)
-        for seen in half:
+    def together(self, strips: Mapping[Place, Tensor], batches: Sequence[Any]) -> tuple[dict[str, _Joint], int]:
+        """All candidates at once beyond what the layer's own inputs explain, on some batches, and how many examples these have.
+
+        Everything is taken from these batches alone: a slope dW A^-1 from elsewhere would leave an error in g_r that candidates
+        optimised on it have learnt to explain.
+        """
+        found: dict[str, list[Tensor]] = {}
+        samples = 0
+        for batch in batches:
+            with Watched(self.copied, self.layers) as watched:
+                watched.run(self.loss, batch)
+            seen = _Seen(batch, watched.samples, {layer: len(watched.calls[layer]) for layer in self.layers}, {})
+            samples += seen.samples
             with torch.no_grad():
                 reads = self._reads(strips, seen)
             for layer in self.layers:
-                module = self.widened.module.model.get_submodule(layer)
-                new = index(self.new[layer].ravel())
-                size = self.widened.plan.change(f"{layer}.weight").after[1]
-                old = torch.tensor(sorted(set(range(size)) - set(new.tolist())), dtype=torch.long)
-                rows = self._features(layer, reads[layer], new).double()
-                present = with_bias(module, self._features(layer, reads[layer], old).double())
-                part = _Joint(
-                    seen.gradients[layer].T @ rows / samples,
-                    rows.T @ rows / samples,
-                    present.T @ rows / samples,
-                    present.T @ present / samples,
-                )
-                found[layer] = found[layer] + part if layer in found else part
-        for layer, joint in found.items():
-            own, present = (
-                m + self._damping(layer) * torch.eye(len(m), dtype=m.dtype) for m in (joint.own, joint.present)
-            )
-            if exact:
-                explained = whitened(present, joint.cross)
-                own = own - explained.T @ explained
-            found[layer] = replace(joint, own=own)
-        return found
+                given = list(watched.rows(layer))
+                present, back = torch.cat([read for read, _, _ in given]), torch.cat([back for _, back, _ in given])
+                back = whitened(self.moments[layer].outputs, back.T).T
+                new = self._features(layer, reads[layer], index(self.new[layer].ravel())).double()
+                sums = [back.T @ new, new.T @ new, back.T @ present, present.T @ present, present.T @ new]
+                found[layer] = [a + b for a, b in zip(sums, found.get(layer, [0.0] * len(sums)), strict=True)]
+        joint = {}
+        for layer, sums in found.items():
+            against, own, gradient, present, cross = (one / samples for one in sums)
+            own, present = (m + self._damping(layer) * torch.eye(len(m), dtype=m.dtype) for m in (own, present))
+            explained = torch.cholesky_solve(cross, torch.linalg.cholesky(present))
+            joint[layer] = _Joint(against - gradient @ explained, own - cross.T @ explained)
+        return joint, samples
 
     def proposal(self) -> Proposal:
-        """The candidates, optimised on the first half, the best of them by what each adds to those before it there; their
-        gains from the second half.
-        """
+        """The candidates, optimised on the first batches; the best of them by what each adds to those before it on the others."""
         started = drawn(self.view, self.axis, self.trials * self.axis.multiple, zero="fan_out")
         silent = {slot.place for slot in self.axis.places("fan_out")}
         moving = [place for place in started if place not in silent]
-        strips = self._optimised(started, moving)
-        order, _ = _greedy(self.together(strips, self.first, exact=False), self.trials, range(self.trials), self.units)
-        _, gains = _greedy(self.together(strips, self.second, exact=True), self.trials, order, self.units)
+        strips = self.optimised(started, moving)
+        joint, samples = self.together(strips, self.second)
+        order, gains = _greedy(joint, self.trials, self.units)
         freedom = sum(m.gradient.shape[0] * self.new[n].shape[1] * self._kernel(n) for n, m in self.moments.items())
-        samples = sum(seen.samples for seen in self.second)
-        beyond = tuple(gain - freedom / samples - _error(freedom, samples) for gain in gains)
+        beyond = tuple(gain - freedom / samples for gain in gains)
         chosen = torch.tensor(order)
         kept = {place: strip[chosen] for place, strip in strips.items()}
-        moved = sum(strips[place][0].numel() for place in moving)
-        return Proposal(self.axis.name, self.count, kept, gains=beyond, freedom=moved + freedom)
+        return Proposal(self.axis.name, self.count, kept, gains=beyond, error=_error(freedom, samples), freedom=freedom)
 
-    def _optimised(self, started: Mapping[Place, Tensor], moving: Sequence[Place]) -> dict[Place, Tensor]:
-        """Every candidate after some steps of Adam on log Delta eta', or as it started where that was better."""
+    def optimised(self, started: Mapping[Place, Tensor], moving: Sequence[Place]) -> dict[Place, Tensor]:
+        """Every candidate after some steps of Adam uphill on sqrt(Delta eta'), or as it started where that was better.
+
+        On one batch C is mostly noise, and its square would be the square of that; so a step climbs along the running mean of
+        the whitened C, <mean, C> / ||mean||.
+        """
         strips = {place: strip.detach().clone().requires_grad_(place in moving) for place, strip in started.items()}
         groups = [
             {"params": [strips[p]], "lr": _RATE * float(started[p].square().mean().sqrt() or 1.0)} for p in moving
         ]
         optimizer = torch.optim.Adam(groups)
-        with torch.enable_grad():
-            for step in range(self.method.steps):
-                optimizer.zero_grad()
-                worth = self.scores(strips, self.first[step % len(self.first)])
-                (-worth.clamp_min(torch.finfo(worth.dtype).tiny).log().sum()).backward()
-                optimizer.step()
-        with torch.no_grad():
-            before, after = (sum(self.scores(one, seen) for seen in self.first) for one in (started, strips))
-        better = torch.as_tensor(after > before)
+        means: list[Tensor] = []
+        for step in range(self.method.steps):
+            seen = self.seen(self.first[step % len(self.first)])
+            optimizer.zero_grad()
+            with torch.enable_grad():
+                found = self.whitened(strips, seen)
+                means = [
+                    torch.lerp(one.detach(), mean, _MEMORY) for one, mean in zip(found, means or found, strict=True)
+                ]
+                means = [mean.detach() for mean in means]
+                size = sum(mean.square().sum((1, 2)) for mean in means)
+                climbed = sum((mean * one).sum((1, 2)) for mean, one in zip(means, found, strict=True))
+                (-(climbed / torch.as_tensor(size).sqrt().clamp_min(1e-30)).sum()).backward()  # type: ignore[operator]
+            optimizer.step()
+        before, after = (self.scores(one, self.first[-_LOOKS:]) for one in (started, strips))
         return {
             place: torch.where(
-                better.reshape(-1, *[1] * (strip.dim() - 1)).to(strip.device), strip.detach(), started[place]
+                (after > before).reshape(-1, *[1] * (strip.dim() - 1)).to(strip.device), strip.detach(), started[place]
             )
             for place, strip in strips.items()
         }
@@ -341,25 +359,17 @@ class _Space:
 
 @dataclass(frozen=True)
 class _Joint:
-    """Moments of all candidates of one next layer: E[g_r a_p^T], E[a_p a_p^T], E[a a_p^T], E[a a^T]."""
+    """All candidates of one next layer beyond what its own inputs explain: E[g a_p^T], whitened by S, and E[a_p a_p^T]."""
 
     against: Tensor
     own: Tensor
-    cross: Tensor
-    present: Tensor
-
-    def __add__(self, other: _Joint) -> _Joint:
-        parts = (getattr(self, f.name) + getattr(other, f.name) for f in fields(self))
-        return _Joint(*parts)
 
 
-def _greedy(
-    layers: Mapping[str, _Joint], trials: int, allowed: Sequence[int], count: int
-) -> tuple[list[int], list[float]]:
-    """The `count` candidates that add most, each beyond those before it, with what they add; in the given order where only
-    `count` are allowed. A chosen one is taken out of the others and of the gradient (Schur complement).
+def _greedy(layers: Mapping[str, _Joint], trials: int, count: int) -> tuple[list[int], list[float]]:
+    """The `count` candidates that add most, each beyond those before it, with what they add. A chosen one is taken out of the
+    others and of the gradient (Schur complement).
     """
-    left, worth = list(allowed), []
+    left, worth = list(range(trials)), []
     chosen: list[int] = []
     while len(chosen) < count:
         best: list[Tensor] = []
@@ -368,11 +378,11 @@ def _greedy(
             blocks = joint.own.reshape(trials, size, trials, size).diagonal(dim1=0, dim2=2).movedim(-1, 0)
             against = joint.against.reshape(-1, trials, size).permute(1, 2, 0)
             best.append(whitened(blocks, against).square().sum((1, 2)))
-        total = sum(best[1:], best[0])
-        pick = left[0] if len(allowed) == count else max(left, key=lambda u: float(total[u]))
+        total = sum(best[1:], best[0]).tolist()
+        pick = max(left, key=total.__getitem__)
         left.remove(pick)
         chosen.append(pick)
-        worth.append(float(total[pick]))
+        worth.append(total[pick])
         layers = {name: _without(joint, pick, trials) for name, joint in layers.items()}
     return chosen, worth
 
@@ -385,7 +395,7 @@ def _without(joint: _Joint, unit: int, trials: int) -> _Joint:
     explains = torch.cholesky_solve(joint.own[mine], root)
     own = joint.own - joint.own[:, mine] @ explains
     own[mine, mine] = joint.own[mine, mine]
-    return replace(joint, against=joint.against - joint.against[:, mine] @ explains, own=own)
+    return _Joint(joint.against - joint.against[:, mine] @ explains, own)
 
 
 def _layer_before(model: nn.Module, activation: nn.Module) -> str:
@@ -418,13 +428,13 @@ def _next_layers(view: View, axis: Axis) -> list[str]:
     return layers
 
 
-def _halves(view: View, method: SENN) -> tuple[Sequence[Any], Sequence[Any]]:
-    """The growth batches to choose on, and those to measure on; where there is but one, it is both."""
+def _parts(view: View, method: SENN) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The growth batches to choose on, three quarters of them, and those to measure on; where there is but one, it is both."""
     batches = list(view.batches)[: method.batches]
-    middle = len(batches) // 2
+    middle = 3 * len(batches) // 4
     return batches[:middle] or batches, batches[middle:]
 
 
 def _error(freedom: int, samples: int) -> float:
-    """Two standard errors of a score that is zero: N eta is chi-squared, with one degree of freedom per weight."""
-    return 2 * math.sqrt(2 * freedom) / samples
+    """The standard error of a score that is zero: N eta is chi-squared, with one degree of freedom per weight."""
+    return math.sqrt(2 * freedom) / samples

@@ -6,35 +6,40 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import takewhile
+from typing import Literal
 
-from meristem.axis import Axis
 from meristem.errors import DataError
 from meristem.statistics.batches import length
-from meristem.statistics.curvature import DAMPING, largest_number, measure, score
+from meristem.statistics.curvature import DAMPING, Watched, largest_number, measure, score
 from meristem.statistics.flops import counting
 from meristem.structure.twin import twin
 from meristem.values import Share
+from meristem.view import View
 from meristem.where.choice import Choice
+
+_LOOKS = 16
+"""Batches on which the net's own score is measured."""
 
 
 @dataclass(frozen=True)
 class SENN:
-    """What is accepted adds Delta eta > alpha, and more than tau of the net's own score eta; the most per parameter first.
+    """What is accepted adds Delta eta > alpha and, where `tau` is given, more than tau of the net's own score eta; the most
+    per parameter first.
 
-    The published alpha and tau were tuned for every experiment. By default they follow from what is added: with k parameters
-    of a new unit or layer free to give its gain, K in the net and N examples in the data,
+    The published alpha and tau were tuned for every experiment. By default alpha follows from the sampling error: of an axis
+    the m best units are taken for which
 
-        alpha = k / N       the gain in log likelihood, N Delta eta / 2, beats the k / 2 that fitting k parameters loses on
-                            new data (Akaike's criterion, for a gain that is free of its own sampling error),
-        tau = k / K         a new parameter promises more than a present one does.
+        sum Delta eta - 2 sqrt(m) error - m k / N
 
-    At most N_s = 1 + (ln lambda - ln alpha) / ln(1 + tau) units are accepted at once, lambda being the largest score
-    there could be. Widths and depths take part; where a depth comes first, it grows alone.
+    is largest, if it is positive: what they add together, less two standard errors, less what fitting their k outgoing
+    weights each to the N examples will lose again on new ones (Akaike's criterion; the incoming weights were fitted to other
+    examples than those that measure the gain). With `tau`, at most N_s = 1 + (ln lambda - ln alpha) / ln(1 + tau) units are
+    accepted at once, lambda being the largest score there could be. Widths and depths take part; the best axis grows alone.
 
     Args:
-        alpha: Smallest gain; None for the rule above.
-        tau: Smallest gain relative to the net's own score; None for the rule above.
+        alpha: Smallest gain of a unit; None for the rule above.
+        tau: Smallest gain relative to the net's own score, which costs a pass to measure; None asks for none.
         patience: Checks in a row at which nothing is accepted, after which growth ends.
         per: What a gain is divided by, for the ranking: "parameter" or "flop".
         damping: Share of its mean diagonal that is added to every factor.
@@ -69,56 +74,73 @@ class SENN:
         return True
 
     def share(self, choice: Choice) -> Share:
-        """Counts of the accepted units; none, and the reason, where nothing is worth its parameters."""
+        """The accepted units of the best axis; none, and the reason, where nothing is worth its parameters."""
         view = choice.view
         assert view is not None
-        assert view.loss is not None
-        copied = twin(view.structure.model, lambda name, _: view.values[name].clone())
-        batches = list(view.batches)
-        middle = len(batches) // 2 or 1
-        with counting() as counter:
-            first = measure(copied, view.loss, batches[:middle])
-            second = measure(copied, view.loss, batches[middle:] or batches)
-        own = max(score(first, second, self.damping), 0.0)
-        total = self._examples(view.data, (first + second).samples, len(batches))
-        present = sum(p.numel() for p in view.structure.model.parameters() if p.requires_grad)
-        most = float(sum(len(layer.outputs) for layer in first.layers.values()))
         costs = choice.parameters_per_unit if self.per == "parameter" else choice.flops_per_unit
         votes: dict[str, dict[str, float]] = {}
-        ranked: list[tuple[float, float, float, Axis]] = []
-        for axis in choice.axes:
-            gains, free = choice.proposals[axis.name].gains, choice.proposals[axis.name].freedom
-            alpha = self.alpha if self.alpha is not None else free / total
-            tau = self.tau if self.tau is not None else free / present
-            votes[axis.name] = {"gain": max(gains, default=0.0), "alpha": alpha, "tau": tau, "score": own}
-            for gain in gains:
-                if not (gain > alpha and gain > tau * own):
-                    break
-                ranked.append((gain / (costs[axis.name] * axis.multiple), alpha, tau, axis))
+        best: tuple[float, str, int] | None = None
+        with counting() as counter:
+            examples = self._examples(view)
+            own = self._score(view) if self.tau is not None else 0.0
+            for axis in choice.axes:
+                offer = choice.proposals[axis.name]
+                if not offer.gains or not offer.freedom:
+                    raise ValueError("where.SENN needs a method that measures the score. hint: how.SENN does")
+                asked = self.alpha if self.alpha is not None else offer.freedom / examples
+                asked = max(asked, (self.tau or 0.0) * own)
+                margins = [gain - asked for gain in offer.gains[: self._limit(view, asked)]]
+                slack = 0.0 if self.alpha is not None else 2 * offer.error
+                if self.alpha is not None:
+                    margins = list(takewhile(lambda margin: margin > 0, margins))
+                nets = [sum(margins[:m]) - slack * math.sqrt(m) for m in range(1, len(margins) + 1)]
+                count = max(range(len(nets)), key=nets.__getitem__) + 1 if nets else 0
+                votes[axis.name] = {
+                    "gain": sum(offer.gains[: max(count, 1)]),
+                    "units": float(count),
+                    "asked": asked,
+                    "error": offer.error,
+                }
+                if count and nets[count - 1] > 0 and count * axis.multiple <= choice.total:
+                    worth = votes[axis.name]["gain"] / (count * axis.multiple * costs[axis.name])
+                    best = max(best or (0.0, "", 0), (worth, axis.name, count * axis.multiple))
         flops = counter.get_total_flops()
-        if not ranked:
-            name, best = max(votes.items(), key=lambda vote: vote[1]["gain"] / vote[1]["alpha"])
-            needed = max(best["alpha"], best["tau"] * own)
-            reason = f"nothing is worth its parameters: the best, on {name}, adds {best['gain']:.2g} to the score, {needed:.2g} is asked"
-            return Share({}, votes, flops, reason, final=choice.refusals + 1 >= self.patience)
-        ranked.sort(key=lambda entry: -entry[0])
-        if ranked[0][3].kind == "depth":
-            return Share({ranked[0][3].name: 1}, votes, flops)
-        wide = [entry for entry in ranked if entry[3].kind != "depth"]
-        limit = min(math.ceil(largest_number(alpha, tau, most)) - 1 for _, alpha, tau, _ in wide)
-        counts: dict[str, int] = {}
-        left = choice.total
-        for _, _, _, axis in wide[: max(limit, 1)]:
-            if axis.multiple <= left:
-                counts[axis.name] = counts.get(axis.name, 0) + axis.multiple
-                left -= axis.multiple
-        return Share(counts, votes, flops)
+        if best is not None:
+            return Share({best[1]: best[2]}, votes, flops)
+        name, nearest = max(votes.items(), key=lambda vote: vote[1]["gain"] - 2 * vote[1]["error"])
+        reason = (
+            f"nothing is worth its parameters: the best, on {name}, adds {nearest['gain']:.2g} to the score, "
+            f"with a standard error of {nearest['error']:.2g}, and {nearest['asked']:.2g} is asked"
+        )
+        return Share({}, votes, flops, reason, final=choice.refusals + 1 >= self.patience)
 
-    def _examples(self, data: Any, seen: int, read: int) -> float:
-        """How many examples the data have, as the score counts them, of which it has `seen` in the batches that were read."""
-        batches = length(data) if data is not None else read
-        if batches is None and self.alpha is None:
-            raise DataError(
-                "where.SENN weighs gains against the size of the data, and len(data) is unknown. hint: name alpha="
-            )
-        return seen / read * (batches or read)
+    def _limit(self, view: View, asked: float) -> int | None:
+        """The most units that can be accepted at once, where `tau` bounds them."""
+        if self.tau is None:
+            return None
+        most = sum(len(p) for p in view.structure.model.parameters() if p.dim() > 1)
+        return max(math.ceil(largest_number(asked, self.tau, max(most, asked))) - 1, 1)
+
+    def _score(self, view: View) -> float:
+        """eta of the whole net, without its sampling error."""
+        assert view.loss is not None
+        copied = twin(view.structure.model, lambda name, _: view.values[name].clone())
+        batches = list(view.batches)[:_LOOKS]
+        middle = len(batches) // 2
+        first = measure(copied, view.loss, batches[:middle] or batches)
+        return max(score(first, measure(copied, view.loss, batches[middle:]), self.damping), 0.0)
+
+    def _examples(self, view: View) -> float:
+        """How many examples the data have, as the score counts them: images, or tokens."""
+        assert view.loss is not None
+        batches = length(view.data) if view.data is not None else len(view.batches)
+        if batches is None:
+            if self.alpha is None:
+                raise DataError(
+                    "where.SENN weighs gains against the size of the data, and len(data) is unknown. hint: name alpha="
+                )
+            return 1.0
+        copied = twin(view.structure.model, lambda name, _: view.values[name].clone())
+        with Watched(copied, []) as watched:
+            watched.run(view.loss, view.batches[0])
+        return float(watched.samples * batches)
