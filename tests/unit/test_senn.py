@@ -189,7 +189,8 @@ def test_the_gradient_of_the_score_matches_finite_differences() -> None:
     place = tried.axis.places("fan_in")[0].place
 
     def score(strip: Tensor) -> Tensor:
-        return tried.scores({**started, place: strip}, tried.first[0])
+        found = tried.whitened({**started, place: strip}, tried.seen(tried.first[0]))
+        return sum(layer.square().sum((1, 2)) for layer in found)
 
     assert torch.autograd.gradcheck(score, started[place].clone().requires_grad_(), atol=1e-6)
     alone = bound_by_hand(tried, started, 3)
@@ -199,7 +200,7 @@ def test_the_gradient_of_the_score_matches_finite_differences() -> None:
 def bound_by_hand(tried: _Space, strips: Any, unit: int) -> float:
     """Delta eta' of one candidate from rows that are computed here; the layer's own moments are those of all batches."""
     model = tried.view.structure.model
-    x, y = tried.first[0].batch
+    x, y = tried.first[0]
     weight, bias = (strips[slot.place] for slot in tried.axis.slots if slot.role != "fan_out")
     read = torch.tanh(x @ weight[unit].flatten() + bias[unit].item())[:, None]
     hidden = torch.cat([model[1](model[0](x)), torch.ones(len(x), 1).double()], 1).detach()
@@ -215,8 +216,8 @@ def test_optimised_candidates_never_score_below_their_start() -> None:
     tried = space(net(nn.ReLU), method=ms.how.SENN(candidates=8, steps=25))
     started = ms.how.draws.drawn(tried.view, tried.axis, tried.trials, zero="fan_out")
     moving = [slot.place for slot in tried.axis.slots if slot.role != "fan_out"]
-    reached = tried._optimised(started, moving)
-    before, after = (sum(tried.scores(one, seen) for seen in tried.first) for one in (started, reached))
+    reached = tried.optimised(started, moving)
+    before, after = (tried.scores(one, tried.first) for one in (started, reached))
     assert (after >= before).all()
     assert (after > 1.5 * before).sum() >= 4
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ from meristem.statistics.curvature import (
     scored,
     whitened,
 )
-from meristem.statistics.flops import counting
+from meristem.statistics.flops import Meter, counting
 from meristem.statistics.losses import Loss
 from meristem.structure.twin import twin
 from meristem.surgery.tensors import new_units
@@ -65,7 +65,7 @@ class SENN:
     Args:
         candidates: Random units that are optimised side by side; as many as are wanted, where that is more.
         steps: Gradient steps of their optimisation, each on one growth batch.
-        batches: Growth batches; candidates are optimised on three quarters of them and measured on the others.
+        batches: Growth batches; candidates are optimised on two thirds of them and measured on the others.
         damping: Share of its mean diagonal that is added to every factor.
 
     Examples:
@@ -78,8 +78,8 @@ class SENN:
     """
 
     candidates: int = 24
-    steps: int = 200
-    batches: int = 256
+    steps: int = 64
+    batches: int = 96
     damping: float = DAMPING
 
     @property
@@ -94,13 +94,11 @@ class SENN:
         """The best units that were found, or new blocks; `gains` are what each adds to the score, beyond chance."""
         if view.loss is None or not view.batches:
             raise DataError("SENN measures a score: pass loss= and data=")
+        if axis.kind != "depth":
+            return _Space(view, view.loss, axis, count, self).proposal()
         with counting() as counter:
-            if axis.kind != "depth":
-                offered = _Space(view, view.loss, axis, count, self).proposal()
-            elif view.structure.depths[axis.name].form == "run":
-                offered = self._block(view, view.loss, axis, count)
-            else:
-                offered = self._layer(view, view.loss, axis, count)
+            run = view.structure.depths[axis.name].form == "run"
+            offered = (self._block if run else self._layer)(view, view.loss, axis, count)
         return replace(offered, flops=offered.flops + counter.get_total_flops())
 
     def _block(self, view: View, loss: Loss, axis: Axis, count: int) -> Proposal:
@@ -199,7 +197,8 @@ class _Space:
         self.layers = _next_layers(view, axis)
         self.copied = twin(view.structure.model, lambda name, _: view.values[name].clone())
         self.first, self.second = _parts(view, method)
-        layers = measure(self.copied, loss, self.first, self.layers).layers
+        self.meters = {"moments": Meter(), "seen": Meter(), "climb": Meter(), "look": Meter(), "together": Meter()}
+        layers = measure(self.copied, loss, self.first[:_LOOKS], self.layers, self.meters["moments"]).layers
         self.moments = {layer: layers[layer].damped(method.damping) for layer in self.layers}
         self.slopes = {
             layer: torch.cholesky_solve(m.gradient.T, torch.linalg.cholesky(m.inputs))
@@ -212,16 +211,20 @@ class _Space:
 
     def seen(self, batch: Any) -> _Seen:
         """A growth batch as the next layers see it."""
-        with Watched(self.copied, self.layers) as watched:
-            watched.run(self.loss, batch)
-        left = {
-            layer: torch.cat([
-                whitened(self.moments[layer].outputs, (back - read @ self.slopes[layer]).T).T
-                for read, back, _ in watched.rows(layer)
-            ])
-            for layer in self.layers
-        }  # fmt: skip
-        return _Seen(batch, watched.samples, {layer: len(watched.calls[layer]) for layer in self.layers}, left)
+
+        def look() -> _Seen:
+            with Watched(self.copied, self.layers) as watched:
+                watched.run(self.loss, batch)
+            left = {
+                layer: torch.cat([
+                    whitened(self.moments[layer].outputs, (back - read @ self.slopes[layer]).T).T
+                    for read, back, _ in watched.rows(layer)
+                ])
+                for layer in self.layers
+            }  # fmt: skip
+            return _Seen(batch, watched.samples, {layer: len(watched.calls[layer]) for layer in self.layers}, left)
+
+        return self.meters["seen"].run(batch, look)
 
     def _reads(self, strips: Mapping[Place, Tensor], seen: _Seen) -> dict[str, list[Tensor]]:
         """What the next layers read, old and new, on one batch: one tensor for every call. The forward stops behind them."""
@@ -269,7 +272,10 @@ class _Space:
     def scores(self, strips: Mapping[Place, Tensor], batches: Sequence[Any]) -> Tensor:
         """Delta eta' of every candidate alone, over several batches."""
         with torch.no_grad():
-            parts = [self.whitened(strips, self.seen(batch)) for batch in batches]
+            parts = []
+            for batch in batches:
+                seen = self.seen(batch)
+                parts.append(self.meters["look"].run(batch, lambda: self.whitened(strips, seen)))  # noqa: B023
             return sum(torch.stack(layer).mean(0).square().sum((1, 2)).cpu() for layer in zip(*parts, strict=True))  # type: ignore[return-value]
 
     def _damping(self, layer: str) -> float:
@@ -282,29 +288,43 @@ class _Space:
         Everything is taken from these batches alone: a slope dW A^-1 from elsewhere would leave an error in g_r that candidates
         optimised on it have learnt to explain.
         """
-        found: dict[str, list[Tensor]] = {}
+        sums: dict[str, _Sums] = {}
         samples = 0
         for batch in batches:
-            with Watched(self.copied, self.layers) as watched:
-                watched.run(self.loss, batch)
-            seen = _Seen(batch, watched.samples, {layer: len(watched.calls[layer]) for layer in self.layers}, {})
-            samples += seen.samples
-            with torch.no_grad():
-                reads = self._reads(strips, seen)
-            for layer in self.layers:
-                given = list(watched.rows(layer))
-                present, back = torch.cat([read for read, _, _ in given]), torch.cat([back for _, back, _ in given])
-                back = whitened(self.moments[layer].outputs, back.T).T
-                new = self._features(layer, reads[layer], index(self.new[layer].ravel())).double()
-                sums = [back.T @ new, new.T @ new, back.T @ present, present.T @ present, present.T @ new]
-                found[layer] = [a + b for a, b in zip(sums, found.get(layer, [0.0] * len(sums)), strict=True)]
+            seen, own = self.meters["together"].run(batch, lambda: self._sums(strips, batch))  # noqa: B023
+            samples += seen
+            sums = {layer: one + sums[layer] if layer in sums else one for layer, one in own.items()}
         joint = {}
-        for layer, sums in found.items():
-            against, own, gradient, present, cross = (one / samples for one in sums)
-            own, present = (m + self._damping(layer) * torch.eye(len(m), dtype=m.dtype) for m in (own, present))
-            explained = torch.cholesky_solve(cross, torch.linalg.cholesky(present))
-            joint[layer] = _Joint(against - gradient @ explained, own - cross.T @ explained)
+        for layer, one in sums.items():
+            apart, present = (
+                m / samples + self._damping(layer) * torch.eye(len(m), dtype=m.dtype) for m in (one.new, one.present)
+            )
+            explained = torch.cholesky_solve(one.cross / samples, torch.linalg.cholesky(present))
+            left = one.against - one.gradient @ explained
+            outputs = damped(one.outputs / len(batches), self.method.damping)
+            joint[layer] = _Joint(whitened(outputs, left / samples), apart - one.cross.T @ explained / samples)
         return joint, samples
+
+    def _sums(self, strips: Mapping[Place, Tensor], batch: Any) -> tuple[int, dict[str, _Sums]]:
+        """The examples of one batch, and the sums over them for every next layer."""
+        with Watched(self.copied, self.layers) as watched:
+            watched.run(self.loss, batch)
+        calls = {layer: len(watched.calls[layer]) for layer in self.layers}
+        with torch.no_grad():
+            reads = self._reads(strips, _Seen(batch, watched.samples, calls, {}))
+        sums = {}
+        for layer in self.layers:
+            present, back, _ = (torch.cat(parts) for parts in zip(*watched.rows(layer), strict=True))
+            new = self._features(layer, reads[layer], index(self.new[layer].ravel())).double()
+            sums[layer] = _Sums(
+                back.T @ new,
+                new.T @ new,
+                back.T @ present,
+                present.T @ present,
+                present.T @ new,
+                back.T @ back / len(back),
+            )
+        return watched.samples, sums
 
     def proposal(self) -> Proposal:
         """The candidates, optimised on the first batches; the best of them by what each adds to those before it on the others."""
@@ -335,15 +355,7 @@ class _Space:
         for step in range(self.method.steps):
             seen = self.seen(self.first[step % len(self.first)])
             optimizer.zero_grad()
-            with torch.enable_grad():
-                found = self.whitened(strips, seen)
-                means = [
-                    torch.lerp(one.detach(), mean, _MEMORY) for one, mean in zip(found, means or found, strict=True)
-                ]
-                means = [mean.detach() for mean in means]
-                size = sum(mean.square().sum((1, 2)) for mean in means)
-                climbed = sum((mean * one).sum((1, 2)) for mean, one in zip(means, found, strict=True))
-                (-(climbed / torch.as_tensor(size).sqrt().clamp_min(1e-30)).sum()).backward()  # type: ignore[operator]
+            means = self.meters["climb"].run(seen.batch, lambda: self._uphill(strips, seen, means))  # noqa: B023
             optimizer.step()
         before, after = (self.scores(one, self.first[-_LOOKS:]) for one in (started, strips))
         return {
@@ -353,8 +365,33 @@ class _Space:
             for place, strip in strips.items()
         }
 
+    def _uphill(self, strips: Mapping[Place, Tensor], seen: _Seen, means: Sequence[Tensor]) -> list[Tensor]:
+        """The running means with this batch in them; the strips receive the gradient of minus what is climbed."""
+        with torch.enable_grad():
+            found = self.whitened(strips, seen)
+            means = [torch.lerp(c.detach(), m.detach(), _MEMORY) for c, m in zip(found, means or found, strict=True)]
+            along = torch.stack([(mean * one).sum((1, 2)).cpu() for mean, one in zip(means, found, strict=True)]).sum(0)
+            size = torch.stack([mean.square().sum((1, 2)).cpu() for mean in means]).sum(0).sqrt()
+            (-(along / size.clamp_min(1e-30)).sum()).backward()
+        return means
+
     def _kernel(self, layer: str) -> int:
         return self.view.values[f"{layer}.weight"][0, 0].numel()
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over examples for one next layer: g a_p^T, a_p a_p^T, g a^T, a a^T, a a_p^T, and batches of E[g g^T]."""
+
+    against: Tensor
+    new: Tensor
+    gradient: Tensor
+    present: Tensor
+    cross: Tensor
+    outputs: Tensor
+
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -431,7 +468,7 @@ def _next_layers(view: View, axis: Axis) -> list[str]:
 def _parts(view: View, method: SENN) -> tuple[Sequence[Any], Sequence[Any]]:
     """The growth batches to choose on, three quarters of them, and those to measure on; where there is but one, it is both."""
     batches = list(view.batches)[: method.batches]
-    middle = 3 * len(batches) // 4
+    middle = 2 * len(batches) // 3
     return batches[:middle] or batches, batches[middle:]
 
 

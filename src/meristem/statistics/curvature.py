@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from meristem.statistics.flops import Meter
 from meristem.statistics.losses import Loss, called, measured
 from meristem.structure.tracer import tensors
 
@@ -160,19 +161,29 @@ def score(first: Curvature, second: Curvature, damping: float = DAMPING) -> floa
     return total
 
 
-def measure(model: nn.Module, loss: Loss, batches: Iterable[Any], layers: Sequence[str] | None = None) -> Curvature:
+def measure(
+    model: nn.Module,
+    loss: Loss,
+    batches: Iterable[Any],
+    layers: Sequence[str] | None = None,
+    meter: Meter | None = None,
+) -> Curvature:
     """The curvature of a copy of a model whose gradients may be written, in eval mode; one pass forward and backward.
 
     Only one batch at a time is held, so memory does not grow with the data. `layers` names the layers to look at, all that
-    can be scored by default.
+    can be scored by default; `meter` counts what it costs.
     """
     found: dict[str, Factors] = {}
     names = [n for n, m in model.named_modules() if scored(m)] if layers is None else layers
-    for batch in batches:
+    meter = meter if meter is not None else Meter()
+
+    def one(batch: Any) -> dict[str, Factors]:
         with Watched(model, names) as watched:
             watched.run(loss, batch)
-        for name in watched.calls:
-            factors = watched.factors(name)
+        return {name: watched.factors(name) for name in watched.calls}
+
+    for batch in batches:
+        for name, factors in meter.run(batch, lambda: one(batch)).items():  # noqa: B023
             found[name] = found[name] + factors if name in found else factors
     return Curvature(found)
 
