@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from meristem.axis import Axis, Kind, Place
 from meristem.errors import DataError, GrowthRefused
@@ -50,10 +51,8 @@ from meristem.surgery.verify import silenced
 from meristem.values import Blocks, Proposal, index
 from meristem.view import View
 
-_RATE = 0.4
+_RATE = 0.1
 """Step size of the optimisation of candidates, in root mean squares of their first weights."""
-_MEMORY = 0.9
-"""Decay of the running mean that the optimisation climbs along."""
 _LOOKS = 8
 """Batches on which optimised candidates are held against their start."""
 
@@ -64,7 +63,7 @@ class SENN:
 
     Args:
         candidates: Random units that are optimised side by side; as many as are wanted, where that is more.
-        steps: Gradient steps of their optimisation, each on one growth batch.
+        steps: Growth batches that their search takes, again from the first where there are fewer.
         batches: Growth batches; candidates are optimised on two thirds of them and measured on the others.
         damping: Share of its mean diagonal that is added to every factor.
 
@@ -78,8 +77,8 @@ class SENN:
     """
 
     candidates: int = 24
-    steps: int = 64
-    batches: int = 96
+    steps: int = 128
+    batches: int = 192
     damping: float = DAMPING
 
     @property
@@ -341,39 +340,50 @@ class _Space:
         return Proposal(self.axis.name, self.count, kept, gains=beyond, error=_error(freedom, samples), freedom=freedom)
 
     def optimised(self, started: Mapping[Place, Tensor], moving: Sequence[Place]) -> dict[Place, Tensor]:
-        """Every candidate after some steps of Adam uphill on sqrt(Delta eta'), or as it started where that was better.
+        """Every candidate after a search uphill, or as it started where that was better.
 
-        On one batch C is mostly noise, and its square would be the square of that; so a step climbs along the running mean of
-        the whitened C, <mean, C> / ||mean||.
+        On one batch C is mostly noise, and so is a step along its own square. Each candidate therefore climbs along a random
+        direction u of the outputs of its own, <u, C>, whose mean over batches is the truth; that keeps candidates apart, too.
+        The incoming weights first turn to the mean gradient of some batches, then take steps of Adam.
         """
         strips = {place: strip.detach().clone().requires_grad_(place in moving) for place, strip in started.items()}
+        sizes = [m.gradient.shape[0] for m in self.moments.values()]
+        like = torch.zeros(1, dtype=torch.float64)
+        along = [F.normalize(self.view.normal((self.trials, 1, size), like), dim=2) for size in sizes]
+        turning = self.method.steps // 3
+        for step in range(turning):
+            self._uphill(strips, self.seen(self.first[step % len(self.first)]), along)
+        for slot in self.axis.places("fan_in"):
+            gradient, length = strips[slot.place].grad, started[slot.place].flatten(1).norm(dim=1)
+            if gradient is not None and turning:
+                turned = -F.normalize(gradient.flatten(1)) * length[:, None]
+                strips[slot.place].data.copy_(turned.reshape(gradient.shape))
         groups = [
             {"params": [strips[p]], "lr": _RATE * float(started[p].square().mean().sqrt() or 1.0)} for p in moving
         ]
         optimizer = torch.optim.Adam(groups)
-        means: list[Tensor] = []
-        for step in range(self.method.steps):
-            seen = self.seen(self.first[step % len(self.first)])
+        for step in range(turning, self.method.steps):
             optimizer.zero_grad()
-            means = self.meters["climb"].run(seen.batch, lambda: self._uphill(strips, seen, means))  # noqa: B023
+            self._uphill(strips, self.seen(self.first[step % len(self.first)]), along)
             optimizer.step()
         before, after = (self.scores(one, self.first[-_LOOKS:]) for one in (started, strips))
+        better = after > before
         return {
             place: torch.where(
-                (after > before).reshape(-1, *[1] * (strip.dim() - 1)).to(strip.device), strip.detach(), started[place]
+                better.reshape(-1, *[1] * (strip.dim() - 1)).to(strip.device), strip.detach(), started[place]
             )
             for place, strip in strips.items()
         }
 
-    def _uphill(self, strips: Mapping[Place, Tensor], seen: _Seen, means: Sequence[Tensor]) -> list[Tensor]:
-        """The running means with this batch in them; the strips receive the gradient of minus what is climbed."""
-        with torch.enable_grad():
-            found = self.whitened(strips, seen)
-            means = [torch.lerp(c.detach(), m.detach(), _MEMORY) for c, m in zip(found, means or found, strict=True)]
-            along = torch.stack([(mean * one).sum((1, 2)).cpu() for mean, one in zip(means, found, strict=True)]).sum(0)
-            size = torch.stack([mean.square().sum((1, 2)).cpu() for mean in means]).sum(0).sqrt()
-            (-(along / size.clamp_min(1e-30)).sum()).backward()
-        return means
+    def _uphill(self, strips: Mapping[Place, Tensor], seen: _Seen, along: Sequence[Tensor]) -> None:
+        """Add to the gradients of the strips that of minus <u, C>, summed over candidates and next layers."""
+
+        def climb() -> None:
+            with torch.enable_grad():
+                found = self.whitened(strips, seen)
+                (-sum((one * u).sum() for one, u in zip(found, along, strict=True))).backward()  # type: ignore[union-attr]
+
+        self.meters["climb"].run(seen.batch, climb)
 
     def _kernel(self, layer: str) -> int:
         return self.view.values[f"{layer}.weight"][0, 0].numel()
