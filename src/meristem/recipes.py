@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from meristem import care, how, where
+from meristem import when as triggers
 from meristem.errors import GrowthRefused
 from meristem.grower import Amount, Grower
 from meristem.growing import Optimizers
@@ -80,6 +81,59 @@ def gradmax(
         example=example,
         generator=generator,
     )
+
+
+def senn(
+    model: nn.Module,
+    optimizer: Optimizers,
+    *,
+    loss: Loss,
+    data: Iterable[Any],
+    when: When | None = None,
+    alpha: float | None = None,
+    tau: float | None = None,
+    amount: Amount = 16,
+    budget: Budget | None = None,
+    axes: str | Sequence[str] = "*",
+    example: Any = None,
+    generator: torch.Generator | None = None,
+) -> Grower:
+    """SENN (Mitchell et al., 2024, arXiv 2307.04526): width and depth, where the natural-gradient score says that it pays, until
+    it says no more.
+
+    Unlike published: thresholds that follow from the sampling error of the score (see `where.SENN`) in place of ones tuned for
+    every experiment; several units at a time; checks within a share of the cost of training; any first-order optimizer.
+
+    Args:
+        model: As for `Grower`, like every argument that is not listed here. It may start linear: `nn.Sequential(nn.Linear(d, k))`.
+        optimizer: As for `Grower`.
+        loss: As for `Grower`.
+        data: As for `Grower`.
+        when: `when.SENN()` unless told otherwise: checks take at most 5 % of the cost of training.
+        alpha, tau: The published thresholds, where wanted.
+        amount: Units per growth, at the most.
+
+    Returns:
+        A `Grower`.
+
+    Examples:
+        >>> import torch, meristem as ms
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 1))
+        >>> optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+        >>> x = torch.randn(400, 2)
+        >>> data = list(zip(x.split(50), (x[:, :1] * x[:, 1:]).split(50)))
+        >>> loss = lambda model, batch: ((model(batch[0]) - batch[1]) ** 2).mean()
+        >>> grower = ms.recipes.senn(net, optimizer, loss=loss, data=data, when=ms.when.Every(epochs=20))
+        >>> for batch in data * 20:
+        ...     value = grower.loss(net, batch); optimizer.zero_grad(); value.backward(); optimizer.step()
+        ...     growth = grower.step(value)
+        >>> growth.added
+        {'0:depth': 1}
+    """
+    return Grower(
+        model, optimizer, loss=loss, data=data, when=when if when is not None else triggers.SENN(), how=how.SENN(),
+        where=where.SENN(alpha=alpha, tau=tau), amount=amount, budget=budget, axes=axes, example=example, generator=generator,
+    )  # fmt: skip
 
 
 def stack(

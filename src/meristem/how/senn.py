@@ -45,6 +45,7 @@ from meristem.statistics.curvature import (
 )
 from meristem.statistics.flops import Meter, counting
 from meristem.statistics.losses import Loss
+from meristem.structure import Structure
 from meristem.structure.twin import twin
 from meristem.surgery.tensors import new_units
 from meristem.surgery.verify import silenced
@@ -125,20 +126,39 @@ class SENN:
         return replace(offered, gains=tuple(gains), error=_error(freedom, samples), freedom=freedom)
 
     def _layer(self, view: View, loss: Loss, axis: Axis, count: int) -> Proposal:
-        """Identity layers of a chain; the first adds the score of beta and gamma of its rational activation at the identity,
+        """Identity layers of a chain. The first adds what its rational activation can give at the identity, or what the best
+        new unit of the width that it opens would give, whichever is the surer; those behind it add nothing yet.
+        """
+        blocks = Blocks(replace(view.structure.depths[axis.name].appended(count), activation="rational"))
+        one = Blocks(replace(view.structure.depths[axis.name].appended(1), activation="rational"))
+        copied, made = inserted(view, axis, one)
+        ((_, block),) = made.values()
+        before = _layer_before(copied, next(module for module in block.children() if isinstance(module, Rational)))
+        found = [self._coefficients(copied, view, loss, before), self._opened(copied, view, loss, before)]
+        surest = max(found, key=lambda offer: offer.gains[0] - 2 * offer.error)
+        gains = (surest.gains[0], *[0.0] * (count - 1))
+        return replace(surest, axis=axis.name, count=count, strips={}, blocks=blocks, gains=gains)
+
+    def _opened(self, model: nn.Module, view: View, loss: Loss, before: str) -> Proposal:
+        """The best new unit of the layer `before` an inserted activation."""
+        structure = Structure(model, view.structure.example)
+        axis = next(
+            axis for axis in structure.axes.values() if Place(f"{before}.weight", 0) in [s.place for s in axis.slots]
+        )
+        looked = View(structure, view.generator, loss, view.batches)
+        return _Space(looked, loss, axis, axis.multiple, self).proposal()
+
+    def _coefficients(self, model: nn.Module, view: View, loss: Loss, before: str) -> Proposal:
+        """The score of beta and gamma of a rational activation at the identity, behind the layer `before`,
 
             d sigma / d beta = 1 / (1 + x^2),     d sigma / d gamma = x / (1 + x^2),
 
-        beyond what is linear in the input of the layer before it, which that layer's own weights reach.
+        beyond what is linear in the input of that layer, which its own weights reach.
         """
-        blocks = Blocks(replace(view.structure.depths[axis.name].appended(count), activation="rational"))
-        copied, made = inserted(view, axis, blocks)
-        _, block = next(iter(made.values()))
-        before = _layer_before(copied, next(module for module in block.children() if isinstance(module, Rational)))
         total: dict[str, Tensor] = {}
         samples = rows = 0
-        for batch in [batch for half in _parts(view, self) for batch in half]:
-            with Watched(copied, [before]) as watched:
+        for batch in [batch for part in _parts(view, self) for batch in part]:
+            with Watched(model, [before]) as watched:
                 watched.run(loss, batch)
             for read, back, given in watched.rows(before):
                 features = torch.cat([1 / (1 + given**2), given / (1 + given**2)], 1)
@@ -150,24 +170,13 @@ class SENN:
                 total = {key: value + total.get(key, 0.0) for key, value in sums.items()}
                 rows += len(read)
             samples += watched.samples
-        if not total:
-            return Proposal(axis.name, count, blocks=blocks, gains=(0.0,) * count, freedom=1)
         mean = {key: value / (rows if key == "outputs" else samples) for key, value in total.items()}
-        layer = damped(mean["reading"], self.damping)
-        explained = torch.cholesky_solve(mean["cross"], torch.linalg.cholesky(layer))
+        explained = torch.cholesky_solve(mean["cross"], torch.linalg.cholesky(damped(mean["reading"], self.damping)))
         gradient = mean["gradient"] - (mean["linear"].T * explained).sum(0)
         fisher = mean["outputs"] * (mean["features"] - mean["cross"].T @ explained)
         found = whitened(damped(fisher, self.damping), gradient[:, None]).square().sum().item()
-        freedom = len(gradient)
-        gain = found - freedom / samples
-        return Proposal(
-            axis.name,
-            count,
-            blocks=blocks,
-            gains=(gain, *[0.0] * (count - 1)),
-            error=_error(freedom, samples),
-            freedom=freedom,
-        )
+        free = len(gradient)
+        return Proposal("", 1, gains=(found - free / samples,), error=_error(free, samples), freedom=free)
 
 
 @dataclass(frozen=True)

@@ -132,27 +132,26 @@ class At:
 class SENN:
     """Due as often as a share of the cost of training allows.
 
-    A check costs what it costs; the next one waits until it, like all before it, fits into `budget` times the
-    floating-point operations that training has taken. From Mitchell et al., "Self-Expanding Neural Networks", 2024, arXiv
-    2307.04526, which checks every 10 to 30 epochs, whatever it costs.
+    What checks and growths have cost, and what the last one cost once more, must fit into `budget` times the floating-point
+    operations that training has taken. The first check is paid back before the second. Mitchell et al., "Self-Expanding Neural
+    Networks", 2024, arXiv 2307.04526, check every 10 to 30 epochs, whatever that costs.
 
     Args:
         budget: Largest share of training that checks and growths may cost.
-        start: Epochs before the first check.
+        every: The shortest time between two of them, and before the first: "1 epochs", "500 steps".
 
     Examples:
-        >>> SENN(budget=0.05).due(Clock(epoch=1, trained=1e9, growing=2e7, latest=2e7))
+        >>> SENN(budget=0.05).due(Clock(step=100, epoch=1, epoch_ended=True, trained=1e9, growing=2e7, latest=2e7))
         True
     """
 
     budget: float = 0.05
-    start: int = 1
+    every: str = "1 epochs"
 
     def __post_init__(self) -> None:
-        if not 0 < self.budget < 1:
-            raise ValueError(f"the budget of SENN is a share of training in (0, 1); got {self.budget!r}")
-        if isinstance(self.start, bool) or not isinstance(self.start, int) or self.start < 0:
-            raise ValueError(f"start must be an int in [0, inf); got {self.start!r}")
+        if isinstance(self.budget, bool) or not 0 < self.budget < 1:
+            raise ValueError(f"the budget of when.SENN is a share of training in (0, 1); got {self.budget!r}")
+        duration(self.every)
 
     @property
     def reads_costs(self) -> bool:
@@ -160,7 +159,10 @@ class SENN:
 
     def due(self, clock: Clock) -> bool:
         """Whether to check now."""
-        return clock.epoch >= self.start and clock.growing + clock.latest <= self.budget * clock.trained
+        number, unit = duration(self.every)
+        now = clock.step if unit == "steps" else clock.epoch if clock.epoch_ended else 0
+        affordable = clock.growing + clock.latest <= self.budget * clock.trained
+        return now > 0 and now % number == 0 and affordable
 
 
 TRIGGERS = {"every": Every, "at": At, "senn": SENN}
