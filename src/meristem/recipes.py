@@ -92,6 +92,7 @@ def senn(
     when: When | None = None,
     alpha: float | None = None,
     tau: float | None = None,
+    patience: int = 3,
     amount: Amount = 16,
     budget: Budget | None = None,
     axes: str | Sequence[str] = "*",
@@ -111,6 +112,7 @@ def senn(
         data: As for `Grower`.
         when: `when.SENN()` unless told otherwise: checks take at most 5 % of the cost of training.
         alpha, tau: The published thresholds, where wanted.
+        patience: Checks in a row at which nothing is accepted, after which growth ends.
         amount: Units per growth, at the most.
 
     Returns:
@@ -132,7 +134,7 @@ def senn(
     """
     return Grower(
         model, optimizer, loss=loss, data=data, when=when if when is not None else triggers.SENN(), how=how.SENN(),
-        where=where.SENN(alpha=alpha, tau=tau), amount=amount, budget=budget, axes=axes, example=example, generator=generator,
+        where=where.SENN(alpha=alpha, tau=tau, patience=patience), amount=amount, budget=budget, axes=axes, example=example, generator=generator,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ LEVELS = [
     ["view", "sandbox"],
     ["how", "where", "when", "care"],
     ["growing", "grower", "recipes", "stages", "checkpoint"],
-    ["integrations", "testing"],
+    ["sklearn", "testing"],
     ["experiments"],
     ["cli"],
 ]

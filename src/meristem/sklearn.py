@@ -1,0 +1,372 @@
+"""scikit-learn estimators that find their own size: they start linear and grow while the held-out loss says that it pays."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from numbers import Integral, Real
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from meristem.recipes import senn
+from meristem.values import Budget, Growth
+
+try:
+    from scipy.special import log_softmax, softmax
+    from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+    from sklearn.model_selection import train_test_split
+    from sklearn.preprocessing import LabelEncoder, StandardScaler
+    from sklearn.utils import check_random_state
+    from sklearn.utils._param_validation import Interval, StrOptions
+    from sklearn.utils.class_weight import compute_sample_weight
+    from sklearn.utils.multiclass import check_classification_targets
+    from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+except ImportError as error:
+    raise ImportError("meristem.sklearn needs scikit-learn. hint: pip install 'meristem[sklearn]'") from error
+
+SMALL = 20
+"""Fewer examples than this are too few to hold some of them out."""
+
+
+class _Batches:
+    """Shuffled minibatches of tensors, in another order at every pass, drawn from torch's own generator."""
+
+    def __init__(self, size: int, *tensors: Tensor) -> None:
+        self.size, self.tensors = size, tensors
+
+    def __len__(self) -> int:
+        return -(-len(self.tensors[0]) // self.size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        for rows in torch.randperm(len(self.tensors[0])).split(self.size):
+            yield tuple(tensor[rows] for tensor in self.tensors)
+
+
+class _Growing(BaseEstimator):  # type: ignore[misc]
+    """What both estimators share: scaling, the training loop, growth at plateaus of the held-out loss."""
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "max_iter": [Interval(Integral, 1, None, closed="left")],
+        "batch_size": [Interval(Integral, 1, None, closed="left")],
+        "learning_rate_init": [Interval(Real, 0, None, closed="neither")],
+        "alpha": [Interval(Real, 0, None, closed="left")],
+        "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
+        "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
+        "tol": [Interval(Real, 0, None, closed="left")],
+        "max_parameters": [Interval(Integral, 1, None, closed="left"), None],
+        "random_state": ["random_state"],
+        "verbose": ["verbose"],
+    }
+
+    max_iter: int
+    batch_size: int
+    learning_rate_init: float
+    alpha: float
+    validation_fraction: float
+    n_iter_no_change: int
+    tol: float
+    max_parameters: int | None
+    random_state: Any
+    verbose: bool
+
+    def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss of every example."""
+        raise NotImplementedError
+
+    @property
+    def hidden_(self) -> list[int]:
+        """Widths of the hidden layers, in order; empty where the net has stayed linear."""
+        check_is_fitted(self, "model_")
+        return [module.out_features for module in self.model_.modules() if isinstance(module, nn.Linear)][:-1]
+
+    @property
+    def n_parameters_(self) -> int:
+        """Trained numbers in the net."""
+        check_is_fitted(self, "model_")
+        return sum(parameter.numel() for parameter in self.model_.parameters())
+
+    def _train(self, x: NDArray[Any], targets: Tensor, weights: NDArray[Any], outputs: int, strata: Any) -> None:
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        self.scaler_ = StandardScaler().fit(x, sample_weight=weights)
+        inputs, importance = self._scaled(x), torch.tensor(weights, dtype=torch.float32)
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            torch.manual_seed(seed)
+            linear = nn.Linear(x.shape[1], outputs)
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+            self.model_ = nn.Sequential(linear)
+            self.growths_: list[Growth] = []
+            self.loss_curve_: list[float] = []
+            self.validation_curve_: list[float] = []
+            training, held_out = self._split((inputs, targets, importance), strata, seed)
+            self._fit_and_grow(training, held_out)
+        self.n_iter_ = len(self.loss_curve_)
+
+    def _scaled(self, x: NDArray[Any]) -> Tensor:
+        return torch.tensor(self.scaler_.transform(x), dtype=torch.float32)
+
+    def _split(self, tensors: Sequence[Tensor], strata: Any, seed: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """What is trained on, and what is held out to know when to stop; all of it both where there is little."""
+        count = len(tensors[0])
+        if count < SMALL:
+            return tensors, tensors
+        rows = np.arange(count)
+        try:
+            kept, out = train_test_split(rows, test_size=self.validation_fraction, random_state=seed, stratify=strata)
+        except ValueError:  # a class with one example
+            kept, out = train_test_split(rows, test_size=self.validation_fraction, random_state=seed)
+        return [t[torch.from_numpy(kept)] for t in tensors], [t[torch.from_numpy(out)] for t in tensors]
+
+    def _fit_and_grow(self, training: Sequence[Tensor], held_out: Sequence[Tensor]) -> None:
+        """Train; where the held-out loss stands still, grow; where nothing is worth growing, once more at a tenth of the rate."""
+        data = _Batches(self.batch_size, *training)
+        optimizer = torch.optim.AdamW(self.model_.parameters(), lr=self.learning_rate_init, weight_decay=self.alpha)
+        grower = senn(
+            self.model_, optimizer, loss=self._weighted, data=data, patience=1,
+            budget=Budget(parameters=self.max_parameters),
+        )  # fmt: skip
+        best, state, since, last = float("inf"), copy.deepcopy(self.model_), 0, False
+        for epoch in range(1, self.max_iter + 1):
+            self.loss_curve_.append(self._epoch(data, optimizer))
+            with torch.no_grad():
+                value = self._weighted(self.model_, held_out).item()
+            self.validation_curve_.append(value)
+            if self.verbose:
+                print(f"epoch {epoch}: loss {self.loss_curve_[-1]:.4f}, held out {value:.4f}, hidden {self.hidden_}")
+            if value < best - self.tol * abs(best) or epoch == 1:
+                best, since, state = value, 0, copy.deepcopy(self.model_)
+                continue
+            since += 1
+            if since < self.n_iter_no_change:
+                continue
+            if _alike(self.model_, state):
+                self.model_.load_state_dict(state.state_dict())
+            growth = None if grower.done else grower.grow()
+            if growth is not None:
+                growth.step = epoch
+                self.growths_.append(growth)
+            elif last:
+                break
+            else:
+                last = True
+                for group in optimizer.param_groups:
+                    group["lr"] = self.learning_rate_init / 10
+            since = 0
+        self.model_ = state
+
+    def _epoch(self, data: _Batches, optimizer: torch.optim.Optimizer) -> float:
+        """One pass of training; its mean loss."""
+        total = 0.0
+        for batch in data:
+            loss = self._weighted(self.model_, batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(batch[0])
+        return total / len(data.tensors[0])
+
+    def _weighted(self, model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
+        inputs, targets, importance = batch
+        losses = self._loss(model(inputs), targets)
+        return (losses * importance).sum() / importance.sum().clamp_min(1e-12)
+
+    def _outputs(self, x: ArrayLike) -> NDArray[np.float64]:
+        check_is_fitted(self, "model_")
+        rows = validate_data(self, x, reset=False, dtype=np.float64)
+        with torch.no_grad():
+            found: NDArray[np.float64] = self.model_.eval()(self._scaled(rows)).double().numpy()
+        return found
+
+
+class GrowingClassifier(ClassifierMixin, _Growing):  # type: ignore[misc]
+    """A neural network classifier that starts linear and finds its own width and depth.
+
+    It trains by AdamW until the loss on held-out data stands still, then grows by SENN (`meristem.recipes.senn`) where a new unit
+    or layer is worth its parameters, and ends when none is. Inputs are scaled inside; NaN and sparse inputs are refused.
+
+    Args:
+        max_iter: Most passes over the data.
+        batch_size: Examples per step.
+        learning_rate_init: Step size of AdamW; a tenth of it at the end.
+        alpha: Weight decay.
+        validation_fraction: Share of the data that is held out to know when to stop.
+        n_iter_no_change: Passes without a better held-out loss after which the net grows, or training ends.
+        tol: Relative improvement of the held-out loss that counts.
+        max_parameters: Largest number of trained numbers; None for no limit.
+        class_weight: As in scikit-learn: a dict, "balanced" or None.
+        random_state: Seed.
+        verbose: Print a line after every pass.
+
+    Attributes:
+        classes_: The labels.
+        hidden_: Widths of the hidden layers, in order.
+        growths_: Every `Growth`, with the pass after which it came in `step`.
+        n_parameters_: Trained numbers.
+        n_iter_: Passes over the data.
+        loss_curve_, validation_curve_: Loss after every pass, on the training and on the held-out part.
+        model_: The torch module; `scaler_`: what scales its inputs.
+
+    Examples:
+        >>> from sklearn.datasets import make_moons
+        >>> x, y = make_moons(400, noise=0.2, random_state=0)
+        >>> classifier = GrowingClassifier(random_state=0).fit(x, y)
+        >>> classifier.score(x, y) > 0.9, len(classifier.hidden_) > 0
+        (True, True)
+    """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **_Growing._parameter_constraints,
+        "class_weight": [dict, StrOptions({"balanced"}), None],
+    }
+
+    def __init__(
+        self,
+        *,
+        max_iter: int = 500,
+        batch_size: int = 128,
+        learning_rate_init: float = 3e-3,
+        alpha: float = 1e-4,
+        validation_fraction: float = 0.1,
+        n_iter_no_change: int = 10,
+        tol: float = 1e-4,
+        max_parameters: int | None = None,
+        class_weight: Any = None,
+        random_state: Any = None,
+        verbose: bool = False,
+    ) -> None:
+        self.max_iter = max_iter
+        self.batch_size = batch_size
+        self.learning_rate_init = learning_rate_init
+        self.alpha = alpha
+        self.validation_fraction = validation_fraction
+        self.n_iter_no_change = n_iter_no_change
+        self.tol = tol
+        self.max_parameters = max_parameters
+        self.class_weight = class_weight
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
+        """Train and grow."""
+        self._validate_params()
+        x, labels = validate_data(self, X, y, dtype=np.float64)
+        check_classification_targets(labels)
+        weights = _check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True)
+        self._encoder = LabelEncoder().fit(labels)
+        self.classes_ = self._encoder.classes_
+        if self.class_weight is not None:
+            weights = weights * compute_sample_weight(self.class_weight, labels)
+        codes = self._encoder.transform(labels)
+        self._train(x, torch.tensor(codes), weights, len(self.classes_), codes)
+        return self
+
+    def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets, reduction="none")
+
+    def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
+        """Probabilities, (examples, classes), in the order of `classes_`."""
+        found: NDArray[np.float64] = softmax(self._outputs(X), axis=1)
+        return found
+
+    def predict_log_proba(self, X: ArrayLike) -> NDArray[np.float64]:
+        """Their logarithms."""
+        found: NDArray[np.float64] = log_softmax(self._outputs(X), axis=1)
+        return found
+
+    def predict(self, X: ArrayLike) -> NDArray[Any]:
+        """The most probable labels."""
+        outputs = self._outputs(X)
+        found: NDArray[Any] = self.classes_[outputs.argmax(1)]
+        return found
+
+
+class GrowingRegressor(RegressorMixin, _Growing):  # type: ignore[misc]
+    """A neural network regressor, of one output or several, that starts linear and finds its own width and depth.
+
+    It trains by AdamW on the squared error until that on held-out data stands still, then grows by SENN (`meristem.recipes.senn`)
+    where a new unit or layer is worth its parameters, and ends when none is. Inputs and targets are scaled inside; NaN and sparse
+    inputs are refused.
+
+    Args:
+        max_iter: Most passes over the data.
+        batch_size: Examples per step.
+        learning_rate_init: Step size of AdamW; a tenth of it at the end.
+        alpha: Weight decay.
+        validation_fraction: Share of the data that is held out to know when to stop.
+        n_iter_no_change: Passes without a better held-out loss after which the net grows, or training ends.
+        tol: Relative improvement of the held-out loss that counts.
+        max_parameters: Largest number of trained numbers; None for no limit.
+        random_state: Seed.
+        verbose: Print a line after every pass.
+
+    Attributes:
+        hidden_: Widths of the hidden layers, in order.
+        growths_: Every `Growth`, with the pass after which it came in `step`.
+        n_parameters_: Trained numbers.
+        n_iter_: Passes over the data.
+        loss_curve_, validation_curve_: Loss after every pass, on the training and on the held-out part.
+        model_: The torch module; `scaler_`: what scales its inputs.
+
+    Examples:
+        >>> x = np.random.default_rng(0).normal(size=(400, 2))
+        >>> regressor = GrowingRegressor(random_state=0).fit(x, x[:, 0] * x[:, 1])
+        >>> regressor.score(x, x[:, 0] * x[:, 1]) > 0.9
+        True
+    """
+
+    def __init__(
+        self,
+        *,
+        max_iter: int = 500,
+        batch_size: int = 128,
+        learning_rate_init: float = 3e-3,
+        alpha: float = 1e-4,
+        validation_fraction: float = 0.1,
+        n_iter_no_change: int = 10,
+        tol: float = 1e-4,
+        max_parameters: int | None = None,
+        random_state: Any = None,
+        verbose: bool = False,
+    ) -> None:
+        self.max_iter = max_iter
+        self.batch_size = batch_size
+        self.learning_rate_init = learning_rate_init
+        self.alpha = alpha
+        self.validation_fraction = validation_fraction
+        self.n_iter_no_change = n_iter_no_change
+        self.tol = tol
+        self.max_parameters = max_parameters
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
+        """Train and grow."""
+        self._validate_params()
+        x, targets = validate_data(self, X, y, dtype=np.float64, multi_output=True, y_numeric=True)
+        weights = _check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True)
+        self._shape = targets.shape[1:]
+        columns = targets.reshape(len(x), -1).astype(np.float64)
+        self.target_scaler_ = StandardScaler().fit(columns, sample_weight=weights)
+        scaled = torch.tensor(self.target_scaler_.transform(columns), dtype=torch.float32)
+        self._train(x, scaled, weights, columns.shape[1], None)
+        return self
+
+    def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).square().mean(1)
+
+    def predict(self, X: ArrayLike) -> NDArray[np.float64]:
+        """The targets, shaped as in `fit`."""
+        outputs = self.target_scaler_.inverse_transform(self._outputs(X))
+        found: NDArray[np.float64] = outputs.reshape(len(outputs), *self._shape)
+        return found
+
+
+def _alike(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two nets have the same shape."""
+    shapes = [{name: p.shape for name, p in net.named_parameters()} for net in (one, other)]
+    return shapes[0] == shapes[1]
