@@ -203,6 +203,7 @@ class _Space:
         self.units = count // axis.multiple
         self.trials = max(method.candidates, self.units)
         self.layers = _next_layers(view, axis)
+        self._kept: dict[int, _Seen] = {}
         self.copied = twin(view.structure.model, lambda name, _: view.values[name].clone())
         self.first, self.second = _parts(view, method)
         self.meters = {"moments": Meter(), "seen": Meter(), "climb": Meter(), "look": Meter(), "together": Meter()}
@@ -233,6 +234,16 @@ class _Space:
             return _Seen(batch, watched.samples, {layer: len(watched.calls[layer]) for layer in self.layers}, left)
 
         return self.meters["seen"].run(batch, look)
+
+    def _shown(self, step: int) -> _Seen:
+        """The batch of a step of the search; where they are few they come again and are kept."""
+        number = step % len(self.first)
+        if number in self._kept:
+            return self._kept[number]
+        seen = self.seen(self.first[number])
+        if len(self.first) <= self.method.steps // 2:
+            self._kept[number] = seen
+        return seen
 
     def _reads(self, strips: Mapping[Place, Tensor], seen: _Seen) -> dict[str, list[Tensor]]:
         """What the next layers read, old and new, on one batch: one tensor for every call. The forward stops behind them."""
@@ -361,7 +372,7 @@ class _Space:
         along = [F.normalize(self.view.normal((self.trials, 1, size), like), dim=2) for size in sizes]
         turning = self.method.steps // 3
         for step in range(turning):
-            self._uphill(strips, self.seen(self.first[step % len(self.first)]), along)
+            self._uphill(strips, self._shown(step), along)
         for slot in self.axis.places("fan_in"):
             gradient, length = strips[slot.place].grad, started[slot.place].flatten(1).norm(dim=1)
             if gradient is not None and turning:
@@ -373,7 +384,7 @@ class _Space:
         optimizer = torch.optim.Adam(groups)
         for step in range(turning, self.method.steps):
             optimizer.zero_grad()
-            self._uphill(strips, self.seen(self.first[step % len(self.first)]), along)
+            self._uphill(strips, self._shown(step), along)
             optimizer.step()
         before, after = (self.scores(one, self.first[-_LOOKS:]) for one in (started, strips))
         better = after > before
