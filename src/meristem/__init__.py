@@ -1,6 +1,7 @@
 """Meristem grows neural networks while they train."""
 
 from meristem import care, how, recipes, when, where
+from meristem.activations import PReLU, Rational
 from meristem.axis import Axes, Axis, Slot
 from meristem.checkpoint import load, save
 from meristem.errors import (
@@ -16,7 +17,6 @@ from meristem.errors import (
 )
 from meristem.grower import Grower
 from meristem.growing import find_axes, grow_, narrow_, plan
-from meristem.rational import Rational
 from meristem.statistics.health import health
 from meristem.surgery.optimizers import STATE_RULES
 from meristem.values import Budget, Growth, Plan
@@ -36,6 +36,7 @@ __all__ = [
     "GrowthRefused",
     "MeristemError",
     "OptimizerError",
+    "PReLU",
     "PendingBackward",
     "Plan",
     "Rational",

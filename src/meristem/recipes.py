@@ -133,7 +133,7 @@ def senn(
         {'0:depth': 1}
     """
     return Grower(
-        model, optimizer, loss=loss, data=data, when=when if when is not None else triggers.SENN(), how=how.SENN(),
+        model, optimizer, loss=loss, data=data, when=when if when is not None else triggers.SENN(), how=how.SENN(activation="prelu"),
         where=where.SENN(alpha=alpha, tau=tau, patience=patience), amount=amount, budget=budget, axes=axes, example=example, generator=generator,
     )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
@@ -12,9 +13,14 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from meristem.recipes import senn
-from meristem.values import Budget, Growth
+from meristem import where
+from meristem.grower import Grower
+from meristem.how import SENN
+from meristem.values import Budget, Growth, Share
+from meristem.when import Every
+from meristem.where import Choice
 
 try:
     from scipy.special import log_softmax, softmax
@@ -29,6 +35,14 @@ try:
 except ImportError as error:
     raise ImportError("meristem.sklearn needs scikit-learn. hint: pip install 'meristem[sklearn]'") from error
 
+FAR = 10.0
+"""Standard deviations at which inputs are cut off: one rare value of 70 would throw the weights of a whole batch about."""
+AVERAGED = 0.99
+"""Weight of the past in the running average of the weights that a trained net ends with."""
+LEAST = 32
+"""Units that a width gains at least."""
+LOOKED_AT = 512
+"""Examples in a batch on which growth is measured, at the most."""
 SMALL = 20
 """Fewer examples than this are too few to hold some of them out."""
 
@@ -47,29 +61,57 @@ class _Batches:
             yield tuple(tensor[rows] for tensor in self.tensors)
 
 
+@dataclass
+class _State:
+    """A net in training."""
+
+    model: nn.Sequential
+    optimizer: torch.optim.Optimizer
+
+
+@dataclass(frozen=True)
+class _Bold:
+    """The axis that adds most by SENN's rule gets half of what it has, `LEAST` units at least, or one layer.
+
+    Held-out data stop training in time, so units need not be worth their parameters one by one, as the rule asks.
+    """
+
+    reads_gains: ClassVar[bool] = True
+    weighs_kinds: ClassVar[bool] = True
+
+    def share(self, choice: Choice) -> Share:
+        share = where.SENN(patience=1, per="growth").share(choice)
+        kinds = {axis.name: axis for axis in choice.axes}
+        return replace(share, counts={n: 1 if kinds[n].kind == "depth" else _bold(kinds[n].size) for n in share.counts})
+
+
 class _Growing(BaseEstimator):  # type: ignore[misc]
     """What both estimators share: scaling, the training loop, growth at plateaus of the held-out loss."""
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "max_iter": [Interval(Integral, 1, None, closed="left")],
-        "batch_size": [Interval(Integral, 1, None, closed="left")],
+        "batch_size": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
         "learning_rate_init": [Interval(Real, 0, None, closed="neither")],
         "alpha": [Interval(Real, 0, None, closed="left")],
         "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
         "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
         "tol": [Interval(Real, 0, None, closed="left")],
+        "max_growths": [Interval(Integral, 0, None, closed="left")],
+        "n_iter_growth": [Interval(Integral, 1, None, closed="left")],
         "max_parameters": [Interval(Integral, 1, None, closed="left"), None],
         "random_state": ["random_state"],
         "verbose": ["verbose"],
     }
 
     max_iter: int
-    batch_size: int
+    batch_size: Any
     learning_rate_init: float
     alpha: float
     validation_fraction: float
     n_iter_no_change: int
     tol: float
+    max_growths: int
+    n_iter_growth: int
     max_parameters: int | None
     random_state: Any
     verbose: bool
@@ -82,7 +124,7 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
     def hidden_(self) -> list[int]:
         """Widths of the hidden layers, in order; empty where the net has stayed linear."""
         check_is_fitted(self, "model_")
-        return [module.out_features for module in self.model_.modules() if isinstance(module, nn.Linear)][:-1]
+        return _hidden(self.model_)
 
     @property
     def n_parameters_(self) -> int:
@@ -108,7 +150,7 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
         self.n_iter_ = len(self.loss_curve_)
 
     def _scaled(self, x: NDArray[Any]) -> Tensor:
-        return torch.tensor(self.scaler_.transform(x), dtype=torch.float32)
+        return torch.tensor(np.clip(self.scaler_.transform(x), -FAR, FAR), dtype=torch.float32)
 
     def _split(self, tensors: Sequence[Tensor], strata: Any, seed: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """What is trained on, and what is held out to know when to stop; all of it both where there is little."""
@@ -123,57 +165,80 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
         return [t[torch.from_numpy(kept)] for t in tensors], [t[torch.from_numpy(out)] for t in tensors]
 
     def _fit_and_grow(self, training: Sequence[Tensor], held_out: Sequence[Tensor]) -> None:
-        """Train; where the held-out loss stands still, grow; where nothing is worth growing, once more at a tenth of the rate."""
-        data = _Batches(self.batch_size, *training)
-        optimizer = torch.optim.AdamW(self.model_.parameters(), lr=self.learning_rate_init, weight_decay=self.alpha)
-        grower = senn(
-            self.model_, optimizer, loss=self._weighted, data=data, patience=1,
-            budget=Budget(parameters=self.max_parameters),
-        )  # fmt: skip
-        best, state, since, last = float("inf"), copy.deepcopy(self.model_), 0, False
-        for epoch in range(1, self.max_iter + 1):
-            self.loss_curve_.append(self._epoch(data, optimizer))
-            with torch.no_grad():
-                value = self._weighted(self.model_, held_out).item()
-            self.validation_curve_.append(value)
-            if self.verbose:
-                print(f"epoch {epoch}: loss {self.loss_curve_[-1]:.4f}, held out {value:.4f}, hidden {self.hidden_}")
-            if value < best - self.tol * abs(best) or epoch == 1:
-                best, since, state = value, 0, copy.deepcopy(self.model_)
-                continue
-            since += 1
-            if since < self.n_iter_no_change:
-                continue
-            if _alike(self.model_, state):
-                self.model_.load_state_dict(state.state_dict())
-            growth = None if grower.done else grower.grow()
-            if growth is not None:
-                growth.step = epoch
-                self.growths_.append(growth)
-            elif last:
-                break
-            else:
-                last = True
-                for group in optimizer.param_groups:
-                    group["lr"] = self.learning_rate_init / 10
-            since = 0
-        self.model_ = state
+        """Grow while SENN's rule finds something, a few passes apart; train what has grown until the held-out loss stands still,
+        and once more at a tenth of the rate. A net that has stayed linear is asked again when it has been trained.
 
-    def _epoch(self, data: _Batches, optimizer: torch.optim.Optimizer) -> float:
-        """One pass of training; its mean loss."""
+        Growth comes early: what starts from a small net that was trained to its end ends worse.
+        """
+        data = _Batches(self._batch_size(len(training[0])), *training)
+        state = _State(
+            self.model_, torch.optim.AdamW(self.model_.parameters(), self.learning_rate_init, weight_decay=self.alpha)
+        )
+        self._grow(state, data)
+        state = self._trained(state, data, held_out)
+        if not self.growths_ and self._grow(state, data):
+            state = self._trained(state, data, held_out)
+        for group in state.optimizer.param_groups:
+            group["lr"] = self.learning_rate_init / 10
+        self.model_ = self._trained(state, data, held_out).model
+
+    def _grow(self, state: _State, data: _Batches) -> bool:
+        """Grow a few passes apart, for as long as SENN's rule finds something; whether it did."""
+        looked = _Batches(max(1, min(LOOKED_AT, len(data.tensors[0]) // 12)), *data.tensors)
+        grower = Grower(
+            state.model, state.optimizer, loss=self._weighted, data=looked, when=Every(epochs=1), where=_Bold(),
+            how=SENN(activation="prelu", steps=64), budget=Budget(parameters=self.max_parameters, growths=self.max_growths),
+        )  # fmt: skip
+        while not grower.done and len(self.loss_curve_) < self.max_iter:
+            for _ in range(self.n_iter_growth):
+                self._pass(state, data)
+            grower.amount = max(_bold(width) for width in _hidden(state.model) or [1])
+            growth = grower.grow()
+            if growth is not None:
+                growth.step = len(self.loss_curve_)
+        self.growths_ += grower.history
+        return bool(grower.history)
+
+    def _batch_size(self, count: int) -> int:
+        return max(16, min(128, count // 20)) if self.batch_size == "auto" else self.batch_size
+
+    def _trained(self, state: _State, data: _Batches, held_out: Sequence[Tensor]) -> _State:
+        """Train until the held-out loss of the averaged weights has not fallen for a while; these, where it was lowest."""
+        best, since = copy.deepcopy(state), 0
+        lowest = self._held_out_loss(state.model, held_out)
+        average = AveragedModel(state.model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGED))
+        while since < self.n_iter_no_change and len(self.loss_curve_) < self.max_iter:
+            self._pass(state, data, average)
+            value = self._held_out_loss(average, held_out)
+            self.validation_curve_.append(value)
+            since += 1
+            if value < lowest * (1 - self.tol):
+                best, lowest, since = copy.deepcopy(state), value, 0
+                best.model.load_state_dict(average.module.state_dict())
+        return best
+
+    def _pass(self, state: _State, data: _Batches, average: AveragedModel | None = None) -> None:
+        """One pass of training."""
         total = 0.0
         for batch in data:
-            loss = self._weighted(self.model_, batch)
-            optimizer.zero_grad()
+            loss = self._weighted(state.model, batch)
+            state.optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
+            state.optimizer.step()
+            if average is not None:
+                average.update_parameters(state.model)
             total += loss.item() * len(batch[0])
-        return total / len(data.tensors[0])
+        self.loss_curve_.append(total / len(data.tensors[0]))
+        if self.verbose:
+            print(f"pass {len(self.loss_curve_)}: loss {self.loss_curve_[-1]:.4f}, hidden {_hidden(state.model)}")
 
     def _weighted(self, model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
         inputs, targets, importance = batch
-        losses = self._loss(model(inputs), targets)
-        return (losses * importance).sum() / importance.sum().clamp_min(1e-12)
+        return (self._loss(model(inputs), targets) * importance).sum() / importance.sum().clamp_min(1e-12)
+
+    def _held_out_loss(self, model: nn.Module, held_out: Sequence[Tensor]) -> float:
+        with torch.no_grad():
+            return self._weighted(model, held_out).item()
 
     def _outputs(self, x: ArrayLike) -> NDArray[np.float64]:
         check_is_fitted(self, "model_")
@@ -181,6 +246,14 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
         with torch.no_grad():
             found: NDArray[np.float64] = self.model_.eval()(self._scaled(rows)).double().numpy()
         return found
+
+
+def _bold(width: int) -> int:
+    return max(LEAST, width // 2)
+
+
+def _hidden(model: nn.Module) -> list[int]:
+    return [module.out_features for module in model.modules() if isinstance(module, nn.Linear)][:-1]
 
 
 class GrowingClassifier(ClassifierMixin, _Growing):  # type: ignore[misc]
@@ -197,6 +270,8 @@ class GrowingClassifier(ClassifierMixin, _Growing):  # type: ignore[misc]
         validation_fraction: Share of the data that is held out to know when to stop.
         n_iter_no_change: Passes without a better held-out loss after which the net grows, or training ends.
         tol: Relative improvement of the held-out loss that counts.
+        max_growths: Most growths.
+        n_iter_growth: Passes between two growths.
         max_parameters: Largest number of trained numbers; None for no limit.
         class_weight: As in scikit-learn: a dict, "balanced" or None.
         random_state: Seed.
@@ -227,13 +302,15 @@ class GrowingClassifier(ClassifierMixin, _Growing):  # type: ignore[misc]
     def __init__(
         self,
         *,
-        max_iter: int = 500,
-        batch_size: int = 128,
+        max_iter: int = 1000,
+        batch_size: int | str = "auto",
         learning_rate_init: float = 3e-3,
         alpha: float = 1e-4,
         validation_fraction: float = 0.1,
-        n_iter_no_change: int = 10,
+        n_iter_no_change: int = 20,
         tol: float = 1e-4,
+        max_growths: int = 8,
+        n_iter_growth: int = 5,
         max_parameters: int | None = None,
         class_weight: Any = None,
         random_state: Any = None,
@@ -246,6 +323,8 @@ class GrowingClassifier(ClassifierMixin, _Growing):  # type: ignore[misc]
         self.validation_fraction = validation_fraction
         self.n_iter_no_change = n_iter_no_change
         self.tol = tol
+        self.max_growths = max_growths
+        self.n_iter_growth = n_iter_growth
         self.max_parameters = max_parameters
         self.class_weight = class_weight
         self.random_state = random_state
@@ -300,6 +379,8 @@ class GrowingRegressor(RegressorMixin, _Growing):  # type: ignore[misc]
         validation_fraction: Share of the data that is held out to know when to stop.
         n_iter_no_change: Passes without a better held-out loss after which the net grows, or training ends.
         tol: Relative improvement of the held-out loss that counts.
+        max_growths: Most growths.
+        n_iter_growth: Passes between two growths.
         max_parameters: Largest number of trained numbers; None for no limit.
         random_state: Seed.
         verbose: Print a line after every pass.
@@ -322,13 +403,15 @@ class GrowingRegressor(RegressorMixin, _Growing):  # type: ignore[misc]
     def __init__(
         self,
         *,
-        max_iter: int = 500,
-        batch_size: int = 128,
+        max_iter: int = 1000,
+        batch_size: int | str = "auto",
         learning_rate_init: float = 3e-3,
         alpha: float = 1e-4,
         validation_fraction: float = 0.1,
-        n_iter_no_change: int = 10,
+        n_iter_no_change: int = 20,
         tol: float = 1e-4,
+        max_growths: int = 8,
+        n_iter_growth: int = 5,
         max_parameters: int | None = None,
         random_state: Any = None,
         verbose: bool = False,
@@ -340,6 +423,8 @@ class GrowingRegressor(RegressorMixin, _Growing):  # type: ignore[misc]
         self.validation_fraction = validation_fraction
         self.n_iter_no_change = n_iter_no_change
         self.tol = tol
+        self.max_growths = max_growths
+        self.n_iter_growth = n_iter_growth
         self.max_parameters = max_parameters
         self.random_state = random_state
         self.verbose = verbose
@@ -364,9 +449,3 @@ class GrowingRegressor(RegressorMixin, _Growing):  # type: ignore[misc]
         outputs = self.target_scaler_.inverse_transform(self._outputs(X))
         found: NDArray[np.float64] = outputs.reshape(len(outputs), *self._shape)
         return found
-
-
-def _alike(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two nets have the same shape."""
-    shapes = [{name: p.shape for name, p in net.named_parameters()} for net in (one, other)]
-    return shapes[0] == shapes[1]

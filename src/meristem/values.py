@@ -163,7 +163,7 @@ class Proposal:
     blocks: Blocks | None = None
     gains: tuple[float, ...] = ()
     error: float = 0.0
-    freedom: int = 0
+    freedom: float = 0.0
     flops: int = 0
     note: str = ""
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from zoo import make
 
 import meristem as ms
-from meristem.rational import Rational
+from meristem.activations import Rational
 
 
 class Residual(nn.Module):

@@ -11,7 +11,7 @@ import meristem
 
 SRC = Path(meristem.__file__).parent
 LEVELS = [
-    ["errors", "axis", "rational", "values"],
+    ["activations", "errors", "axis", "values"],
     ["statistics", "structure", "surgery"],
     ["view", "sandbox"],
     ["how", "where", "when", "care"],

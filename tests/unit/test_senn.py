@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import meristem as ms
-from meristem.how.senn import _Space
+from meristem.how.senn import _parts, _Space
 from meristem.statistics import curvature
 from meristem.statistics.batches import growth_batches
 from meristem.statistics.curvature import Candidates, Factors, bound, exact_score, gain, residual
@@ -180,7 +180,8 @@ def space(model: nn.Module, axis: str = "0", method: ms.how.SENN | None = None, 
     batches = data()
     structure = Structure(model, Example((batches[0][0],), {}))
     view = View(structure, torch.Generator().manual_seed(0), squared, growth_batches(batches, 4, torch.Generator()))
-    return _Space(view, squared, structure.axes.named(axis), count, method or ms.how.SENN(candidates=5))
+    method = method or ms.how.SENN(candidates=5)
+    return _Space(view, squared, structure.axes.named(axis), count, method, _parts(view, method)[0])
 
 
 def test_the_gradient_of_the_score_matches_finite_differences() -> None:

@@ -20,30 +20,31 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from meristem.activations import IDENTITIES, PReLU, Rational
 from meristem.axis import Axis, Kind, Place
 from meristem.errors import DataError, GrowthRefused
 from meristem.how.blocks import inserted
 from meristem.how.draws import drawn
 from meristem.how.zero_block import ZeroBlock
-from meristem.rational import Rational
 from meristem.statistics.curvature import (
     DAMPING,
     Watched,
     agreement,
     damped,
+    effective,
     mean_diagonal,
     measure,
     patches,
     scored,
     whitened,
 )
-from meristem.statistics.flops import Meter, counting
+from meristem.statistics.flops import Meter, batch_size
 from meristem.statistics.losses import Loss
 from meristem.structure import Structure
 from meristem.structure.twin import twin
@@ -54,6 +55,10 @@ from meristem.view import View
 
 _RATE = 0.1
 """Step size of the optimisation of candidates, in root mean squares of their first weights."""
+_OPENED = 8
+"""Units that are tried in the width that a layer opens."""
+_FEW = 1000
+"""Examples below which every part of them measures in turn."""
 _LOOKS = 8
 """Batches on which optimised candidates are held against their start."""
 
@@ -67,6 +72,8 @@ class SENN:
         steps: Growth batches that their search takes, again from the first where there are fewer.
         batches: Growth batches; candidates are optimised on two thirds of them and measured on the others.
         damping: Share of its mean diagonal that is added to every factor.
+        activation: What stands before an inserted layer: "rational", as published, or "prelu", with a slope for every unit.
+            Both start as the identity.
 
     Examples:
         >>> import torch, meristem as ms
@@ -81,6 +88,13 @@ class SENN:
     steps: int = 128
     batches: int = 192
     damping: float = DAMPING
+    activation: Literal["rational", "prelu"] = "rational"
+
+    def __post_init__(self) -> None:
+        if self.activation not in IDENTITIES:
+            raise ValueError(
+                f"the activation of an inserted layer is one of {', '.join(IDENTITIES)}; got {self.activation!r}"
+            )
 
     @property
     def kinds(self) -> Mapping[Kind, bool]:
@@ -95,11 +109,9 @@ class SENN:
         if view.loss is None or not view.batches:
             raise DataError("SENN measures a score: pass loss= and data=")
         if axis.kind != "depth":
-            return _Space(view, view.loss, axis, count, self).proposal()
-        with counting() as counter:
-            run = view.structure.depths[axis.name].form == "run"
-            offered = (self._block if run else self._layer)(view, view.loss, axis, count)
-        return replace(offered, flops=offered.flops + counter.get_total_flops())
+            return _searched(view, view.loss, axis, count, self)
+        run = view.structure.depths[axis.name].form == "run"
+        return (self._block if run else self._layer)(view, view.loss, axis, count)
 
     def _block(self, view: View, loss: Loss, axis: Axis, count: int) -> Proposal:
         """Silent blocks of a run; each adds the score of its silent layers."""
@@ -112,60 +124,76 @@ class SENN:
             module = made[place][1].get_submodule(tensor.rpartition(".")[0])
             silent.setdefault(place, set()).update({names[id(module)]} if scored(module) else ())
         watched = sorted(set().union(*silent.values()))
-        parts = [measure(copied, loss, half, watched) for half in _parts(view, self)]
-        gains, freedom, samples = [], 0, 1
+        meter = Meter()
+        parts = [measure(copied, loss, part, watched, meter) for part in _parts(view, self)[0]]
+        gains, freedom, samples = [], 0.0, 1
         for listed in silent.values():
-            both = [(parts[0].layers[name] + parts[1].layers[name]).damped(self.damping) for name in listed]
+            both = [parts[0].layers[name] + parts[1].layers[name] for name in listed]
             found = sum(
-                agreement(layer, parts[0].layers[name].gradient, parts[1].layers[name].gradient)
+                agreement(layer.damped(self.damping), parts[0].layers[name].gradient, parts[1].layers[name].gradient)
                 for name, layer in zip(listed, both, strict=True)
             )
-            freedom = sum(layer.gradient.numel() for layer in both)
+            freedom = sum(effective(layer.outputs, self.damping) * layer.gradient.shape[1] for layer in both)
             gains.append(found)
             samples = max((layer.samples for layer in both), default=1)
-        return replace(offered, gains=tuple(gains), error=_error(freedom, samples), freedom=freedom)
+        return replace(
+            offered,
+            gains=tuple(gains),
+            error=_error(freedom, samples),
+            freedom=freedom,
+            flops=offered.flops + meter.total,
+        )
 
     def _layer(self, view: View, loss: Loss, axis: Axis, count: int) -> Proposal:
-        """Identity layers of a chain. The first adds what its rational activation can give at the identity, or what the best
-        new unit of the width that it opens would give, whichever is the surer; those behind it add nothing yet.
+        """Identity layers of a chain. The first adds what its activation can give at the identity, or what the best new units of
+        the width that it opens would give, whichever is the surer; those behind it add nothing yet.
         """
-        blocks = Blocks(replace(view.structure.depths[axis.name].appended(count), activation="rational"))
-        one = Blocks(replace(view.structure.depths[axis.name].appended(1), activation="rational"))
+        depth = view.structure.depths[axis.name]
+        blocks, one = (Blocks(replace(depth.appended(n), activation=self.activation)) for n in (count, 1))
         copied, made = inserted(view, axis, one)
         ((_, block),) = made.values()
-        before = _layer_before(copied, next(module for module in block.children() if isinstance(module, Rational)))
-        found = [self._coefficients(copied, view, loss, before), self._opened(copied, view, loss, before)]
+        activation = next(module for module in block.children() if isinstance(module, IDENTITIES[self.activation]))
+        before = _layer_before(copied, activation)
+        found = [self._coefficients(copied, view, loss, before, activation), self._opened(copied, view, loss, before)]
         surest = max(found, key=lambda offer: offer.gains[0] - 2 * offer.error)
-        gains = (surest.gains[0], *[0.0] * (count - 1))
-        return replace(surest, axis=axis.name, count=count, strips={}, blocks=blocks, gains=gains)
+        gains, flops = (surest.gains[0], *[0.0] * (count - 1)), sum(offer.flops for offer in found)
+        return replace(surest, axis=axis.name, count=count, strips={}, blocks=blocks, gains=gains, flops=flops)
 
     def _opened(self, model: nn.Module, view: View, loss: Loss, before: str) -> Proposal:
-        """The best new unit of the layer `before` an inserted activation."""
+        """The best new units of the layer `before` an inserted activation, as many as are surest together."""
         structure = Structure(model, view.structure.example)
         axis = next(
             axis for axis in structure.axes.values() if Place(f"{before}.weight", 0) in [s.place for s in axis.slots]
         )
         looked = View(structure, view.generator, loss, view.batches)
-        return _Space(looked, loss, axis, axis.multiple, self).proposal()
+        offer = _searched(looked, loss, axis, _OPENED * axis.multiple, self)
+        several = [
+            replace(offer, gains=(sum(offer.gains[:n]),), error=math.sqrt(n) * offer.error, freedom=n * offer.freedom)
+            for n in range(1, len(offer.gains) + 1)
+        ]
+        return max(several, key=lambda one: one.gains[0] - 2 * one.error)
 
-    def _coefficients(self, model: nn.Module, view: View, loss: Loss, before: str) -> Proposal:
-        """The score of beta and gamma of a rational activation at the identity, behind the layer `before`,
+    def _coefficients(
+        self, model: nn.Module, view: View, loss: Loss, before: str, activation: Rational | PReLU
+    ) -> Proposal:
+        """The score of the coefficients of an activation at the identity, behind the layer `before`: of its tangents,
 
-            d sigma / d beta = 1 / (1 + x^2),     d sigma / d gamma = x / (1 + x^2),
+            d sigma / d beta = 1 / (1 + x^2),     d sigma / d gamma = x / (1 + x^2)     (rational),
 
         beyond what is linear in the input of that layer, which its own weights reach.
         """
         total: dict[str, Tensor] = {}
         samples = rows = 0
-        for batch in [batch for part in _parts(view, self) for batch in part]:
+        meter = Meter()
+        for batch in list(view.batches)[: self.batches]:
             with Watched(model, [before]) as watched:
-                watched.run(loss, batch)
+                meter.run(batch, lambda: watched.run(loss, batch))  # noqa: B023
             for read, back, given in watched.rows(before):
-                features = torch.cat([1 / (1 + given**2), given / (1 + given**2)], 1)
-                doubled = back.repeat(1, 2)
+                tangents = activation.tangents(given)
+                features, again = torch.cat(tangents, 1), back.repeat(1, len(tangents))
                 sums = {
                     "reading": read.T @ read, "cross": read.T @ features, "features": features.T @ features,
-                    "outputs": doubled.T @ doubled, "linear": doubled.T @ read, "gradient": (doubled * features).sum(0),
+                    "outputs": again.T @ again, "linear": again.T @ read, "gradient": (again * features).sum(0),
                 }  # fmt: skip
                 total = {key: value + total.get(key, 0.0) for key, value in sums.items()}
                 rows += len(read)
@@ -175,8 +203,9 @@ class SENN:
         gradient = mean["gradient"] - (mean["linear"].T * explained).sum(0)
         fisher = mean["outputs"] * (mean["features"] - mean["cross"].T @ explained)
         found = whitened(damped(fisher, self.damping), gradient[:, None]).square().sum().item()
-        free = len(gradient)
-        return Proposal("", 1, gains=(found - free / samples,), error=_error(free, samples), freedom=free)
+        free = effective(fisher, self.damping)
+        gains = (found - free / samples,)
+        return Proposal("", 1, gains=gains, error=_error(free, samples), freedom=free, flops=meter.total)
 
 
 @dataclass(frozen=True)
@@ -198,17 +227,18 @@ class _Reached(BaseException):
 class _Space:
     """Candidates for one axis: their weights, what the next layers read from them, and what that is worth."""
 
-    def __init__(self, view: View, loss: Loss, axis: Axis, count: int, method: SENN) -> None:
+    def __init__(self, view: View, loss: Loss, axis: Axis, count: int, method: SENN, parts: _Parts) -> None:
         self.view, self.loss, self.axis, self.count, self.method = view, loss, axis, count, method
         self.units = count // axis.multiple
         self.trials = max(method.candidates, self.units)
         self.layers = _next_layers(view, axis)
         self._kept: dict[int, _Seen] = {}
         self.copied = twin(view.structure.model, lambda name, _: view.values[name].clone())
-        self.first, self.second = _parts(view, method)
+        self.first, self.second = parts
         self.meters = {"moments": Meter(), "seen": Meter(), "climb": Meter(), "look": Meter(), "together": Meter()}
         layers = measure(self.copied, loss, self.first[:_LOOKS], self.layers, self.meters["moments"]).layers
         self.moments = {layer: layers[layer].damped(method.damping) for layer in self.layers}
+        self.free = {layer: effective(layers[layer].outputs, method.damping) for layer in self.layers}
         self.slopes = {
             layer: torch.cholesky_solve(m.gradient.T, torch.linalg.cholesky(m.inputs))
             for layer, m in self.moments.items()
@@ -347,17 +377,35 @@ class _Space:
 
     def proposal(self) -> Proposal:
         """The candidates, optimised on the first batches; the best of them by what each adds to those before it on the others."""
-        started = drawn(self.view, self.axis, self.trials * self.axis.multiple, zero="fan_out")
+        started = self._drawn()
         silent = {slot.place for slot in self.axis.places("fan_out")}
         moving = [place for place in started if place not in silent]
         strips = self.optimised(started, moving)
+        shown, _ = self.together(strips, self.first[-len(self.second) :])
+        order = _best(shown, self.trials, self.units)
         joint, samples = self.together(strips, self.second)
-        order, gains = _greedy(joint, self.trials, self.units)
-        freedom = sum(m.gradient.shape[0] * self.new[n].shape[1] * self._kernel(n) for n, m in self.moments.items())
+        gains = _gains(joint, self.trials, order)
+        freedom = sum(self.free[layer] * self.new[layer].shape[1] * self._kernel(layer) for layer in self.layers)
+        if self.second is self.first:
+            freedom += sum(strips[place][0].numel() for place in moving)
         beyond = tuple(gain - freedom / samples for gain in gains)
         chosen = torch.tensor(order)
         kept = {place: strip[chosen] for place, strip in strips.items()}
-        return Proposal(self.axis.name, self.count, kept, gains=beyond, error=_error(freedom, samples), freedom=freedom)
+        flops = sum(meter.total for meter in self.meters.values())
+        return Proposal(
+            self.axis.name, self.count, kept, gains=beyond, error=_error(freedom, samples), freedom=freedom, flops=flops
+        )
+
+    def _drawn(self) -> dict[Place, Tensor]:
+        """Random candidates, with learned activations of their own: drawn from U(-1, 1), since the mean of the neighbours is the
+        identity in a layer that has just been inserted.
+        """
+        count = self.trials * self.axis.multiple
+        strips = drawn(self.view, self.axis, count, zero="fan_out")
+        for slot, shape in self.view.shapes(self.axis, count).items():
+            if slot.role == "carried" and slot.fill == "mean" and not slot.buffer:
+                strips[slot.place] = self.view.uniform(shape, 1.0, self.view.values[slot.name])
+        return strips
 
     def optimised(self, started: Mapping[Place, Tensor], moving: Sequence[Place]) -> dict[Place, Tensor]:
         """Every candidate after a search uphill, or as it started where that was better.
@@ -432,26 +480,38 @@ class _Joint:
     own: Tensor
 
 
-def _greedy(layers: Mapping[str, _Joint], trials: int, count: int) -> tuple[list[int], list[float]]:
-    """The `count` candidates that add most, each beyond those before it, with what they add. A chosen one is taken out of the
-    others and of the gradient (Schur complement).
+def _best(layers: Mapping[str, _Joint], trials: int, count: int) -> list[int]:
+    """The `count` candidates that add most, each beyond those before it. A chosen one is taken out of the others and of the
+    gradient (Schur complement).
     """
-    left, worth = list(range(trials)), []
+    left: list[int] = list(range(trials))
     chosen: list[int] = []
     while len(chosen) < count:
-        best: list[Tensor] = []
-        for joint in layers.values():
-            size = joint.own.shape[0] // trials
-            blocks = joint.own.reshape(trials, size, trials, size).diagonal(dim1=0, dim2=2).movedim(-1, 0)
-            against = joint.against.reshape(-1, trials, size).permute(1, 2, 0)
-            best.append(whitened(blocks, against).square().sum((1, 2)))
-        total = sum(best[1:], best[0]).tolist()
-        pick = max(left, key=total.__getitem__)
+        pick = max(left, key=_alone(layers, trials).tolist().__getitem__)
         left.remove(pick)
         chosen.append(pick)
-        worth.append(total[pick])
         layers = {name: _without(joint, pick, trials) for name, joint in layers.items()}
-    return chosen, worth
+    return chosen
+
+
+def _gains(layers: Mapping[str, _Joint], trials: int, order: Sequence[int]) -> list[float]:
+    """What candidates add, each beyond those before it."""
+    found = []
+    for unit in order:
+        found.append(_alone(layers, trials)[unit].item())
+        layers = {name: _without(joint, unit, trials) for name, joint in layers.items()}
+    return found
+
+
+def _alone(layers: Mapping[str, _Joint], trials: int) -> Tensor:
+    """What every candidate would add by itself."""
+    total = torch.zeros(trials, dtype=torch.float64)
+    for joint in layers.values():
+        size = joint.own.shape[0] // trials
+        blocks = joint.own.reshape(trials, size, trials, size).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+        against = joint.against.reshape(-1, trials, size).permute(1, 2, 0)
+        total = total + whitened(blocks, against).square().sum((1, 2)).cpu()
+    return total
 
 
 def _without(joint: _Joint, unit: int, trials: int) -> _Joint:
@@ -495,13 +555,30 @@ def _next_layers(view: View, axis: Axis) -> list[str]:
     return layers
 
 
-def _parts(view: View, method: SENN) -> tuple[Sequence[Any], Sequence[Any]]:
-    """The growth batches to choose on, three quarters of them, and those to measure on; where there is but one, it is both."""
+_Parts = tuple[Sequence[Any], Sequence[Any]]
+"""Growth batches to choose on, and those to measure on."""
+
+
+def _parts(view: View, method: SENN) -> list[_Parts]:
+    """Two thirds of the growth batches to choose on, the others to measure on; where these hold few examples, every third
+    measures in turn. One batch or two are both.
+    """
     batches = list(view.batches)[: method.batches]
-    middle = 2 * len(batches) // 3
-    return batches[:middle] or batches, batches[middle:]
+    if len(batches) < 3:
+        return [(batches, batches)]
+    third = len(batches) // 3
+    turns = range(3) if third * batch_size(batches[0]) < _FEW else range(1)
+    return [(turned[third:], turned[:third]) for i in turns for turned in [batches[i * third :] + batches[: i * third]]]
 
 
-def _error(freedom: int, samples: int) -> float:
-    """The standard error of a score that is zero: N eta is chi-squared, with one degree of freedom per weight."""
+def _searched(view: View, loss: Loss, axis: Axis, count: int, method: SENN) -> Proposal:
+    """The best units that were found on the first part of the batches, with what such units add on the average over all parts."""
+    offers = [_Space(view, loss, axis, count, method, parts).proposal() for parts in _parts(view, method)]
+    gains = tuple(sum(each) / len(offers) for each in zip(*(offer.gains for offer in offers), strict=True))
+    error, flops = offers[0].error / math.sqrt(len(offers)), sum(offer.flops for offer in offers)
+    return replace(offers[0], gains=gains, error=error, flops=flops)
+
+
+def _error(freedom: float, samples: int) -> float:
+    """The standard error of a score that is zero: N eta is chi-squared, with one degree of freedom per weight that counts."""
     return math.sqrt(2 * freedom) / samples

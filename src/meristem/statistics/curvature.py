@@ -365,6 +365,12 @@ def damped(matrix: Tensor, damping: float) -> Tensor:
     return matrix + damping * mean_diagonal(matrix) * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
 
 
+def effective(matrix: Tensor, damping: float) -> float:
+    """How many dimensions a second moment has beside its damping: Tr[M (M + damping)^-1]; the logits of k classes have k - 1."""
+    solved = torch.cholesky_solve(matrix, _root(damped(matrix, damping)))
+    return float(solved.diagonal().sum())
+
+
 def _root(matrix: Tensor) -> Tensor:
     root: Tensor = torch.linalg.cholesky(matrix)
     return root

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meristem.rational import Rational
+from meristem.activations import IDENTITIES
 from meristem.structure.twin import copy_part, named_tensors
 from meristem.values import Insertion
 
@@ -118,7 +118,7 @@ def _activation(kind: str, layer: nn.Module, old: nn.Module) -> nn.Module:
         return nn.ReLU().train(old.training)
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    module = Rational(weight.shape[0], dim=-1 if isinstance(layer, nn.Linear) else 1 - weight.dim())
+    module = IDENTITIES[kind](weight.shape[0], dim=-1 if isinstance(layer, nn.Linear) else 1 - weight.dim())
     for name, parameter in list(module.named_parameters()):
         setattr(module, name, nn.Parameter(_like(weight, parameter.detach()), requires_grad=weight.requires_grad))
     return module.train(old.training)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from meristem.activations import IDENTITIES
 from meristem.axis import Axis, Place
 from meristem.errors import GrowthRefused
 from meristem.structure.counts import counts_for
@@ -208,7 +209,9 @@ def _layer_parameters(structure: Structure, depth: Depth, block: int, insertion:
     weight = layer.weight
     assert isinstance(weight, torch.Tensor)
     kernel = math.prod(weight.shape[2:])
-    return width * width * kernel + width + (3 * width if insertion.activation == "rational" else 0)
+    learned = IDENTITIES[insertion.activation](width) if insertion.activation in IDENTITIES else None
+    own = sum(p.numel() for p in learned.parameters()) if learned is not None else 0
+    return width * width * kernel + width + own
 
 
 def flops(structure: Structure, changes: Changes | None = None) -> int:

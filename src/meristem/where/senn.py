@@ -41,7 +41,7 @@ class SENN:
         alpha: Smallest gain of a unit; None for the rule above.
         tau: Smallest gain relative to the net's own score, which costs a pass to measure; None asks for none.
         patience: Checks in a row at which nothing is accepted, after which growth ends.
-        per: What a gain is divided by, for the ranking: "parameter" or "flop".
+        per: What a gain is divided by, for the ranking of the axes: "parameter", "flop", or "growth" for all that a growth adds.
         damping: Share of its mean diagonal that is added to every factor.
 
     Examples:
@@ -52,7 +52,7 @@ class SENN:
     alpha: float | None = None
     tau: float | None = None
     patience: int = 3
-    per: Literal["parameter", "flop"] = "parameter"
+    per: Literal["parameter", "flop", "growth"] = "parameter"
     damping: float = DAMPING
 
     def __post_init__(self) -> None:
@@ -62,8 +62,8 @@ class SENN:
                 raise ValueError(f"{name} of where.SENN must be a number in (0, inf), or None; got {value!r}")
         if isinstance(self.patience, bool) or not isinstance(self.patience, int) or self.patience < 1:
             raise ValueError(f"patience must be an int in [1, inf); got {self.patience!r}")
-        if self.per not in ("parameter", "flop"):
-            raise ValueError(f"per of where.SENN must be 'parameter' or 'flop'; got {self.per!r}")
+        if self.per not in ("parameter", "flop", "growth"):
+            raise ValueError(f"per of where.SENN must be 'parameter', 'flop' or 'growth'; got {self.per!r}")
 
     @property
     def reads_gains(self) -> bool:
@@ -77,7 +77,7 @@ class SENN:
         """The accepted units of the best axis; none, and the reason, where nothing is worth its parameters."""
         view = choice.view
         assert view is not None
-        costs = choice.parameters_per_unit if self.per == "parameter" else choice.flops_per_unit
+        costs = {"parameter": choice.parameters_per_unit, "flop": choice.flops_per_unit}.get(self.per, {})
         votes: dict[str, dict[str, float]] = {}
         best: tuple[float, str, int] | None = None
         with counting() as counter:
@@ -102,7 +102,8 @@ class SENN:
                     "error": offer.error,
                 }
                 if count and nets[count - 1] > 0 and count * axis.multiple <= choice.total:
-                    worth = votes[axis.name]["gain"] / (count * axis.multiple * costs[axis.name])
+                    cost = count * axis.multiple * costs[axis.name] if costs else 1.0
+                    worth = votes[axis.name]["gain"] / cost
                     best = max(best or (0.0, "", 0), (worth, axis.name, count * axis.multiple))
         flops = counter.get_total_flops()
         if best is not None:
