@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from meristem import where
 from meristem.grower import Grower
 from meristem.how import SENN
+from meristem.statistics.flops import Meter
 from meristem.values import Budget, Growth, Share
 from meristem.when import Every
 from meristem.where import Choice
@@ -26,12 +28,12 @@ try:
     from scipy.special import log_softmax, softmax
     from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
     from sklearn.model_selection import train_test_split
-    from sklearn.preprocessing import LabelEncoder, StandardScaler
+    from sklearn.preprocessing import StandardScaler
     from sklearn.utils import check_random_state
     from sklearn.utils._param_validation import Interval, StrOptions
     from sklearn.utils.class_weight import compute_sample_weight
     from sklearn.utils.multiclass import check_classification_targets
-    from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+    from sklearn.utils.validation import _check_sample_weight, check_is_fitted, column_or_1d, validate_data
 except ImportError as error:
     raise ImportError("meristem.sklearn needs scikit-learn. hint: pip install 'meristem[sklearn]'") from error
 
@@ -132,22 +134,84 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self, "model_")
         return sum(parameter.numel() for parameter in self.model_.parameters())
 
-    def _train(self, x: NDArray[Any], targets: Tensor, weights: NDArray[Any], outputs: int, strata: Any) -> None:
-        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+    @property
+    def n_iter_(self) -> int:
+        """Passes over the data."""
+        check_is_fitted(self, "model_")
+        return len(self.loss_curve_)
+
+    @property
+    def flops_(self) -> int:
+        """Floating-point operations that fitting took, growth and its search included."""
+        check_is_fitted(self, "model_")
+        return self._meter.total
+
+    def plot_growth(self, ax: Any = None) -> Any:
+        """The losses after every pass, and what grew when; on `ax`, or on one of its own. Returns the matplotlib axes."""
+        check_is_fitted(self, "model_")
+        try:
+            from matplotlib import pyplot
+        except ImportError as error:
+            raise ImportError("plot_growth needs matplotlib. hint: pip install matplotlib") from error
+        ax = ax if ax is not None else pyplot.subplots()[1]
+        passes = range(1, self.n_iter_ + 1)
+        ax.plot(passes, self.loss_curve_, label="training")
+        ax.plot(passes, self.validation_curve_, label="held out")
+        for growth in self.growths_:
+            ax.axvline(growth.step, color="grey", linewidth=0.5)
+            added = ", ".join(f"{name} +{count}" for name, count in growth.added.items())
+            ax.annotate(added, (growth.step, 1), xycoords=("data", "axes fraction"), rotation=90, va="top", fontsize=7)
+        ax.set(xlabel="pass", ylabel="loss", yscale="log", title=f"hidden {self.hidden_}")
+        ax.legend()
+        return ax
+
+    def _fit(self, x: NDArray[Any], targets: Tensor, weights: NDArray[Any], outputs: int, strata: Any) -> None:
+        """Start linear, and train and grow until the held-out loss stands still."""
+        self._start(x, weights, outputs)
+        kept = weights > 0
+        if not kept.any():
+            raise ValueError("every sample_weight is 0: there is nothing to learn from")
+        importance = torch.tensor(weights[kept] / weights[kept].mean(), dtype=torch.float32)
+        tensors = self._scaled(x[kept]), targets[torch.from_numpy(kept)], importance
+        with self._seeded() as seed:
+            strata = strata[kept] if strata is not None else None
+            training, held_out = self._split(tensors, strata, seed)
+            self._fit_and_grow(_Batches(self._batch_size(len(training[0])), *training), held_out)
+
+    def _partial_fit(self, x: NDArray[Any], targets: Tensor, weights: NDArray[Any], outputs: int) -> None:
+        """One pass; every `n_iter_growth` of them a growth, where SENN's rule finds one on these very examples."""
+        if not hasattr(self, "model_"):
+            self._start(x, weights, outputs)
+        tensors = self._scaled(x), targets, torch.tensor(weights, dtype=torch.float32)
+        data = _Batches(self._batch_size(len(x)), *tensors)
+        with self._seeded():
+            self._pass(self._state, data, tensors)
+            if self.n_iter_ % self.n_iter_growth == 0:
+                grower = self._grower(self._state, data)
+                growth = self._grown(grower) if grower is not None else None
+                self.growths_ += [growth] if growth is not None else []
+
+    def _start(self, x: NDArray[Any], weights: NDArray[Any], outputs: int) -> None:
+        self._seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         self.scaler_ = StandardScaler().fit(x, sample_weight=weights)
-        inputs, importance = self._scaled(x), torch.tensor(weights, dtype=torch.float32)
+        linear = nn.Linear(x.shape[1], outputs)
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        self.model_ = nn.Sequential(linear)
+        optimizer = torch.optim.AdamW(linear.parameters(), lr=self.learning_rate_init, weight_decay=self.alpha)
+        self._state = _State(self.model_, optimizer)
+        self._meter = Meter()
+        self.growths_: list[Growth] = []
+        self.loss_curve_: list[float] = []
+        self.validation_curve_: list[float] = []
+
+    @contextlib.contextmanager
+    def _seeded(self) -> Iterator[int]:
+        """A stream of random numbers of our own, another one at every call."""
+        seed = self._seed + self.n_iter_
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(seed)
-            linear = nn.Linear(x.shape[1], outputs)
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
-            self.model_ = nn.Sequential(linear)
-            self.growths_: list[Growth] = []
-            self.loss_curve_: list[float] = []
-            self.validation_curve_: list[float] = []
-            training, held_out = self._split((inputs, targets, importance), strata, seed)
-            self._fit_and_grow(training, held_out)
-        self.n_iter_ = len(self.loss_curve_)
+            yield seed
 
     def _scaled(self, x: NDArray[Any]) -> Tensor:
         return torch.tensor(np.clip(self.scaler_.transform(x), -FAR, FAR), dtype=torch.float32)
@@ -164,77 +228,97 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
             kept, out = train_test_split(rows, test_size=self.validation_fraction, random_state=seed)
         return [t[torch.from_numpy(kept)] for t in tensors], [t[torch.from_numpy(out)] for t in tensors]
 
-    def _fit_and_grow(self, training: Sequence[Tensor], held_out: Sequence[Tensor]) -> None:
+    def _batch_size(self, count: int) -> int:
+        return max(16, min(128, count // 20)) if self.batch_size == "auto" else self.batch_size
+
+    def _fit_and_grow(self, data: _Batches, held_out: Sequence[Tensor]) -> None:
         """Grow while SENN's rule finds something, a few passes apart; train what has grown until the held-out loss stands still,
         and once more at a tenth of the rate. A net that has stayed linear is asked again when it has been trained.
 
         Growth comes early: what starts from a small net that was trained to its end ends worse.
         """
-        data = _Batches(self._batch_size(len(training[0])), *training)
-        state = _State(
-            self.model_, torch.optim.AdamW(self.model_.parameters(), self.learning_rate_init, weight_decay=self.alpha)
-        )
-        self._grow(state, data)
+        state = self._state
+        self._grow(state, data, held_out)
         state = self._trained(state, data, held_out)
-        if not self.growths_ and self._grow(state, data):
+        if not self.growths_:
+            self._grow(state, data, held_out)
             state = self._trained(state, data, held_out)
         for group in state.optimizer.param_groups:
             group["lr"] = self.learning_rate_init / 10
-        self.model_ = self._trained(state, data, held_out).model
+        self._state = self._trained(state, data, held_out)
+        self.model_ = self._state.model
 
-    def _grow(self, state: _State, data: _Batches) -> bool:
-        """Grow a few passes apart, for as long as SENN's rule finds something; whether it did."""
-        looked = _Batches(max(1, min(LOOKED_AT, len(data.tensors[0]) // 12)), *data.tensors)
-        grower = Grower(
-            state.model, state.optimizer, loss=self._weighted, data=looked, when=Every(epochs=1), where=_Bold(),
-            how=SENN(activation="prelu", steps=64), budget=Budget(parameters=self.max_parameters, growths=self.max_growths),
-        )  # fmt: skip
-        while not grower.done and len(self.loss_curve_) < self.max_iter:
+    def _grow(self, state: _State, data: _Batches, held_out: Sequence[Tensor]) -> None:
+        """Grow a few passes apart, for as long as SENN's rule finds something."""
+        grower = self._grower(state, data)
+        while grower is not None and not grower.done and self.n_iter_ < self.max_iter:
             for _ in range(self.n_iter_growth):
-                self._pass(state, data)
-            grower.amount = max(_bold(width) for width in _hidden(state.model) or [1])
-            growth = grower.grow()
-            if growth is not None:
-                growth.step = len(self.loss_curve_)
-        self.growths_ += grower.history
-        return bool(grower.history)
+                self._pass(state, data, held_out)
+            growth = self._grown(grower)
+            self.growths_ += [growth] if growth is not None else []
 
-    def _batch_size(self, count: int) -> int:
-        return max(16, min(128, count // 20)) if self.batch_size == "auto" else self.batch_size
+    def _grower(self, state: _State, data: _Batches) -> Grower | None:
+        """What grows a net; None where there is nothing to measure growth by: too few examples, or one class."""
+        examples = len(data.tensors[0])
+        if examples < SMALL or not (data.tensors[1] != data.tensors[1][0]).any():
+            return None
+        looked = _Batches(max(1, min(LOOKED_AT, examples // 12)), *data.tensors)
+        budget = Budget(parameters=self.max_parameters, growths=self.max_growths - len(self.growths_))
+        return Grower(
+            state.model, state.optimizer, loss=self._weighted, data=looked, when=Every(epochs=1), where=_Bold(),
+            how=SENN(activation="prelu", steps=64), budget=budget,
+        )  # fmt: skip
+
+    def _grown(self, grower: Grower) -> Growth | None:
+        before = grower.flops
+        grower.amount = max(_bold(width) for width in _hidden(grower.model) or [1])
+        growth = grower.grow()
+        self._meter = self._meter.at_new_size()
+        self._meter.total += grower.flops - before
+        if growth is not None:
+            growth.step = self.n_iter_
+        return growth
 
     def _trained(self, state: _State, data: _Batches, held_out: Sequence[Tensor]) -> _State:
         """Train until the held-out loss of the averaged weights has not fallen for a while; these, where it was lowest."""
         best, since = copy.deepcopy(state), 0
         lowest = self._held_out_loss(state.model, held_out)
         average = AveragedModel(state.model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGED))
-        while since < self.n_iter_no_change and len(self.loss_curve_) < self.max_iter:
-            self._pass(state, data, average)
-            value = self._held_out_loss(average, held_out)
-            self.validation_curve_.append(value)
+        while since < self.n_iter_no_change and self.n_iter_ < self.max_iter:
+            value = self._pass(state, data, held_out, average)
             since += 1
             if value < lowest * (1 - self.tol):
                 best, lowest, since = copy.deepcopy(state), value, 0
                 best.model.load_state_dict(average.module.state_dict())
         return best
 
-    def _pass(self, state: _State, data: _Batches, average: AveragedModel | None = None) -> None:
-        """One pass of training."""
-        total = 0.0
-        for batch in data:
+    def _pass(
+        self, state: _State, data: _Batches, held_out: Sequence[Tensor], average: AveragedModel | None = None
+    ) -> float:
+        """One pass of training; the held-out loss after it, of the averaged weights where there are some."""
+
+        def step(batch: Sequence[Tensor]) -> float:
             loss = self._weighted(state.model, batch)
             state.optimizer.zero_grad()
             loss.backward()
             state.optimizer.step()
+            return loss.item() * len(batch[0])
+
+        total = 0.0
+        for batch in data:
+            total += self._meter.run(batch, lambda: step(batch))  # noqa: B023
             if average is not None:
                 average.update_parameters(state.model)
-            total += loss.item() * len(batch[0])
         self.loss_curve_.append(total / len(data.tensors[0]))
+        self.validation_curve_.append(self._held_out_loss(average or state.model, held_out))
         if self.verbose:
-            print(f"pass {len(self.loss_curve_)}: loss {self.loss_curve_[-1]:.4f}, hidden {_hidden(state.model)}")
+            losses = f"loss {self.loss_curve_[-1]:.4f}, held out {self.validation_curve_[-1]:.4f}"
+            print(f"pass {self.n_iter_}: {losses}, hidden {_hidden(state.model)}")
+        return self.validation_curve_[-1]
 
     def _weighted(self, model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
         inputs, targets, importance = batch
-        return (self._loss(model(inputs), targets) * importance).sum() / importance.sum().clamp_min(1e-12)
+        return (self._loss(model(inputs), targets) * importance).mean()
 
     def _held_out_loss(self, model: nn.Module, held_out: Sequence[Tensor]) -> float:
         with torch.no_grad():
@@ -259,16 +343,17 @@ def _hidden(model: nn.Module) -> list[int]:
 class GrowingClassifier(ClassifierMixin, _Growing):  # type: ignore[misc]
     """A neural network classifier that starts linear and finds its own width and depth.
 
-    It trains by AdamW until the loss on held-out data stands still, then grows by SENN (`meristem.recipes.senn`) where a new unit
-    or layer is worth its parameters, and ends when none is. Inputs are scaled inside; NaN and sparse inputs are refused.
+    It grows by SENN (`meristem.how.SENN`, `meristem.where.SENN`) early in training, for as long as new units or a layer are worth
+    their parameters; then AdamW trains what has grown until the loss on held-out data stands still. Linear data leave it linear.
+    Inputs are standardised, and cut off at ten standard deviations; NaN, infinite and sparse inputs are refused.
 
     Args:
         max_iter: Most passes over the data.
-        batch_size: Examples per step.
+        batch_size: Examples per step; "auto" is a twentieth of them, between 16 and 128.
         learning_rate_init: Step size of AdamW; a tenth of it at the end.
         alpha: Weight decay.
         validation_fraction: Share of the data that is held out to know when to stop.
-        n_iter_no_change: Passes without a better held-out loss after which the net grows, or training ends.
+        n_iter_no_change: Passes without a better held-out loss after which training ends.
         tol: Relative improvement of the held-out loss that counts.
         max_growths: Most growths.
         n_iter_growth: Passes between two growths.
@@ -281,7 +366,7 @@ class GrowingClassifier(ClassifierMixin, _Growing):  # type: ignore[misc]
         classes_: The labels.
         hidden_: Widths of the hidden layers, in order.
         growths_: Every `Growth`, with the pass after which it came in `step`.
-        n_parameters_: Trained numbers.
+        n_parameters_: Trained numbers. `flops_`: floating-point operations that fitting took, growth included.
         n_iter_: Passes over the data.
         loss_curve_, validation_curve_: Loss after every pass, on the training and on the held-out part.
         model_: The torch module; `scaler_`: what scales its inputs.
@@ -333,16 +418,42 @@ class GrowingClassifier(ClassifierMixin, _Growing):  # type: ignore[misc]
     def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
         """Train and grow."""
         self._validate_params()
-        x, labels = validate_data(self, X, y, dtype=np.float64)
+        x, labels = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=2)
         check_classification_targets(labels)
-        weights = _check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True)
-        self._encoder = LabelEncoder().fit(labels)
-        self.classes_ = self._encoder.classes_
-        if self.class_weight is not None:
-            weights = weights * compute_sample_weight(self.class_weight, labels)
-        codes = self._encoder.transform(labels)
-        self._train(x, torch.tensor(codes), weights, len(self.classes_), codes)
+        self.classes_ = np.unique(labels)
+        codes = np.searchsorted(self.classes_, labels)
+        self._fit(x, torch.tensor(codes), self._weights(sample_weight, x, labels), len(self.classes_), codes)
         return self
+
+    def partial_fit(
+        self, X: ArrayLike, y: ArrayLike, classes: ArrayLike | None = None, sample_weight: ArrayLike | None = None
+    ) -> Self:
+        """One pass over some examples; a growth at every `n_iter_growth` of them, where one is worth it. The first call scales
+        the inputs for all, and names all `classes`.
+        """
+        first = not hasattr(self, "model_")
+        if first:
+            self._validate_params()
+            if classes is None:
+                raise ValueError("classes must be passed on the first call to partial_fit.")
+            self.classes_ = np.unique(np.asarray(classes))
+        elif classes is not None and not np.array_equal(self.classes_, np.unique(np.asarray(classes))):
+            raise ValueError(
+                f"`classes={classes!r}` is not the same as on last call to partial_fit, was: {self.classes_!r}"
+            )
+        x, labels = validate_data(self, X, y, dtype=np.float64, reset=first)
+        check_classification_targets(labels)
+        unknown = np.setdiff1d(labels, self.classes_)
+        if len(unknown):
+            raise ValueError(f"y holds labels that are not in classes: {list(unknown)}")
+        codes = torch.tensor(np.searchsorted(self.classes_, labels))
+        self._partial_fit(x, codes, self._weights(sample_weight, x, labels), len(self.classes_))
+        return self
+
+    def _weights(self, sample_weight: ArrayLike | None, x: NDArray[Any], labels: NDArray[Any]) -> NDArray[np.float64]:
+        weights = _check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True)
+        found: NDArray[np.float64] = weights * compute_sample_weight(self.class_weight, labels)
+        return found
 
     def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(outputs, targets, reduction="none")
@@ -367,17 +478,18 @@ class GrowingClassifier(ClassifierMixin, _Growing):  # type: ignore[misc]
 class GrowingRegressor(RegressorMixin, _Growing):  # type: ignore[misc]
     """A neural network regressor, of one output or several, that starts linear and finds its own width and depth.
 
-    It trains by AdamW on the squared error until that on held-out data stands still, then grows by SENN (`meristem.recipes.senn`)
-    where a new unit or layer is worth its parameters, and ends when none is. Inputs and targets are scaled inside; NaN and sparse
+    It grows by SENN (`meristem.how.SENN`, `meristem.where.SENN`) early in training, for as long as new units or a layer are worth
+    their parameters; then AdamW trains what has grown on the squared error until that on held-out data stands still. Linear data
+    leave it linear. Inputs and targets are standardised, and inputs cut off at ten standard deviations; NaN, infinite and sparse
     inputs are refused.
 
     Args:
         max_iter: Most passes over the data.
-        batch_size: Examples per step.
+        batch_size: Examples per step; "auto" is a twentieth of them, between 16 and 128.
         learning_rate_init: Step size of AdamW; a tenth of it at the end.
         alpha: Weight decay.
         validation_fraction: Share of the data that is held out to know when to stop.
-        n_iter_no_change: Passes without a better held-out loss after which the net grows, or training ends.
+        n_iter_no_change: Passes without a better held-out loss after which training ends.
         tol: Relative improvement of the held-out loss that counts.
         max_growths: Most growths.
         n_iter_growth: Passes between two growths.
@@ -388,7 +500,7 @@ class GrowingRegressor(RegressorMixin, _Growing):  # type: ignore[misc]
     Attributes:
         hidden_: Widths of the hidden layers, in order.
         growths_: Every `Growth`, with the pass after which it came in `step`.
-        n_parameters_: Trained numbers.
+        n_parameters_: Trained numbers. `flops_`: floating-point operations that fitting took, growth included.
         n_iter_: Passes over the data.
         loss_curve_, validation_curve_: Loss after every pass, on the training and on the held-out part.
         model_: The torch module; `scaler_`: what scales its inputs.
@@ -432,20 +544,48 @@ class GrowingRegressor(RegressorMixin, _Growing):  # type: ignore[misc]
     def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
         """Train and grow."""
         self._validate_params()
-        x, targets = validate_data(self, X, y, dtype=np.float64, multi_output=True, y_numeric=True)
-        weights = _check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True)
-        self._shape = targets.shape[1:]
-        columns = targets.reshape(len(x), -1).astype(np.float64)
+        x, columns, weights = self._checked(X, y, sample_weight, reset=True)
         self.target_scaler_ = StandardScaler().fit(columns, sample_weight=weights)
-        scaled = torch.tensor(self.target_scaler_.transform(columns), dtype=torch.float32)
-        self._train(x, scaled, weights, columns.shape[1], None)
+        self._fit(x, self._targets(columns), weights, columns.shape[1], None)
         return self
+
+    def partial_fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
+        """One pass over some examples; a growth at every `n_iter_growth` of them, where one is worth it. The first call scales
+        inputs and targets for all.
+        """
+        first = not hasattr(self, "model_")
+        if first:
+            self._validate_params()
+        x, columns, weights = self._checked(X, y, sample_weight, reset=first)
+        if first:
+            self.target_scaler_ = StandardScaler().fit(columns, sample_weight=weights)
+        self._partial_fit(x, self._targets(columns), weights, columns.shape[1])
+        return self
+
+    def _checked(
+        self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None, reset: bool
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        x, targets = validate_data(
+            self, X, y, dtype=np.float64, multi_output=True, y_numeric=True, reset=reset, ensure_min_samples=2
+        )
+        if targets.ndim == 2 and targets.shape[1] == 1:
+            targets = column_or_1d(targets, warn=True)
+        weights = _check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True)
+        if reset:
+            self._shape = targets.shape[1:]
+        elif targets.shape[1:] != self._shape:
+            raise ValueError(f"y has the shape {targets.shape[1:]} per example; on the first call it was {self._shape}")
+        return x, targets.reshape(len(x), -1).astype(np.float64), weights
+
+    def _targets(self, columns: NDArray[np.float64]) -> Tensor:
+        return torch.tensor(self.target_scaler_.transform(columns), dtype=torch.float32)
 
     def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return (outputs - targets).square().mean(1)
 
     def predict(self, X: ArrayLike) -> NDArray[np.float64]:
         """The targets, shaped as in `fit`."""
+        check_is_fitted(self, "model_")
         outputs = self.target_scaler_.inverse_transform(self._outputs(X))
         found: NDArray[np.float64] = outputs.reshape(len(outputs), *self._shape)
         return found
