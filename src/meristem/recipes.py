@@ -93,7 +93,7 @@ def senn(
     alpha: float | None = None,
     tau: float | None = None,
     patience: int = 3,
-    amount: Amount = 16,
+    amount: Amount = 48,
     budget: Budget | None = None,
     axes: str | Sequence[str] = "*",
     example: Any = None,
@@ -113,7 +113,7 @@ def senn(
         when: `when.SENN()` unless told otherwise: checks take at most 5 % of the cost of training.
         alpha, tau: The published thresholds, where wanted.
         patience: Checks in a row at which nothing is accepted, after which growth ends.
-        amount: Units per growth, at the most.
+        amount: Units per growth, at the most; the score decides how many of them.
 
     Returns:
         A `Grower`.

@@ -210,7 +210,7 @@ def bound_by_hand(tried: _Space, strips: Any, unit: int) -> float:
     left = back - hidden @ torch.linalg.solve(layer.inputs, layer.gradient.T)
     own = (read.T @ read / len(x)).item() + tried._damping("2")
     against = (left.T @ read / len(x))[:, 0]
-    return (against @ torch.linalg.solve(layer.outputs, against)).item() / own
+    return (against @ torch.linalg.solve(layer.outputs, against)).item() / own / layer.spread
 
 
 def test_optimised_candidates_never_score_below_their_start() -> None:

@@ -38,6 +38,7 @@ from meristem.statistics.curvature import (
     agreement,
     damped,
     effective,
+    leading,
     mean_diagonal,
     measure,
     patches,
@@ -182,27 +183,28 @@ class SENN:
 
         beyond what is linear in the input of that layer, which its own weights reach.
         """
-        total: dict[str, Tensor] = {}
-        samples = rows = 0
-        meter = Meter()
-        for batch in list(view.batches)[: self.batches]:
+        batches, meter = list(view.batches)[: self.batches], Meter()
+
+        def rows(batch: Any) -> tuple[Tensor, Tensor, Tensor, int]:
             with Watched(model, [before]) as watched:
-                meter.run(batch, lambda: watched.run(loss, batch))  # noqa: B023
-            for read, back, given in watched.rows(before):
-                tangents = activation.tangents(given)
-                features, again = torch.cat(tangents, 1), back.repeat(1, len(tangents))
-                sums = {
-                    "reading": read.T @ read, "cross": read.T @ features, "features": features.T @ features,
-                    "outputs": again.T @ again, "linear": again.T @ read, "gradient": (again * features).sum(0),
-                }  # fmt: skip
-                total = {key: value + total.get(key, 0.0) for key, value in sums.items()}
-                rows += len(read)
-            samples += watched.samples
-        mean = {key: value / (rows if key == "outputs" else samples) for key, value in total.items()}
-        explained = torch.cholesky_solve(mean["cross"], torch.linalg.cholesky(damped(mean["reading"], self.damping)))
-        gradient = mean["gradient"] - (mean["linear"].T * explained).sum(0)
-        fisher = mean["outputs"] * (mean["features"] - mean["cross"].T @ explained)
-        found = whitened(damped(fisher, self.damping), gradient[:, None]).square().sum().item()
+                meter.run(batch, lambda: watched.run(loss, batch))
+            read, back, given = watched.rows(before)
+            tangents = activation.tangents(given)
+            return read, back.repeat(1, len(tangents)), torch.cat(tangents, 1), watched.used(before)
+
+        looked = [rows(batch) for batch in batches[:_LOOKS]]
+        reading, cross = (torch.stack([read.T @ m for read, m in pairs]).sum(0) for pairs in (
+            [(read, read) for read, *_ in looked], [(read, features) for read, _, features, _ in looked]
+        ))  # fmt: skip
+        explains = torch.cholesky_solve(cross, torch.linalg.cholesky(damped(reading, self.damping)))
+        gradient, fisher, samples = torch.zeros(()), torch.zeros(()), 0
+        for batch in batches:
+            read, back, features, count = rows(batch)
+            each = back * (features - read @ explains)
+            each = each[: count * (len(each) // count)].reshape(count, -1, each.shape[1]).sum(1)
+            gradient, fisher, samples = gradient + each.sum(0), fisher + each.T @ each, samples + count
+        fisher = fisher / samples
+        found = whitened(damped(fisher, self.damping), gradient[:, None] / samples).square().sum().item()
         free = effective(fisher, self.damping)
         gains = (found - free / samples,)
         return Proposal("", 1, gains=gains, error=_error(free, samples), freedom=free, flops=meter.total)
@@ -210,13 +212,13 @@ class SENN:
 
 @dataclass(frozen=True)
 class _Seen:
-    """A growth batch as the next layers see it: how often each is called, and in rows the gradient g_r that its present
-    inputs leave over, whitened by S.
+    """A growth batch as the next layers see it: how many of its examples are looked at, in all and at every call, and in rows
+    the gradient g_r that the present inputs leave over, whitened by S.
     """
 
     batch: Any
-    samples: int
-    calls: Mapping[str, int]
+    samples: Mapping[str, int]
+    leading: Mapping[str, list[int]]
     gradients: Mapping[str, Tensor]
 
 
@@ -254,16 +256,22 @@ class _Space:
         def look() -> _Seen:
             with Watched(self.copied, self.layers) as watched:
                 watched.run(self.loss, batch)
-            left = {
-                layer: torch.cat([
-                    whitened(self.moments[layer].outputs, (back - read @ self.slopes[layer]).T).T
-                    for read, back, _ in watched.rows(layer)
-                ])
-                for layer in self.layers
-            }  # fmt: skip
-            return _Seen(batch, watched.samples, {layer: len(watched.calls[layer]) for layer in self.layers}, left)
+            left = {}
+            for layer in self.layers:
+                read, back, _ = watched.rows(layer)
+                moments = self.moments[layer]
+                left[layer] = whitened(moments.spread * moments.outputs, (back - read @ self.slopes[layer]).T).T
+            return replace(self._leading(watched, batch), gradients=left)
 
         return self.meters["seen"].run(batch, look)
+
+    def _leading(self, watched: Watched, batch: Any) -> _Seen:
+        """How many examples of a batch the next layers show."""
+        first = {
+            layer: [leading(watched.model.get_submodule(layer), *call) for call in watched.calls[layer]]
+            for layer in self.layers
+        }
+        return _Seen(batch, {layer: watched.used(layer) for layer in self.layers}, first, {})
 
     def _shown(self, step: int) -> _Seen:
         """The batch of a step of the search; where they are few they come again and are kept."""
@@ -281,8 +289,8 @@ class _Space:
 
         def seen_by(layer: str) -> Any:
             def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                found[layer].append(args[0])
-                if all(len(found[name]) == seen.calls[name] for name in found):
+                found[layer].append(args[0][: seen.leading[layer][len(found[layer])]])
+                if all(len(found[name]) == len(seen.leading[name]) for name in found):
                     raise _Reached
 
             return hook
@@ -312,8 +320,8 @@ class _Space:
         for layer, reads in self._reads(strips, seen).items():
             rows = self._features(layer, reads, index(self.new[layer].ravel())).double()
             rows = rows.reshape(len(rows), self.trials, -1)
-            against = torch.einsum("mo,muf->ufo", seen.gradients[layer], rows) / seen.samples
-            own = torch.einsum("muf,mug->ufg", rows, rows) / seen.samples
+            against = torch.einsum("mo,muf->ufo", seen.gradients[layer], rows) / seen.samples[layer]
+            own = torch.einsum("muf,mug->ufg", rows, rows) / seen.samples[layer]
             own = own + self._damping(layer) * torch.eye(own.shape[-1], dtype=own.dtype, device=own.device)
             found.append(whitened(own, against))
         return found
@@ -331,39 +339,38 @@ class _Space:
         """What damping has added to the diagonal of A; candidates get the same."""
         return self.method.damping / (1 + self.method.damping) * mean_diagonal(self.moments[layer].inputs)
 
-    def together(self, strips: Mapping[Place, Tensor], batches: Sequence[Any]) -> tuple[dict[str, _Joint], int]:
-        """All candidates at once beyond what the layer's own inputs explain, on some batches, and how many examples these have.
+    def together(self, strips: Mapping[Place, Tensor], batches: Sequence[Any]) -> dict[str, _Joint]:
+        """All candidates at once beyond what the layer's own inputs explain, on some batches.
 
         Everything is taken from these batches alone: a slope dW A^-1 from elsewhere would leave an error in g_r that candidates
         optimised on it have learnt to explain.
         """
         sums: dict[str, _Sums] = {}
-        samples = 0
         for batch in batches:
-            seen, own = self.meters["together"].run(batch, lambda: self._sums(strips, batch))  # noqa: B023
-            samples += seen
+            own = self.meters["together"].run(batch, lambda: self._sums(strips, batch))  # noqa: B023
             sums = {layer: one + sums[layer] if layer in sums else one for layer, one in own.items()}
         joint = {}
         for layer, one in sums.items():
+            count = one.samples
             apart, present = (
-                m / samples + self._damping(layer) * torch.eye(len(m), dtype=m.dtype) for m in (one.new, one.present)
+                m / count + self._damping(layer) * torch.eye(len(m), dtype=m.dtype) for m in (one.new, one.present)
             )
-            explained = torch.cholesky_solve(one.cross / samples, torch.linalg.cholesky(present))
-            left = one.against - one.gradient @ explained
-            outputs = damped(one.outputs / len(batches), self.method.damping)
-            joint[layer] = _Joint(whitened(outputs, left / samples), apart - one.cross.T @ explained / samples)
-        return joint, samples
+            explained = torch.cholesky_solve(one.cross / count, torch.linalg.cholesky(present))
+            left = (one.against - one.gradient @ explained) / count
+            outputs = self.moments[layer].spread * damped(one.outputs / len(batches), self.method.damping)
+            joint[layer] = _Joint(whitened(outputs, left), apart - one.cross.T @ explained / count, count)
+        return joint
 
-    def _sums(self, strips: Mapping[Place, Tensor], batch: Any) -> tuple[int, dict[str, _Sums]]:
-        """The examples of one batch, and the sums over them for every next layer."""
+    def _sums(self, strips: Mapping[Place, Tensor], batch: Any) -> dict[str, _Sums]:
+        """The sums over the examples of one batch, for every next layer."""
         with Watched(self.copied, self.layers) as watched:
             watched.run(self.loss, batch)
-        calls = {layer: len(watched.calls[layer]) for layer in self.layers}
+        seen = self._leading(watched, batch)
         with torch.no_grad():
-            reads = self._reads(strips, _Seen(batch, watched.samples, calls, {}))
+            reads = self._reads(strips, seen)
         sums = {}
         for layer in self.layers:
-            present, back, _ = (torch.cat(parts) for parts in zip(*watched.rows(layer), strict=True))
+            present, back, _ = watched.rows(layer)
             new = self._features(layer, reads[layer], index(self.new[layer].ravel())).double()
             sums[layer] = _Sums(
                 back.T @ new,
@@ -372,8 +379,9 @@ class _Space:
                 present.T @ present,
                 present.T @ new,
                 back.T @ back / len(back),
+                seen.samples[layer],
             )
-        return watched.samples, sums
+        return sums
 
     def proposal(self) -> Proposal:
         """The candidates, optimised on the first batches; the best of them by what each adds to those before it on the others."""
@@ -381,19 +389,21 @@ class _Space:
         silent = {slot.place for slot in self.axis.places("fan_out")}
         moving = [place for place in started if place not in silent]
         strips = self.optimised(started, moving)
-        shown, _ = self.together(strips, self.first[-len(self.second) :])
-        order = _best(shown, self.trials, self.units)
-        joint, samples = self.together(strips, self.second)
-        gains = _gains(joint, self.trials, order)
-        freedom = sum(self.free[layer] * self.new[layer].shape[1] * self._kernel(layer) for layer in self.layers)
-        if self.second is self.first:
-            freedom += sum(strips[place][0].numel() for place in moving)
-        beyond = tuple(gain - freedom / samples for gain in gains)
+        order = _best(self.together(strips, self.first[-len(self.second) :]), self.trials, self.units)
+        joint = self.together(strips, self.second)
+        free = {layer: self.free[layer] * self.new[layer].shape[1] * self._kernel(layer) for layer in self.layers}
+        if self.second is self.first:  # the incoming weights were fitted to these examples, too
+            free[self.layers[0]] += sum(strips[place][0].numel() for place in moving)
+        chance = sum(free[layer] / joint[layer].samples for layer in self.layers)
         chosen = torch.tensor(order)
-        kept = {place: strip[chosen] for place, strip in strips.items()}
-        flops = sum(meter.total for meter in self.meters.values())
         return Proposal(
-            self.axis.name, self.count, kept, gains=beyond, error=_error(freedom, samples), freedom=freedom, flops=flops
+            self.axis.name,
+            self.count,
+            {place: strip[chosen] for place, strip in strips.items()},
+            gains=tuple(gain - chance for gain in _gains(joint, self.trials, order)),
+            error=math.hypot(*(_error(free[layer], joint[layer].samples) for layer in self.layers)),
+            freedom=sum(free.values()),
+            flops=sum(meter.total for meter in self.meters.values()),
         )
 
     def _drawn(self) -> dict[Place, Tensor]:
@@ -459,7 +469,7 @@ class _Space:
 
 @dataclass(frozen=True)
 class _Sums:
-    """Sums over examples for one next layer: g a_p^T, a_p a_p^T, g a^T, a a^T, a a_p^T, and batches of E[g g^T]."""
+    """Sums over examples for one next layer: g a_p^T, a_p a_p^T, g a^T, a a^T, a a_p^T, batches of E[g g^T], and how many."""
 
     against: Tensor
     new: Tensor
@@ -467,6 +477,7 @@ class _Sums:
     present: Tensor
     cross: Tensor
     outputs: Tensor
+    samples: int
 
     def __add__(self, other: _Sums) -> _Sums:
         return _Sums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -478,6 +489,7 @@ class _Joint:
 
     against: Tensor
     own: Tensor
+    samples: int
 
 
 def _best(layers: Mapping[str, _Joint], trials: int, count: int) -> list[int]:
@@ -522,7 +534,7 @@ def _without(joint: _Joint, unit: int, trials: int) -> _Joint:
     explains = torch.cholesky_solve(joint.own[mine], root)
     own = joint.own - joint.own[:, mine] @ explains
     own[mine, mine] = joint.own[mine, mine]
-    return _Joint(joint.against - joint.against[:, mine] @ explains, own)
+    return _Joint(joint.against - joint.against[:, mine] @ explains, own, joint.samples)
 
 
 def _layer_before(model: nn.Module, activation: nn.Module) -> str:

@@ -18,7 +18,7 @@ likelihood per example that a step along the natural gradient would win. From Mi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,8 +32,8 @@ from meristem.structure.tracer import tensors
 
 DAMPING = 0.01
 """Added to every factor: this share of its mean diagonal."""
-_CHUNK = 2**24
-"""Entries of unfolded patches that are held at once."""
+_ENTRIES = 2**22
+"""Numbers that a layer reads from one batch, at the most; of more examples, whose patches would not fit, the first are taken."""
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -46,17 +46,21 @@ class Factors:
         inputs: A = E[a a^T], the last entry of a being 1 where the layer has a bias.
         outputs: S = E[g g^T].
         samples: The number of examples.
+        spread: What the score of one example is on the average, Tr[S^-1 dW_n A^-1 dW_n^T], in degrees of freedom. It is 1 where
+            g and a are independent, as K-FAC takes them to be, and large where the gradients of many positions of an image
+            point the same way. Scores are divided by it, so that N eta keeps its expectation where nothing is left to learn.
     """
 
     gradient: Tensor
     inputs: Tensor
     outputs: Tensor
     samples: int
+    spread: float = 1.0
 
     def __add__(self, other: Factors) -> Factors:
         """The moments over the examples of both."""
         total = self.samples + other.samples
-        parts = ("gradient", "inputs", "outputs")
+        parts = ("gradient", "inputs", "outputs", "spread")
         mean = {n: (self.samples * getattr(self, n) + other.samples * getattr(other, n)) / total for n in parts}
         return Factors(**mean, samples=total)
 
@@ -89,7 +93,7 @@ def agreement(layer: Factors, first: Tensor, second: Tensor) -> float:
     these are independent.
     """
     left, right = (whitened(layer.outputs, whitened(layer.inputs, one.T).T) for one in (first, second))
-    return (left * right).sum().item()
+    return (left * right).sum().item() / layer.spread
 
 
 def residual(layer: Factors, candidates: Candidates) -> Tensor:
@@ -250,29 +254,33 @@ class Watched:
         module = self.model.get_submodule(name)
         if isinstance(module, _NORMS):
             return self._norm_factors(name, module)
-        sums: list[Tensor] | None = None
-        count = 0
-        for inputs, gradients, _ in self.rows(name):
-            parts = [gradients.T @ inputs, inputs.T @ inputs, gradients.T @ gradients]
-            sums = parts if sums is None else [a + b for a, b in zip(sums, parts, strict=True)]
-            count += len(inputs)
-        assert sums is not None
-        gradient, inputs, outputs = sums
-        return Factors(gradient / self.samples, inputs / self.samples, outputs / count, self.samples)
+        inputs, gradients, _ = self.rows(name)
+        samples = self.used(name)
+        moments = gradients.T @ inputs / samples, inputs.T @ inputs / samples, gradients.T @ gradients / len(inputs)
+        return Factors(*moments, samples, _spread(inputs, gradients, *moments[1:], samples))
 
-    def rows(self, name: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def used(self, name: str) -> int:
+        """The examples behind the rows of a layer."""
+        module = self.model.get_submodule(name)
+        read, given = self.calls[name][0]
+        return max(1, self.samples * leading(module, read, given) // len(given))
+
+    def rows(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """What a layer reads, with a 1 where it has a bias, (rows, inputs); the gradient g of its pre-activation for the loss
-        of one example, and what it gives, (rows, outputs); in float64, a piece at a time.
+        of one example, and what it gives, (rows, outputs); in float64.
         """
         module = self.model.get_submodule(name)
+        parts = []
         for read, given in self.calls[name]:
-            gradient = given.grad if given.grad is not None else torch.zeros_like(given)
-            for part, back, out in zip(*_pieces(module, read.detach(), gradient, given.detach()), strict=True):
-                yield (
-                    with_bias(module, patches(module, part).double()),
-                    self.samples * flat(module, back).double(),
-                    flat(module, out).double(),
-                )
+            first = leading(module, read, given)
+            back = given.grad[:first] if given.grad is not None else torch.zeros_like(given[:first])
+            parts.append((
+                with_bias(module, patches(module, read[:first].detach()).double()),
+                self.samples * flat(module, back).double(),
+                flat(module, given[:first].detach()).double(),
+            ))  # fmt: skip
+        inputs, gradients, outputs = (torch.cat(part) for part in zip(*parts, strict=True))
+        return inputs, gradients, outputs
 
     def _norm_factors(self, name: str, module: Any) -> Factors:
         """Scale and shift of a norm: few enough for the Fisher matrix of whole examples."""
@@ -290,6 +298,21 @@ class Watched:
         rows = self.samples * rows
         mean = rows.sum(0, keepdim=True) / self.samples
         return Factors(mean, rows.T @ rows / self.samples, torch.ones(1, 1, dtype=rows.dtype), self.samples)
+
+
+def _spread(inputs: Tensor, gradients: Tensor, within: Tensor, outward: Tensor, samples: int) -> float:
+    """The mean score of single examples, in degrees of freedom; every example has equally many rows."""
+    read, back = (
+        whitened(damped(moment, DAMPING), rows.T).T for moment, rows in ((within, inputs), (outward, gradients))
+    )
+    if len(read) > samples:
+        rows = len(read) // samples
+        read, back = (part[: samples * rows].reshape(samples, rows, -1) for part in (read, back))
+        mean = torch.bmm(back.transpose(1, 2), read).square().sum().item() / samples
+    else:
+        mean = (read.square().sum(1) * back.square().sum(1)).mean().item()
+    free = effective(within, DAMPING) * effective(outward, DAMPING)
+    return max(mean / free, torch.finfo(torch.float64).tiny) if free and mean else 1.0
 
 
 def patches(module: nn.Module, read: Tensor) -> Tensor:
@@ -325,14 +348,14 @@ def with_bias(module: nn.Module, rows: Tensor) -> Tensor:
     return torch.cat([rows, rows.new_ones(len(rows), 1)], 1) if module.bias is not None else rows
 
 
-def _pieces(module: nn.Module, read: Tensor, *given: Tensor) -> list[Sequence[Tensor]]:
-    """The examples of a convolution a few at a time, so that their patches never take more than a fixed room."""
+def leading(module: nn.Module, read: Tensor, given: Tensor) -> int:
+    """How many examples of a batch, the first ones, are looked at."""
     if isinstance(module, nn.Linear):
-        return [[read], *([one] for one in given)]
-    assert isinstance(module, nn.modules.conv._ConvNd)
-    entries = given[0][0, 0].numel() * read.shape[1] * int(torch.tensor(module.kernel_size).prod())
-    each = max(1, _CHUNK // max(entries, 1))
-    return [one.split(each) for one in (read, *given)]
+        each = read.numel() // len(read)
+    else:
+        assert isinstance(module, nn.modules.conv._ConvNd)
+        each = given[0, 0].numel() * read.shape[1] * int(torch.tensor(module.kernel_size).prod())
+    return max(1, min(len(read), _ENTRIES // each))
 
 
 def _channel(module: nn.Module, given: Tensor) -> int:
@@ -383,4 +406,4 @@ def whitened(matrix: Tensor, columns: Tensor) -> Tensor:
 
 
 def _norm(layer: Factors, residual: Tensor, inputs: Tensor) -> float:
-    return whitened(layer.outputs, whitened(inputs, residual.T).T).square().sum().item()
+    return whitened(layer.outputs, whitened(inputs, residual.T).T).square().sum().item() / layer.spread
