@@ -23,7 +23,6 @@ import numpy as np
 import sklearn
 import torch
 from sklearn.base import BaseEstimator
-from sklearn.compose import TransformedTargetRegressor
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import log_loss
@@ -77,20 +76,45 @@ def growing(classes: bool, seed: int) -> BaseEstimator:
     return (GrowingClassifier if classes else GrowingRegressor)(random_state=seed)
 
 
-METHODS: dict[str, Callable[[bool, int], BaseEstimator]] = {
+def fixed(classes: bool, seed: int, hidden: list[int]) -> BaseEstimator:
+    """The training of the growing net, from a drawn net of the shape that it has found."""
+    from torch import nn
+
+    from meristem import PReLU
+    from meristem.sklearn import GrowingClassifier, GrowingRegressor
+
+    class Fixed(GrowingClassifier if classes else GrowingRegressor):
+        def _start(self, x: Any, weights: Any, outputs: int) -> None:
+            super()._start(x, weights, outputs)
+            layers, inputs = [], x.shape[1]
+            for width in hidden:
+                layers += [nn.Linear(inputs, width), PReLU(width)]
+                layers[-1].slope.data.fill_(0.25)
+                inputs = width
+            self.model_ = nn.Sequential(*layers, nn.Linear(inputs, outputs))
+            self._state.model = self.model_
+            self._state.optimizer = torch.optim.AdamW(
+                self.model_.parameters(), self.learning_rate_init, weight_decay=self.alpha
+            )
+
+    return Fixed(random_state=seed, max_growths=0)
+
+
+METHODS: dict[str, Callable[..., BaseEstimator]] = {
     "growing": growing,
+    "its final net": fixed,
     "mlp": mlp,
     "mlp grid": grid,
     "hist": hist,
 }
 
 
-def run(path: Path, method: str, seed: int) -> dict[str, Any]:
+def run(path: Path, method: str, seed: int, **options: Any) -> dict[str, Any]:
     classes, x, y, x_test, y_test = load(path, seed)
     if not classes:
         centre, spread = y.mean(), y.std()
         y, y_test = (y - centre) / spread, (y_test - centre) / spread
-    estimator = METHODS[method](classes, seed)
+    estimator = METHODS[method](classes, seed, **options)
     began, cpu = time.perf_counter(), time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -159,7 +183,12 @@ def main() -> None:
                 file = args.results / f"{path.stem}-{method.replace(' ', '_')}-{seed}.json"
                 if file.exists() or (args.sets and path.stem not in args.sets):
                     continue
-                result = run(path, method, seed)
+                options = {}
+                if method == "its final net":  # after the growing net
+                    options["hidden"] = json.loads((args.results / f"{path.stem}-growing-{seed}.json").read_text())[
+                        "hidden_"
+                    ]
+                result = run(path, method, seed, **options)
                 file.with_suffix(".tmp").write_text(json.dumps(result, indent=1))
                 file.with_suffix(".tmp").replace(file)
                 print(f"{file.stem}: error {result['error']:.4f} in {result['cpu_seconds']:.1f} s", flush=True)

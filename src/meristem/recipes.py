@@ -92,7 +92,7 @@ def senn(
     when: When | None = None,
     alpha: float | None = None,
     tau: float | None = None,
-    patience: int = 3,
+    patience: int = 5,
     amount: Amount = 48,
     budget: Budget | None = None,
     axes: str | Sequence[str] = "*",

@@ -18,6 +18,8 @@ from meristem.values import Share
 from meristem.view import View
 from meristem.where.choice import Choice
 
+_SURE = 3
+"""Standard errors by which a gain must exceed chance."""
 _LOOKS = 16
 """Batches on which the net's own score is measured."""
 
@@ -30,9 +32,9 @@ class SENN:
     The published alpha and tau were tuned for every experiment. By default alpha follows from the sampling error: of an axis
     the m best units are taken for which
 
-        sum Delta eta - 2 sqrt(m) error - m k / N
+        sum Delta eta - 3 sqrt(m) error - m k / N
 
-    is largest, if it is positive: what they add together, less two standard errors, less what fitting their k outgoing
+    is largest, if it is positive: what they add together, less three standard errors, less what fitting their k outgoing
     weights each to the N examples will lose again on new ones (Akaike's criterion; the incoming weights were fitted to other
     examples than those that measure the gain). With `tau`, at most N_s = 1 + (ln lambda - ln alpha) / ln(1 + tau) units are
     accepted at once, lambda being the largest score there could be. Widths and depths take part; the best axis grows alone.
@@ -46,12 +48,12 @@ class SENN:
 
     Examples:
         >>> SENN(per="flop")
-        SENN(alpha=None, tau=None, patience=3, per='flop', damping=0.01)
+        SENN(alpha=None, tau=None, patience=5, per='flop', damping=0.01)
     """
 
     alpha: float | None = None
     tau: float | None = None
-    patience: int = 3
+    patience: int = 5
     per: Literal["parameter", "flop", "growth"] = "parameter"
     damping: float = DAMPING
 
@@ -90,7 +92,7 @@ class SENN:
                 asked = self.alpha if self.alpha is not None else offer.freedom / examples
                 asked = max(asked, (self.tau or 0.0) * own)
                 margins = [gain - asked for gain in offer.gains[: self._limit(view, asked)]]
-                slack = 0.0 if self.alpha is not None else 2 * offer.error
+                slack = 0.0 if self.alpha is not None else _SURE * offer.error
                 if self.alpha is not None:
                     margins = list(takewhile(lambda margin: margin > 0, margins))
                 nets = [sum(margins[:m]) - slack * math.sqrt(m) for m in range(1, len(margins) + 1)]
@@ -108,7 +110,7 @@ class SENN:
         flops = counter.get_total_flops()
         if best is not None:
             return Share({best[1]: best[2]}, votes, flops)
-        name, nearest = max(votes.items(), key=lambda vote: vote[1]["gain"] - 2 * vote[1]["error"])
+        name, nearest = max(votes.items(), key=lambda vote: vote[1]["gain"] - _SURE * vote[1]["error"])
         reason = (
             f"nothing is worth its parameters: the best, on {name}, adds {nearest['gain']:.2g} to the score, "
             f"with a standard error of {nearest['error']:.2g}, and {nearest['asked']:.2g} is asked"
