@@ -258,12 +258,12 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
             self.growths_ += [growth] if growth is not None else []
 
     def _grower(self, state: _State, data: _Batches) -> Grower | None:
-        """What grows a net; None where there is nothing to measure growth by: too few examples, or one class."""
-        examples = len(data.tensors[0])
-        if examples < SMALL or not (data.tensors[1] != data.tensors[1][0]).any():
+        """What grows a net; None where growth is used up, or cannot be measured: too few examples, or targets all alike."""
+        examples, left = len(data.tensors[0]), self.max_growths - len(self.growths_)
+        if examples < SMALL or left < 1 or not (data.tensors[1] != data.tensors[1][0]).any():
             return None
         looked = _Batches(max(1, min(LOOKED_AT, examples // 12)), *data.tensors)
-        budget = Budget(parameters=self.max_parameters, growths=self.max_growths - len(self.growths_))
+        budget = Budget(parameters=self.max_parameters, growths=left)
         return Grower(
             state.model, state.optimizer, loss=self._weighted, data=looked, when=Every(epochs=1), where=_Bold(),
             how=SENN(activation="prelu", steps=64), budget=budget,
