@@ -17,6 +17,7 @@ from meristem.errors import (
 )
 from meristem.grower import Grower
 from meristem.growing import find_axes, grow_, narrow_, plan
+from meristem.pruning import prune_
 from meristem.statistics.health import health
 from meristem.surgery.optimizers import STATE_RULES
 from meristem.values import Budget, Growth, Plan
@@ -51,6 +52,7 @@ __all__ = [
     "load",
     "narrow_",
     "plan",
+    "prune_",
     "recipes",
     "save",
     "when",

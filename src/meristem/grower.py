@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -29,6 +30,7 @@ from meristem.growing import (
     private_generator,
     proposed,
 )
+from meristem.pruning import prune_
 from meristem.statistics.batches import check_reiterable, first_call, growth_batches, length
 from meristem.statistics.flops import batch_size, counting, step_flops
 from meristem.statistics.health import look
@@ -258,6 +260,33 @@ class Grower:
             self._step_cost = None
             self.clock = replace(self.clock, growths=self.clock.growths + 1, refusals=0)
         return growth
+
+    def prune(self, tolerance: float = 1e-3) -> list[Growth]:
+        """Remove, axis by axis, units that the others can do without (`meristem.prune_`); growth may go on afterwards.
+
+        Args:
+            tolerance: Largest rise of the loss at every axis, relative to it.
+
+        Returns:
+            What was done, one for every axis that has become smaller; `history` holds them, too.
+        """
+        done = []
+        for axis in self._open(self._structure()):
+            if axis.kind != "depth":
+                with contextlib.suppress(GrowthRefused):  # read by something that the score does not know
+                    growth = prune_(
+                        self.model, axis.name, self._example, loss=self.loss, data=self.data, optimizer=self.optimizers,
+                        tolerance=tolerance, generator=self.generator,
+                    )  # fmt: skip
+                    done += [growth] if growth is not None else []
+        for growth in done:
+            growth.step = self.clock.step
+            self.history.append(growth)
+        self._step_cost = None
+        if done:
+            self.done, self.reason = False, ""
+            self.clock = replace(self.clock, refusals=0)
+        return done
 
     def _grow(self) -> tuple[Growth | None, int]:
         """The growth, or None where nothing grows, and what finding out and doing it cost."""

@@ -264,7 +264,7 @@ def grow_(
                     raise DataError("grow_ needs an example input, or loss= and data= to find one")
                 example = first_call(model, loss, batches[0])
             structure = Structure(model, example)
-            planned = _accepted(_planned(structure, counts))
+            planned = accepted(_planned(structure, counts))
             view = View(structure, generator, loss, batches, data, progress)
             return perform(view, planned, proposed(view, planned, hows), hows, cares(care), optimizers(optimizer))
     except BaseException:
@@ -301,7 +301,7 @@ def narrow_(
     """
     with undisturbed():
         structure = Structure(model, example)
-        planned = _accepted(_planned(structure, _drops(units)))
+        planned = accepted(_planned(structure, _drops(units)))
         view = View(structure, torch.Generator())
         return perform(view, planned, [], (), (), optimizers(optimizer))
 
@@ -337,8 +337,12 @@ def perform(
     how: Methods,
     care: Sequence[Care],
     owners: Sequence[Optimizer],
+    changed: Mapping[str, Tensor] | None = None,
 ) -> Growth:
-    """Build every new tensor and block, verify, swap; the last steps of every growth. Raises before anything has changed."""
+    """Build every new tensor and block, verify, swap; the last steps of every growth. Raises before anything has changed.
+
+    `changed` are old tensors, at their present shapes, that take other values with it.
+    """
     started = time.perf_counter()
     structure = view.structure
     model = structure.model
@@ -349,7 +353,8 @@ def perform(
     chosen = [method_for(how, axis) for axis in axes] if growing else []
     treatment = sum((c.treat(model, plan, widths) for c in care), Treatment())
     live = named_tensors(model)
-    changing = {change.name: live[change.name] for change in plan.tensors}
+    changed = dict(changed or {})
+    changing = {name: live[name] for name in [*(change.name for change in plan.tensors), *changed]}
     check_ownership(owners, {name: tensor for name, tensor in changing.items() if tensor.requires_grad})
     check_ownership(owners, followed(structure, plan))
     if plan.insertions:
@@ -358,7 +363,7 @@ def perform(
     exact_depth = all(method_for(how, axis).kinds["depth"] for axis in deep)
     with counting() as checking:
         check_edit(structure, plan, axes, deepen=exact_depth)
-    new = grown_tensors(view.values, plan, widths, proposals, treatment.scaling)
+    new = changed | grown_tensors({**view.values, **changed}, plan, widths, proposals, treatment.scaling)
     settles = next((one for one in chosen if isinstance(one, Settles)), None)
     settled = _settled(view, plan, settles, widths, treatment) if settles is not None else None
     if settled is not None:
@@ -441,7 +446,7 @@ def _with_blocks(
     blocks = [found.get(insertion.axis) or Blocks(insertion) for insertion in plan.insertions]
     insertions = [one.insertion for one in blocks]
     if insertions != list(plan.insertions):
-        plan = _accepted(with_insertions(view.structure, plan, insertions))
+        plan = accepted(with_insertions(view.structure, plan, insertions))
     return plan, proposals, blocks
 
 
@@ -507,7 +512,7 @@ def _planned(structure: Structure, wishes: Mapping[str, Any]) -> Plan:
     return resolve(structure, wishes)
 
 
-def _accepted(plan: Plan) -> Plan:
+def accepted(plan: Plan) -> Plan:
     if plan.refusal is not None:
         raise GrowthRefused(f"{', '.join(plan.after)} cannot grow: {plan.refusal}")
     return plan

@@ -15,7 +15,7 @@ LEVELS = [
     ["statistics", "structure", "surgery"],
     ["view", "sandbox"],
     ["how", "where", "when", "care"],
-    ["growing", "grower", "recipes", "stages", "checkpoint"],
+    ["growing", "pruning", "grower", "recipes", "stages", "checkpoint"],
     ["sklearn", "testing"],
     ["experiments"],
     ["cli"],

@@ -17,6 +17,7 @@ weight and example.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -126,17 +127,19 @@ class SENN:
             silent.setdefault(place, set()).update({names[id(module)]} if scored(module) else ())
         watched = sorted(set().union(*silent.values()))
         meter = Meter()
-        parts = [measure(copied, loss, part, watched, meter) for part in _parts(view, self)[0]]
+        first, second = _parts(view, self)[0]
+        parts = [measure(copied, loss, part, watched, meter).layers for part in (first, second)]
         gains, freedom, samples = [], 0.0, 1
         for listed in silent.values():
-            both = [parts[0].layers[name] + parts[1].layers[name] for name in listed]
+            seen = [name for name in listed if name in parts[0]]  # a layer may be used without being called
+            both = [parts[0][name] + parts[1][name] for name in seen]
             found = sum(
-                agreement(layer.damped(self.damping), parts[0].layers[name].gradient, parts[1].layers[name].gradient)
-                for name, layer in zip(listed, both, strict=True)
+                agreement(layer.damped(self.damping), parts[0][name].gradient, parts[1][name].gradient)
+                for name, layer in zip(seen, both, strict=True)
             )
             freedom = sum(effective(layer.outputs, self.damping) * layer.gradient.shape[1] for layer in both)
-            gains.append(found)
             samples = max((layer.samples for layer in both), default=1)
+            gains.append(found - (freedom / samples if second is first else 0.0))
         return replace(
             offered,
             gains=tuple(gains),
@@ -155,7 +158,9 @@ class SENN:
         ((_, block),) = made.values()
         activation = next(module for module in block.children() if isinstance(module, IDENTITIES[self.activation]))
         before = _layer_before(copied, activation)
-        found = [self._coefficients(copied, view, loss, before, activation), self._opened(copied, view, loss, before)]
+        found = [self._coefficients(copied, view, loss, before, activation)]
+        with contextlib.suppress(GrowthRefused):  # a width that SENN does not grow
+            found.append(self._opened(copied, view, loss, before))
         surest = max(found, key=lambda offer: offer.gains[0] - 2 * offer.error)
         gains, flops = (surest.gains[0], *[0.0] * (count - 1)), sum(offer.flops for offer in found)
         return replace(surest, axis=axis.name, count=count, strips={}, blocks=blocks, gains=gains, flops=flops)
@@ -163,9 +168,10 @@ class SENN:
     def _opened(self, model: nn.Module, view: View, loss: Loss, before: str) -> Proposal:
         """The best new units of the layer `before` an inserted activation, as many as are surest together."""
         structure = Structure(model, view.structure.example)
-        axis = next(
-            axis for axis in structure.axes.values() if Place(f"{before}.weight", 0) in [s.place for s in axis.slots]
-        )
+        place = Place(f"{before}.weight", 0)
+        axis = next((axis for axis in structure.axes.values() if place in [s.place for s in axis.slots]), None)
+        if axis is None:
+            raise GrowthRefused(f"the width of {before} cannot grow")
         looked = View(structure, view.generator, loss, view.batches)
         offer = _searched(looked, loss, axis, _OPENED * axis.multiple, self)
         several = [
@@ -233,7 +239,7 @@ class _Space:
         self.view, self.loss, self.axis, self.count, self.method = view, loss, axis, count, method
         self.units = count // axis.multiple
         self.trials = max(method.candidates, self.units)
-        self.layers = _next_layers(view, axis)
+        self.layers = next_layers(view, axis)
         self._kept: dict[int, _Seen] = {}
         self.copied = twin(view.structure.model, lambda name, _: view.values[name].clone())
         self.first, self.second = parts
@@ -547,7 +553,7 @@ def _layer_before(model: nn.Module, activation: nn.Module) -> str:
     raise AssertionError("the activation has just been inserted")
 
 
-def _next_layers(view: View, axis: Axis) -> list[str]:
+def next_layers(view: View, axis: Axis) -> list[str]:
     """The layers that read the units of an axis.
 
     Raises:

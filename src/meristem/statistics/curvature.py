@@ -118,6 +118,58 @@ def unexplained(layer: Factors, candidates: Candidates) -> Tensor:
     return candidates.inputs - half.T @ half
 
 
+@dataclass(frozen=True)
+class Removal:
+    """What inputs of a layer are worth, unit by unit; with D = A, n = D^-1 G~, d_i = 1 / (D^-1)_ii (a block, where a unit has
+    several entries), and G~, W~ the gradient and the weights whitened by S,
+
+        freeze_i = d_i ||n_i||^2,     prune_i = d_i ||n_i - W~_i||^2:
+
+    what the score loses where the weights that read unit i no longer learn, and where they are set to zero.
+    """
+
+    freeze: Tensor
+    prune: Tensor
+
+
+def removal(layer: Factors, weight: Tensor, units: Sequence[Tensor]) -> Removal:
+    """What units are worth to a layer that reads them.
+
+    Args:
+        layer: Its factors, damped.
+        weight: Its weights, (outputs, inputs), the bias last where it has one.
+        units: For every unit the inputs of the layer that are its own.
+    """
+    root = _root(layer.inputs)
+    gradient = whitened(layer.outputs, layer.gradient).T
+    step = torch.cholesky_solve(gradient, root)
+    wanted = _root(layer.outputs).T @ weight.double().to(root.device)
+    inverse = torch.cholesky_inverse(root)
+    found = []
+    for entries in units:
+        block = inverse[entries][:, entries]
+        found.append([whitened(block, one[entries]).square().sum() for one in (step, step - wanted.T)])
+    freeze, prune = torch.tensor(found, dtype=torch.float64).reshape(-1, 2).T
+    return Removal(freeze / layer.spread, prune / layer.spread)
+
+
+def compensated(inputs: Tensor, weight: Tensor, gone: Tensor) -> Tensor:
+    """W with W_act + W_pruned D_pruned,act D_act^-1: the inputs that stay take over what is linear in them of those that go.
+
+    Args:
+        inputs: D, the second moment of all inputs, damped.
+        weight: W, (outputs, inputs); the columns in `gone` come back as they were.
+        gone: Indices of the inputs that go.
+    """
+    stay = torch.ones(len(inputs), dtype=torch.bool, device=inputs.device)
+    stay[gone] = False
+    wide = weight.double()
+    taken = torch.cholesky_solve(inputs[stay][:, gone] @ wide[:, gone].T, _root(inputs[stay][:, stay]))
+    result = wide.clone()
+    result[:, stay] += taken.T
+    return result.to(weight)
+
+
 def exact_score(rows: Tensor, gradient: Tensor, damping: float = 0.0) -> float:
     """eta = g^T F^-1 g with F = J^T J / N, for parameters few enough to hold it.
 
