@@ -201,7 +201,7 @@ def images(task: str, seed: int, rows: int) -> tuple[Batches, tuple[Tensor, Tens
     found = np.load(Path(os.environ["MERISTEM_DATA"]) / f"{task}.npz")
     x, x_test = (torch.tensor(found[name]).float().div(255) for name in ("x_train", "x_test"))
     y, y_test = (torch.tensor(found[name]).long().flatten() for name in ("y_train", "y_test"))
-    x, x_test = (part.movedim(-1, 1) if part.dim() == 4 else part.flatten(1) for part in (x, x_test))
+    x, x_test = (part.movedim(-1, 1) if part.shape[-1] == 3 else part.flatten(1) for part in (x, x_test))
     mean, std = x.mean(), x.std()
     kept = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:rows]
     return Batches(128, ((x - mean) / std)[kept].contiguous(), y[kept]), ((x_test - mean) / std, y_test)

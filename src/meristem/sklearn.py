@@ -169,8 +169,6 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
         """Start linear, and train and grow until the held-out loss stands still."""
         self._start(x, weights, outputs)
         kept = weights > 0
-        if not kept.any():
-            raise ValueError("every sample_weight is 0: there is nothing to learn from")
         importance = torch.tensor(weights[kept] / weights[kept].mean(), dtype=torch.float32)
         tensors = self._scaled(x[kept]), targets[torch.from_numpy(kept)], importance
         with self._seeded() as seed:

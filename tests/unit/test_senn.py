@@ -274,3 +274,140 @@ def test_no_gradient_no_growth() -> None:
     assert grower.grow() is None
     assert grower.clock.refusals == 1
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def linear_start(outputs: int) -> tuple[nn.Sequential, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, outputs))
+    return model, torch.optim.Adam(model.parameters(), lr=1e-2)
+
+
+def grown_in_training(
+    model: nn.Module, optimizer: Any, batches: Any, loss: Any, epochs: int, **options: Any
+) -> ms.Grower:
+    every = ms.when.Every(epochs=20)
+    grower = ms.recipes.senn(model, optimizer, loss=loss, data=batches, when=every, amount=8, **options)
+    for _ in range(epochs):
+        for batch in batches:
+            value = loss(model, batch)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            grower.step(value)
+    return grower
+
+
+def moons(rows: int, seed: int) -> tuple[Tensor, Tensor]:
+    make_moons = pytest.importorskip("sklearn.datasets").make_moons
+    x, y = make_moons(rows, noise=0.3, random_state=seed)
+    return torch.tensor(x, dtype=torch.float32), torch.tensor(y)
+
+
+def test_two_moons_open_a_hidden_layer_and_growth_ends_by_itself() -> None:
+    x, y = moons(200, 0)
+    batches = list(zip(x.split(20), y.split(20), strict=True))
+    model, optimizer = linear_start(2)
+    loss = lambda net, batch: nn.functional.cross_entropy(net(batch[0]), batch[1])
+    grower = grown_in_training(model, optimizer, batches, loss, 300)
+    assert any(isinstance(module, ms.PReLU) for module in model.modules())
+    assert grower.done
+    assert "nothing is worth its parameters" in grower.reason
+    unseen, labels = moons(2000, 1)
+    assert (model(unseen).argmax(1) == labels).float().mean() > 0.88
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_linear_target_adds_nothing(seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(200, 2, generator=draw)
+    y = x @ torch.tensor([[1.0], [-2.0]]) + 0.3 * torch.randn(200, 1, generator=draw)
+    model, optimizer = linear_start(1)
+    grower = grown_in_training(model, optimizer, list(zip(x.split(20), y.split(20), strict=True)), squared, 120)
+    assert grower.history == []
+    assert grower.clock.refusals >= 5
+    assert grower.done
+
+
+def test_a_higher_threshold_never_accepts_more() -> None:
+    accepted = []
+    for tau in (0.01, 0.1, 1.0, 10.0):
+        model = net()
+        grower = ms.Grower(
+            model, torch.optim.SGD(model.parameters(), lr=0.1), loss=squared, data=data(12), when=ms.when.Every(steps=1),
+            how=ms.how.SENN(steps=24), where=ms.where.SENN(alpha=1e-3, tau=tau), amount=8, axes="0",
+            generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        growth = grower.grow()
+        accepted.append(growth.added["0"] if growth is not None else 0)
+    assert accepted == sorted(accepted, reverse=True)
+    assert accepted[0] > accepted[-1] == 0
+
+
+def test_only_a_method_that_measures_the_score_can_be_weighed() -> None:
+    model = net()
+    grower = ms.Grower(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), loss=squared, data=data(), when=ms.when.Every(steps=1),
+        how=ms.how.GradMax(steps=1), where=ms.where.SENN(), axes="0",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"how\.SENN"):
+        grower.grow()
+
+
+def test_checks_wait_until_they_are_affordable() -> None:
+    trigger = ms.when.SENN(budget=0.1, every="10 steps")
+    clock = lambda **now: ms.when.Clock(**now)
+    assert trigger.due(clock(step=10, trained=100.0))
+    assert not trigger.due(clock(step=11, trained=100.0))
+    assert not trigger.due(clock(step=20, trained=200.0, growing=15.0, latest=15.0))
+    assert trigger.due(clock(step=30, trained=300.0, growing=15.0, latest=15.0))
+
+
+def test_checks_cost_what_the_budget_allows() -> None:
+    """After the first one, the floating-point operations of all checks stay within the budget."""
+    model, batches = net(), data()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    grower = ms.Grower(
+        model, optimizer, loss=squared, data=batches, when=ms.when.SENN(budget=0.9, every="5 steps"),
+        how=ms.how.SENN(candidates=4, steps=4), where=ms.where.SENN(), amount=2, axes="0",
+    )  # fmt: skip
+    checks = 0
+    for step in range(400):
+        before, share = grower.flops, grower.clock.growing / max(grower.clock.trained, 1.0)
+        value = squared(model, batches[step % 4])
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        grower.step(value)
+        checks += grower.flops > before
+        assert checks <= 1 or grower.flops == before or share <= 0.9
+        if grower.done:
+            break
+    assert checks >= 2
+
+
+@pytest.mark.parametrize(("make", "match"), [
+    (lambda: ms.where.SENN(alpha=-1.0), "alpha"), (lambda: ms.where.SENN(tau=0.0), "tau"),
+    (lambda: ms.where.SENN(patience=0), "patience"), (lambda: ms.where.SENN(per="unit"), "per"),
+    (lambda: ms.when.SENN(budget=5), "budget"), (lambda: ms.how.SENN(activation="relu"), "activation"),
+])  # fmt: skip
+def test_wrong_hyperparameters_are_refused(make: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+@pytest.mark.parametrize("case", ["constant", "zero rows", "singular", "tiny"])
+def test_odd_batches_never_give_nan(case: str) -> None:
+    model = net().float()
+    x = torch.randn(4, 32, 4)
+    x = {
+        "constant": torch.ones_like(x),
+        "zero rows": x * 0,
+        "singular": x[..., :1].expand(-1, -1, 4),
+        "tiny": x[:1, :2],
+    }[case]
+    batches = [(part, torch.randn(len(part), 3)) for part in x]
+    growth = ms.grow_(
+        model, {"0": 2, "2:depth": 1}, batches[0][0], how=ms.how.SENN(steps=6), loss=squared, data=batches
+    )
+    assert growth.max_change <= 1e-5
+    assert all(bool(p.isfinite().all()) for p in model.parameters())

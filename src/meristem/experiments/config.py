@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from meristem.care import CARES
 from meristem.errors import MeristemError, nearest
 from meristem.how import METHODS
-from meristem.when import TRIGGERS, At, Every, duration, moment
+from meristem.when import SENN, TRIGGERS, At, Every, duration, moment
 from meristem.where import PLACES
 
 
@@ -56,14 +56,20 @@ def built(choice: Choice, known: Mapping[str, Any], key: str) -> Any:
     return kind(**{key: None if value == "none" else value for key, value in parameters.items()})
 
 
-def trigger(choice: Mapping[str, Any], steps: int | None = None) -> Every | At:
-    """A trigger from { every = "2 epochs" }, { at = ["4 epochs", "6 epochs"] } or { at = 0.5 }, a fraction of training.
+def trigger(choice: Mapping[str, Any], steps: int | None = None) -> Every | At | SENN:
+    """A trigger from { every = "2 epochs" }, { at = ["4 epochs", "6 epochs"] }, { at = 0.5 }, a fraction of training, or
+    { senn = { budget = 0.05 } }.
 
     Without the `steps` of the whole run a fraction is only checked.
     """
     name, value = next(iter(choice.items()), ("", None))
     if name not in TRIGGERS or len(choice) != 1:
         raise ValueError(f"when = {dict(choice)} is not known.{nearest(name, TRIGGERS)} Known: {', '.join(TRIGGERS)}")
+    if name == "senn":
+        try:
+            return SENN(**dict(value or {}))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"when.senn = {value!r}: {error}. hint: {{ senn = {{ budget = 0.05 }} }}") from None
     listed: list[Any] = value if isinstance(value, list) else [value]
     if name == "at" and listed and all(isinstance(one, float) for one in listed):
         return At(steps=tuple(moment(one, steps or 10**9) for one in listed))

@@ -87,7 +87,7 @@ class SENN:
             own = self._score(view) if self.tau is not None else 0.0
             for axis in choice.axes:
                 offer = choice.proposals[axis.name]
-                if not offer.gains or (not offer.error and offer.freedom):
+                if not offer.gains or (not offer.freedom and any(offer.gains)):
                     raise ValueError("where.SENN needs a method that measures the score. hint: how.SENN does")
                 asked = self.alpha if self.alpha is not None else offer.freedom / examples
                 asked = max(asked, (self.tau or 0.0) * own)
