@@ -111,7 +111,8 @@ def senn(
         loss: As for `Grower`.
         data: As for `Grower`.
         when: `when.SENN()` unless told otherwise: checks take at most 5 % of the cost of training.
-        alpha, tau: The published thresholds, where wanted.
+        alpha: Smallest gain of a unit, as published; None for the rule of `where.SENN`.
+        tau: Smallest gain relative to the net's own score, as published; None for no such threshold.
         patience: Checks in a row at which nothing is accepted, after which growth ends.
         amount: Units per growth, at the most; the score decides how many of them.
 

@@ -366,8 +366,8 @@ class GrowingClassifier(ClassifierMixin, _Growing):  # type: ignore[misc]
         growths_: Every `Growth`, with the pass after which it came in `step`.
         n_parameters_: Trained numbers. `flops_`: floating-point operations that fitting took, growth included.
         n_iter_: Passes over the data.
-        loss_curve_, validation_curve_: Loss after every pass, on the training and on the held-out part.
-        model_: The torch module; `scaler_`: what scales its inputs.
+        loss_curve_: Training loss after every pass. `validation_curve_`: the held-out one.
+        model_: The torch module. `scaler_`: what scales its inputs.
 
     Examples:
         >>> from sklearn.datasets import make_moons
@@ -500,8 +500,8 @@ class GrowingRegressor(RegressorMixin, _Growing):  # type: ignore[misc]
         growths_: Every `Growth`, with the pass after which it came in `step`.
         n_parameters_: Trained numbers. `flops_`: floating-point operations that fitting took, growth included.
         n_iter_: Passes over the data.
-        loss_curve_, validation_curve_: Loss after every pass, on the training and on the held-out part.
-        model_: The torch module; `scaler_`: what scales its inputs.
+        loss_curve_: Training loss after every pass. `validation_curve_`: the held-out one.
+        model_: The torch module. `scaler_`: what scales its inputs.
 
     Examples:
         >>> x = np.random.default_rng(0).normal(size=(400, 2))
