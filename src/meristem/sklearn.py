@@ -88,7 +88,7 @@ class _Bold:
 
 
 class _Growing(BaseEstimator):  # type: ignore[misc]
-    """What both estimators share: scaling, the training loop, growth at plateaus of the held-out loss."""
+    """What both estimators share: scaling, growth early in training, training until the held-out loss stands still."""
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "max_iter": [Interval(Integral, 1, None, closed="left")],
@@ -105,18 +105,34 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
         "verbose": ["verbose"],
     }
 
-    max_iter: int
-    batch_size: Any
-    learning_rate_init: float
-    alpha: float
-    validation_fraction: float
-    n_iter_no_change: int
-    tol: float
-    max_growths: int
-    n_iter_growth: int
-    max_parameters: int | None
-    random_state: Any
-    verbose: bool
+    def __init__(
+        self,
+        *,
+        max_iter: int = 1000,
+        batch_size: int | str = "auto",
+        learning_rate_init: float = 3e-3,
+        alpha: float = 1e-4,
+        validation_fraction: float = 0.1,
+        n_iter_no_change: int = 20,
+        tol: float = 1e-4,
+        max_growths: int = 8,
+        n_iter_growth: int = 5,
+        max_parameters: int | None = None,
+        random_state: Any = None,
+        verbose: bool = False,
+    ) -> None:
+        self.max_iter = max_iter
+        self.batch_size = batch_size
+        self.learning_rate_init = learning_rate_init
+        self.alpha = alpha
+        self.validation_fraction = validation_fraction
+        self.n_iter_no_change = n_iter_no_change
+        self.tol = tol
+        self.max_growths = max_growths
+        self.n_iter_growth = n_iter_growth
+        self.max_parameters = max_parameters
+        self.random_state = random_state
+        self.verbose = verbose
 
     def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The loss of every example."""
@@ -227,7 +243,7 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
         return [t[torch.from_numpy(kept)] for t in tensors], [t[torch.from_numpy(out)] for t in tensors]
 
     def _batch_size(self, count: int) -> int:
-        return max(16, min(128, count // 20)) if self.batch_size == "auto" else self.batch_size
+        return max(16, min(128, count // 20)) if isinstance(self.batch_size, str) else int(self.batch_size)
 
     def _fit_and_grow(self, data: _Batches, held_out: Sequence[Tensor]) -> None:
         """Grow while SENN's rule finds something, a few passes apart; train what has grown until the held-out loss stands still,
@@ -399,19 +415,21 @@ class GrowingClassifier(ClassifierMixin, _Growing):  # type: ignore[misc]
         random_state: Any = None,
         verbose: bool = False,
     ) -> None:
-        self.max_iter = max_iter
-        self.batch_size = batch_size
-        self.learning_rate_init = learning_rate_init
-        self.alpha = alpha
-        self.validation_fraction = validation_fraction
-        self.n_iter_no_change = n_iter_no_change
-        self.tol = tol
-        self.max_growths = max_growths
-        self.n_iter_growth = n_iter_growth
-        self.max_parameters = max_parameters
+        super().__init__(
+            max_iter=max_iter,
+            batch_size=batch_size,
+            learning_rate_init=learning_rate_init,
+            alpha=alpha,
+            validation_fraction=validation_fraction,
+            n_iter_no_change=n_iter_no_change,
+            tol=tol,
+            max_growths=max_growths,
+            n_iter_growth=n_iter_growth,
+            max_parameters=max_parameters,
+            random_state=random_state,
+            verbose=verbose,
+        )
         self.class_weight = class_weight
-        self.random_state = random_state
-        self.verbose = verbose
 
     def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
         """Train and grow."""
@@ -509,35 +527,6 @@ class GrowingRegressor(RegressorMixin, _Growing):  # type: ignore[misc]
         >>> regressor.score(x, x[:, 0] * x[:, 1]) > 0.9
         True
     """
-
-    def __init__(
-        self,
-        *,
-        max_iter: int = 1000,
-        batch_size: int | str = "auto",
-        learning_rate_init: float = 3e-3,
-        alpha: float = 1e-4,
-        validation_fraction: float = 0.1,
-        n_iter_no_change: int = 20,
-        tol: float = 1e-4,
-        max_growths: int = 8,
-        n_iter_growth: int = 5,
-        max_parameters: int | None = None,
-        random_state: Any = None,
-        verbose: bool = False,
-    ) -> None:
-        self.max_iter = max_iter
-        self.batch_size = batch_size
-        self.learning_rate_init = learning_rate_init
-        self.alpha = alpha
-        self.validation_fraction = validation_fraction
-        self.n_iter_no_change = n_iter_no_change
-        self.tol = tol
-        self.max_growths = max_growths
-        self.n_iter_growth = n_iter_growth
-        self.max_parameters = max_parameters
-        self.random_state = random_state
-        self.verbose = verbose
 
     def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
         """Train and grow."""
