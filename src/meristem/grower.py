@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -76,7 +77,7 @@ class Grower:
 
     Attributes:
         history: Every `Growth` so far.
-        done: True once nothing more can grow; `reason` says why.
+        done: True once nothing more can grow; `reason` says why, or why nothing grew last.
         flops: Floating-point operations that all growths and checks cost together, without later looks at their health.
 
     Raises:
@@ -139,6 +140,7 @@ class Grower:
         self._epoch_length = length(data)
         self._example = example
         self._step_cost: float | None = None
+        self._reads_costs = getattr(when, "reads_costs", False)
         check_parts(self.how, self.care)
         if not hasattr(when, "due") or isinstance(when, type):
             raise TypeError(f"when must be a trigger such as meristem.when.Every(steps=100); got {when!r}")
@@ -208,7 +210,7 @@ class Grower:
             step=self.clock.step + 1,
             epoch=self.clock.epoch + int(ended),
             epoch_ended=ended,
-            trained=self.clock.trained + (self._cost_of_a_step() if self.when.reads_costs and not self.done else 0.0),
+            trained=self.clock.trained + (self._cost_of_a_step() if self._reads_costs and not self.done else 0.0),
         )
         self._complete_health()
         return self._grow_if_due()
@@ -228,17 +230,18 @@ class Grower:
         """Floating-point operations of a training step at the present sizes; counted again after every growth."""
         if self._step_cost is None:
             state = self.generator.get_state()
-            with undisturbed():
+            with undisturbed(), contextlib.suppress(DataError):  # a loss that is not finite is for the training to see
                 (batch,) = growth_batches(self.data, 1, self.generator)
                 self._step_cost = step_flops(self.model, self.loss, batch) * batch_size(batch)
             self.generator.set_state(state)
-        return self._step_cost
+        return self._step_cost or 0.0
 
     def _grow_if_due(self) -> Growth | None:
         return self.grow() if self.when.due(self.clock) else None
 
     def grow(self) -> Growth | None:
-        """Grow now, whatever the trigger says. Returns the growth, or None where `done` says that nothing grows any more.
+        """Grow now, whatever the trigger says. Returns the growth, or None where nothing grows: `reason` says why, and `done`
+        whether for good.
 
         Raises:
             PendingBackward: A graph still holds the weights. Nothing has changed.
@@ -268,29 +271,30 @@ class Grower:
             tolerance: Largest rise of the loss at every axis, relative to it.
 
         Returns:
-            What was done, one for every axis that has become smaller; `history` holds them, too.
+            What was done, one for every axis that has become smaller. They are not in `history`, nor do they count as growths.
         """
         done = []
-        for axis in self._open(self._structure()):
-            if axis.kind != "depth":
-                with contextlib.suppress(GrowthRefused):  # read by something that the score does not know
-                    growth = prune_(
-                        self.model, axis.name, self._example, loss=self.loss, data=self.data, optimizer=self.optimizers,
-                        tolerance=tolerance, generator=self.generator,
-                    )  # fmt: skip
-                    done += [growth] if growth is not None else []
-        for growth in done:
-            growth.step = self.clock.step
-            self.history.append(growth)
-        self._step_cost = None
-        if done:
-            self.done, self.reason = False, ""
-            self.clock = replace(self.clock, refusals=0)
+        for axis in growable(self._structure(), self.axes).values():
+            if axis.kind == "depth":
+                continue
+            with contextlib.suppress(GrowthRefused):  # read by something that the score does not know
+                growth = prune_(
+                    self.model, axis.name, self._example, loss=self.loss, data=self.data, optimizer=self.optimizers,
+                    tolerance=tolerance, generator=self.generator,
+                )  # fmt: skip
+                if growth is not None:
+                    growth.step = self.clock.step
+                    done.append(growth)
+                    self.clock = replace(self.clock, growing=self.clock.growing + growth.flops, refusals=0)
+                    self.done, self.reason, self._step_cost = False, "", None
+                    for earlier in self.history:
+                        if axis.name in earlier.added:  # its units are not followed any more
+                            earlier.health["pruned"] = {axis.name: {"step": float(self.clock.step)}}
         return done
 
     def _grow(self) -> tuple[Growth | None, int]:
         """The growth, or None where nothing grows, and what finding out and doing it cost."""
-        if self.budget.growths is not None and len(self.history) >= self.budget.growths:
+        if self.budget.growths is not None and self.clock.growths >= self.budget.growths:
             return self._finish(f"the budget of {self.budget.growths} growths is used up")
         structure = self._structure()
         if isinstance(self.amount, Mapping):
@@ -311,18 +315,29 @@ class Grower:
             share = Share(dict(self.amount))
         else:
             offered = self._offers(view, axes, total) if self.where.reads_gains else {}
-            axes = [axis for axis in axes if axis.name in offered] if offered else axes
+            if self.where.reads_gains:
+                axes = [a for a in axes if a.name in offered and self._allowed(structure, {a.name: self._least(a)})]
+                if not axes:
+                    return self._finish(
+                        "the budget leaves no room for another unit", sum(o.flops for o in offered.values())
+                    )
             added = {axis.name: resized(structure, {axis.name: axis.multiple}) for axis in axes}
             flops = {axis.name: max(_more(added[axis.name].flops), 1) / axis.multiple for axis in axes}
             parameters = {axis.name: max(_more(added[axis.name].parameters), 1) / axis.multiple for axis in axes}
             share = self.where.share(
-                Choice(axes, total, len(self.history), self.clock.refusals, offered, flops, parameters, view)
+                Choice(axes, total, self.clock.growths, self.clock.refusals, offered, flops, parameters, view)
             )
         cost = share.flops + sum(offer.flops for offer in offered.values())
         if share.refusal:
             self.clock = replace(self.clock, refusals=self.clock.refusals + 1)
-            return self._finish(share.refusal, cost) if share.final else (None, cost)
-        planned = self._fitting(structure, {axis.name: axis for axis in axes}, share.counts)
+            self.done, self.reason = share.final, share.refusal
+            return None, cost
+        named = {axis.name: axis for axis in axes}
+        planned = self._fitting(structure, named, share.counts)
+        if planned is None:  # a few good units of one axis may be less than a step of it
+            steps = {name: self._least(named[name]) for name in share.counts if name in offered}
+            fits = {name: step for name, step in steps.items() if step <= offered[name].count}
+            planned = self._fitting(structure, named, fits) if fits else None
         if planned is None:
             return self._finish(
                 "the budget leaves no room for another unit"
@@ -365,9 +380,9 @@ class Grower:
         if isinstance(amount, Mapping):
             return 0
         if isinstance(amount, Sequence):
-            if len(self.history) >= len(amount):
+            if self.clock.growths >= len(amount):
                 return None
-            amount = amount[len(self.history)]
+            amount = amount[self.clock.growths]
         return round(amount * sum(axis.size for axis in axes)) if isinstance(amount, float) else int(amount)
 
     def _offers(self, view: View, axes: Sequence[Axis], total: int) -> dict[str, Proposal]:
@@ -383,6 +398,11 @@ class Grower:
         if not offers:
             raise GrowthRefused(reasons[0])
         return offers
+
+    def _least(self, axis: Axis) -> int:
+        """The fewest units by which an axis can grow."""
+        step = math.lcm(axis.multiple, self.round_to) if axis.kind != "depth" else 1
+        return step - axis.size % step
 
     def _fitting(self, structure: Structure, axes: Mapping[str, Axis], counts: Mapping[str, int]) -> Plan | None:
         """The plan for the largest share of `counts` that the budget allows, or None where not one unit fits."""
@@ -429,7 +449,7 @@ class Grower:
         now = self.clock.step
         for growth in self.history:
             age = now - growth.step if growth.step is not None else 0
-            if age in MOMENTS:
+            if age in MOMENTS and "pruned" not in growth.health:
                 self.measure(growth, str(age))
             if age == RECOVERY and len(self._losses) == self._losses.maxlen:
                 growth.health["loss"] = _spike([float(loss) for loss in self._losses])
@@ -484,6 +504,7 @@ class Grower:
         self.done, self.reason = bool(state["done"]), str(state["reason"])
         self._losses.clear()
         self._losses.extend(float(loss) for loss in state["losses"])
+        self._step_cost = None
         self.generator.set_state(state["generator"])
 
 

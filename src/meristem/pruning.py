@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from meristem.axis import Axis, Place
+from meristem.errors import GrowthRefused
 from meristem.growing import Optimizers, accepted, optimizers, perform, private_generator
 from meristem.how.senn import next_layers
 from meristem.statistics.batches import check_reiterable, first_call, growth_batches
 from meristem.statistics.curvature import Factors, compensated, measure, removal
+from meristem.statistics.flops import counting
 from meristem.statistics.losses import Loss, called, measured
 from meristem.structure import Structure, resolve
 from meristem.structure.twin import twin
@@ -82,7 +84,7 @@ def prune_(
         raise ValueError(f"tolerance must be a number in [0, inf): a share of the loss; got {tolerance!r}")
     check_reiterable(data)
     generator = generator if generator is not None else private_generator(model)
-    with undisturbed():
+    with undisturbed(), counting() as counter:
         batches = growth_batches(data, _BATCHES, generator)
         structure = Structure(model, first_call(model, loss, batches[0]) if example is None else example)
         view = View(structure, generator, loss, batches)
@@ -93,7 +95,9 @@ def prune_(
         middle = 2 * len(batches) // 3
         copied = twin(model, lambda name, _: view.values[name].clone())
         factors = measure(copied, loss, batches[:middle] or batches, layers).layers
-        trial = _Trial(view, found, {name: factors[name].damped(_DAMPING) for name in layers if name in factors})
+        if missing := [name for name in layers if name not in factors]:
+            raise GrowthRefused(f"nothing is seen of {missing[0]!r}, which reads axis {axis!r}. hint: call the module")
+        trial = _Trial(view, found, {name: factors[name].damped(_DAMPING) for name in layers})
         shown = batches[middle:]
         limit = trial.loss([], shown) + tolerance * abs(trial.loss([], shown))
         order = trial.order()
@@ -104,7 +108,9 @@ def prune_(
         if not low:
             return None
         planned, changed = trial.without(order[:low])
-        return perform(view, planned, [], (), (), optimizers(optimizer), changed)
+        growth = perform(view, planned, [], (), (), optimizers(optimizer), changed)
+    growth.flops = counter.get_total_flops()
+    return growth
 
 
 class _Trial:
@@ -129,9 +135,9 @@ class _Trial:
 
     def order(self) -> list[int]:
         """All units that could go but the last one, those first that are worth least once the ones before them are gone."""
-        left = list(range(len(next(iter(self.units.values()), []))))
+        left = list(range(len(next(iter(self.units.values())))))
         gone: list[int] = []
-        while len(left) > 1 and self.factors:
+        while len(left) > 1:
             worth = torch.zeros(len(left), dtype=torch.float64)
             for name, factors in self.factors.items():
                 weight, dropped = self._weight(name), [self.units[name][unit] for unit in gone]

@@ -260,13 +260,15 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
         for group in state.optimizer.param_groups:
             group["lr"] = self.learning_rate_init / 10
         self._state = self._trained(state, data, held_out)
+        for group in self._state.optimizer.param_groups:
+            group["lr"] = self.learning_rate_init
         self.model_ = self._state.model
 
     def _grow(self, state: _State, data: _Batches, held_out: Sequence[Tensor]) -> None:
         """Grow a few passes apart, for as long as SENN's rule finds something."""
         grower = self._grower(state, data)
         while grower is not None and not grower.done and self.n_iter_ < self.max_iter:
-            for _ in range(self.n_iter_growth):
+            for _ in range(min(self.n_iter_growth, self.max_iter - self.n_iter_)):
                 self._pass(state, data, held_out)
             growth = self._grown(grower)
             self.growths_ += [growth] if growth is not None else []

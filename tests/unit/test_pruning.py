@@ -123,7 +123,8 @@ def test_grow_and_prune_in_turn() -> None:
     removed = grower.prune(tolerance=0.01)
     assert sum(growth.added["0"] for growth in removed) < 0  # new units have no say yet
     assert grower.grow() is not None
-    assert len(grower.history) == 2 + len(removed)
+    assert len(grower.history) == grower.clock.growths == 2
+    assert grower.flops == sum(growth.flops for growth in [*grower.history, *removed])
 
 
 @pytest.mark.parametrize("tolerance", [-1, float("nan"), True])

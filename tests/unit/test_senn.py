@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import meristem as ms
-from meristem.how.senn import _parts, _Space
+from meristem.how.senn import _gains, _parts, _Space
 from meristem.statistics import curvature
 from meristem.statistics.batches import growth_batches
 from meristem.statistics.curvature import Candidates, Factors, bound, exact_score, gain, residual
@@ -411,3 +411,73 @@ def test_odd_batches_never_give_nan(case: str) -> None:
     )
     assert growth.max_change <= 1e-5
     assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_the_gain_of_candidates_together_is_the_exact_one() -> None:
+    """Delta eta of all candidates in a row against `curvature.gain` on the rows of the batches that measure them."""
+    tried = space(net())
+    strips = tried._drawn()
+    joint = tried.together(strips, tried.second)
+    order = list(range(tried.trials))
+    model = tried.view.structure.model
+    x, y = (torch.cat([batch[i] for batch in tried.second]) for i in range(2))
+    hidden = torch.cat([model[1](model[0](x)), torch.ones(len(x), 1).double()], 1).detach()
+    weight, bias = (strips[slot.place] for slot in tried.axis.slots if slot.role != "fan_out")
+    new = torch.tanh(x @ weight.flatten(1).T + bias.flatten())
+    back = 2 * (model(x) - y).detach()
+    damping = tried._damping("2")
+    per_batch = [2 * (model(batch[0]) - batch[1]).detach() for batch in tried.second]
+    outputs = torch.stack([g.T @ g / len(g) for g in per_batch]).mean(0)
+    eye = lambda size: torch.eye(size).double()
+    layer = Factors(
+        back.T @ hidden / len(x), hidden.T @ hidden / len(x) + damping * eye(7),
+        curvature.damped(outputs, curvature.DAMPING), len(x), tried.moments["2"].spread,
+    )  # fmt: skip
+    added = Candidates(back.T @ new / len(x), hidden.T @ new / len(x), new.T @ new / len(x) + damping * eye(len(order)))
+    assert sum(_gains(joint, tried.trials, order)) == pytest.approx(gain(layer, added), rel=1e-6)
+
+
+def test_the_axis_that_fits_the_budget_grows() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 3)).double()
+    now = sum(p.numel() for p in model.parameters())
+    grower = ms.Grower(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), loss=squared, data=data(12), when=ms.when.Every(steps=1),
+        how=ms.how.SENN(steps=24), where=ms.where.SENN(per="growth"), amount=8, budget=ms.Budget(parameters=now + 20),
+    )  # fmt: skip
+    growth = grower.grow()
+    assert growth is None or growth.parameters[1] <= now + 20
+    assert "no room" not in grower.reason
+
+
+def test_a_layer_that_is_used_without_being_called_is_named() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(torch.tanh(self.a(x)), self.b.weight, self.b.bias)
+
+    model = Odd().double()
+    with pytest.raises(ms.GrowthRefused, match="without calling"):
+        ms.grow_(model, {"a": 2}, data()[0][0], how=ms.how.SENN(steps=3), loss=squared, data=data())
+    with pytest.raises(ms.GrowthRefused, match="nothing is seen"):
+        ms.prune_(model, "a", loss=squared, data=data())
+
+
+def test_a_loss_in_front_of_the_outputs_does_not_hide_the_examples() -> None:
+    class Told(nn.Module):
+        def __init__(self, first: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.net = first, net()
+
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            out = self.net(x)
+            loss = (out - y).square().sum(1).mean()
+            return (loss, out) if self.first else (out, loss)
+
+    losses = {True: lambda model, batch: model(*batch)[0], False: lambda model, batch: model(*batch)[1]}
+    found = [curvature.measure(Told(first), loss, data()).score() for first, loss in losses.items()]
+    assert found[0] == pytest.approx(found[1])

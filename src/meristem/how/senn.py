@@ -132,7 +132,7 @@ class SENN:
         gains, freedom, samples = [], 0.0, 1
         for listed in silent.values():
             seen = [name for name in listed if name in parts[0]]  # a layer may be used without being called
-            both = [parts[0][name] + parts[1][name] for name in seen]
+            both = [parts[0][name] if second is first else parts[0][name] + parts[1][name] for name in seen]
             found = sum(
                 agreement(layer.damped(self.damping), parts[0][name].gradient, parts[1][name].gradient)
                 for name, layer in zip(seen, both, strict=True)
@@ -245,6 +245,12 @@ class _Space:
         self.first, self.second = parts
         self.meters = {"moments": Meter(), "seen": Meter(), "climb": Meter(), "look": Meter(), "together": Meter()}
         layers = measure(self.copied, loss, self.first[:_LOOKS], self.layers, self.meters["moments"]).layers
+        for layer in self.layers:
+            if layer not in layers:
+                raise GrowthRefused(
+                    f"SENN sees nothing of {layer!r}, which reads axis {axis.name!r}: its weight is used without calling it, or "
+                    "without gradient. hint: call the module, or grow the axis by how.Random()"
+                )
         self.moments = {layer: layers[layer].damped(method.damping) for layer in self.layers}
         self.free = {layer: effective(layers[layer].outputs, method.damping) for layer in self.layers}
         self.slopes = {
@@ -294,15 +300,18 @@ class _Space:
         found: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
 
         def seen_by(layer: str) -> Any:
-            def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                found[layer].append(args[0][: seen.leading[layer][len(found[layer])]])
+            def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+                found[layer].append((*args, *kwargs.values())[0][: seen.leading[layer][len(found[layer])]])
                 if all(len(found[name]) == len(seen.leading[name]) for name in found):
                     raise _Reached
 
             return hook
 
         model = self.widened.module.model
-        hooks = [model.get_submodule(layer).register_forward_pre_hook(seen_by(layer)) for layer in self.layers]
+        hooks = [
+            model.get_submodule(layer).register_forward_pre_hook(seen_by(layer), with_kwargs=True)
+            for layer in self.layers
+        ]
         try:
             self.widened.loss(strips, seen.batch)
         except _Reached:
@@ -359,7 +368,8 @@ class _Space:
         for layer, one in sums.items():
             count = one.samples
             apart, present = (
-                m / count + self._damping(layer) * torch.eye(len(m), dtype=m.dtype) for m in (one.new, one.present)
+                m / count + self._damping(layer) * torch.eye(len(m), dtype=m.dtype, device=m.device)
+                for m in (one.new, one.present)
             )
             explained = torch.cholesky_solve(one.cross / count, torch.linalg.cholesky(present))
             left = (one.against - one.gradient @ explained) / count
@@ -431,9 +441,8 @@ class _Space:
         The incoming weights first turn to the mean gradient of some batches, then take steps of Adam.
         """
         strips = {place: strip.detach().clone().requires_grad_(place in moving) for place, strip in started.items()}
-        sizes = [m.gradient.shape[0] for m in self.moments.values()]
-        like = torch.zeros(1, dtype=torch.float64)
-        along = [F.normalize(self.view.normal((self.trials, 1, size), like), dim=2) for size in sizes]
+        slopes = [m.gradient for m in self.moments.values()]
+        along = [F.normalize(self.view.normal((self.trials, 1, len(slope)), slope), dim=2) for slope in slopes]
         turning = self.method.steps // 3
         for step in range(turning):
             self._uphill(strips, self._shown(step), along)

@@ -85,7 +85,8 @@ class Candidates:
     def damped(self, damping: float, layer: Factors) -> Candidates:
         """Damped as `layer` is: by the same number, since both belong to one matrix."""
         added = damping * mean_diagonal(layer.inputs)
-        return replace(self, inputs=self.inputs + added * torch.eye(len(self.inputs), dtype=self.inputs.dtype))
+        eye = torch.eye(len(self.inputs), dtype=self.inputs.dtype, device=self.inputs.device)
+        return replace(self, inputs=self.inputs + added * eye)
 
 
 def agreement(layer: Factors, first: Tensor, second: Tensor) -> float:
@@ -270,7 +271,7 @@ class Watched:
 
     def __enter__(self) -> Watched:
         modules = dict(self.model.named_modules())
-        self._hooks = [modules[name].register_forward_hook(self._seen(name)) for name in self.names]
+        self._hooks = [modules[name].register_forward_hook(self._seen(name), with_kwargs=True) for name in self.names]
         self._hooks.append(self.model.register_forward_hook(self._counted))
         return self
 
@@ -279,16 +280,16 @@ class Watched:
             hook.remove()
 
     def _seen(self, name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
             if output.requires_grad:
                 output.retain_grad()
-                self.calls.setdefault(name, []).append((args[0], output))
+                self.calls.setdefault(name, []).append(((*args, *kwargs.values())[0], output))
 
         return hook
 
     def _counted(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        (out, *_) = tensors(output)
-        self.samples += out.numel() // max(_classes(out), 1)
+        out = next((tensor for tensor in tensors(output) if tensor.dim()), None)  # a loss may stand before the logits
+        self.samples += out.numel() // max(_classes(out), 1) if out is not None else 1
 
     def run(self, loss: Loss, batch: Any) -> None:
         """The loss and its gradients on one batch."""
@@ -349,7 +350,7 @@ class Watched:
         assert rows is not None
         rows = self.samples * rows
         mean = rows.sum(0, keepdim=True) / self.samples
-        return Factors(mean, rows.T @ rows / self.samples, torch.ones(1, 1, dtype=rows.dtype), self.samples)
+        return Factors(mean, rows.T @ rows / self.samples, rows.new_ones(1, 1), self.samples)
 
 
 def _spread(inputs: Tensor, gradients: Tensor, within: Tensor, outward: Tensor, samples: int) -> float:

@@ -12,7 +12,7 @@ from typing import Literal
 from meristem.errors import DataError
 from meristem.statistics.batches import length
 from meristem.statistics.curvature import DAMPING, Watched, largest_number, measure, score
-from meristem.statistics.flops import counting
+from meristem.statistics.flops import batch_size, counting
 from meristem.structure.twin import twin
 from meristem.values import Share
 from meristem.view import View
@@ -119,13 +119,13 @@ class SENN:
 
     def _limit(self, view: View, asked: float) -> int | None:
         """The most units that can be accepted at once, where `tau` bounds them."""
-        if self.tau is None:
+        if self.tau is None or asked <= 0:
             return None
         most = sum(len(p) for p in view.structure.model.parameters() if p.dim() > 1)
         return max(math.ceil(largest_number(asked, self.tau, max(most, asked))) - 1, 1)
 
     def _score(self, view: View) -> float:
-        """eta of the whole net, without its sampling error."""
+        """eta of the whole net, without its sampling error where there are two batches or more."""
         assert view.loss is not None
         copied = twin(view.structure.model, lambda name, _: view.values[name].clone())
         batches = list(view.batches)[:_LOOKS]
@@ -146,4 +146,5 @@ class SENN:
         copied = twin(view.structure.model, lambda name, _: view.values[name].clone())
         with Watched(copied, []) as watched:
             watched.run(view.loss, view.batches[0])
-        return float(watched.samples * batches)
+        sizes = [batch_size(batch) for batch in view.batches]
+        return watched.samples / sizes[0] * sum(sizes) / len(sizes) * batches
