@@ -25,7 +25,8 @@ STOCHASTIC = {
 
 
 @parametrize_with_checks(
-    [GrowingClassifier(max_iter=10), GrowingRegressor(max_iter=25)], expected_failed_checks=lambda _: STOCHASTIC
+    [GrowingClassifier(max_iter=10, max_growths=1), GrowingRegressor(max_iter=25, max_growths=1)],
+    expected_failed_checks=lambda _: STOCHASTIC,
 )
 def test_scikit_learns_own_checks(estimator: Any, check: Any) -> None:
     with warnings.catch_warnings():
