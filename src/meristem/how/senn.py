@@ -5,9 +5,9 @@ A new unit is a random one whose incoming weights have been optimised, by autogr
     Delta eta' = Tr[S^-1 C A_p^-1 C^T],     C = E[g_r a_p^T],     g_r = g - dW A^-1 a,
 
 where a_p is what the next layer would read from it, and S, A and dW are that layer's (`statistics.curvature`). Its outgoing
-weights are zero, so the function is preserved. A new layer of a chain is the identity before a rational activation that is
-the identity too; it adds to the score through the two coefficients beta, gamma of that activation. A new block of a run is
-silent and adds through its last projections.
+weights are zero, so the function is preserved. A new layer of a chain is the identity behind an activation that is the
+identity too; it adds to the score through the coefficients of that activation, or through the units that it makes room for. A
+new block of a run is silent and adds through its last projections.
 
 Differences from the paper: units are optimised on some of the growth batches, and their gain, Delta eta, is measured on the
 others, where that has not flattered them; several units are offered at once, each by what it adds to those before it; any
