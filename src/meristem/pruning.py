@@ -18,7 +18,6 @@ from meristem.statistics.curvature import Factors, compensated, measure, removal
 from meristem.statistics.flops import counting
 from meristem.statistics.losses import Loss, called, measured
 from meristem.structure import Structure, resolve
-from meristem.structure.twin import twin
 from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.tensors import grown_tensors
 from meristem.surgery.verify import grown_twin
@@ -93,13 +92,13 @@ def prune_(
             raise ValueError(f"{axis!r} is a depth; prune_ removes units. hint: narrow_(model, {{{axis!r}: 1}}, ...)")
         layers = next_layers(view, found)
         middle = 2 * len(batches) // 3
-        copied = twin(model, lambda name, _: view.values[name].clone())
-        factors = measure(copied, loss, batches[:middle] or batches, layers).layers
+        factors = measure(view.copied(), loss, batches[:middle] or batches, layers).layers
         if missing := [name for name in layers if name not in factors]:
             raise GrowthRefused(f"nothing is seen of {missing[0]!r}, which reads axis {axis!r}. hint: call the module")
         trial = _Trial(view, found, {name: factors[name].damped(_DAMPING) for name in layers})
         shown = batches[middle:]
-        limit = trial.loss([], shown) + tolerance * abs(trial.loss([], shown))
+        now = trial.loss([], shown)
+        limit = now + tolerance * abs(now)
         order = trial.order()
         low, high = 0, len(order)
         while low < high:

@@ -115,6 +115,10 @@ class View:
         layout = self.structure.layout(axis.name)[slot.place]
         return by_unit(self.values[slot.name], slot.dim, layout)
 
+    def copied(self) -> nn.Module:
+        """A copy of the model that may be written."""
+        return twin(self.structure.model, lambda name, _: self.values[name].clone())
+
     def widened(self, axis: Axis, count: int) -> Widened:
         """A copy of the model widened by `count` units of `axis`."""
         assert self.loss is not None

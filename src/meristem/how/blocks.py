@@ -14,7 +14,7 @@ from meristem.structure.depth import Depth
 from meristem.structure.discover import apply_edits
 from meristem.structure.insertion import insert
 from meristem.structure.planning import resolve, with_insertions
-from meristem.structure.twin import named_tensors, twin
+from meristem.structure.twin import named_tensors
 from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.verify import comparable, relative_change, run
 from meristem.values import Blocks, Insertion, Plan
@@ -41,7 +41,7 @@ def fresh_blocks(view: View, insertion: Insertion) -> dict[tuple[int, str], Tens
     first. What has none (a bare scale) starts as in the block that it is made after; what is shared stays.
     """
     values: dict[tuple[int, str], Tensor] = {}
-    copied = twin(view.structure.model, lambda name, _: view.values[name].clone())
+    copied = view.copied()
     present = {id(tensor) for tensor in named_tensors(copied).values()}
     known = {id(module) for module in copied.modules()}
     with undisturbed():
@@ -86,7 +86,7 @@ def stirs(view: View, axis: Axis, blocks: Blocks) -> bool:
 def inserted(view: View, axis: Axis, blocks: Blocks) -> tuple[nn.Module, dict[int, tuple[nn.Module, nn.Module]]]:
     """A copy of the model with the new blocks in their places, and for every place the block before it and itself."""
     plan = _planned(view, axis, blocks)
-    copied = twin(view.structure.model, lambda name, _: view.values[name].clone()).eval()
+    copied = view.copied().eval()
     made = insert(copied, blocks.insertion, blocks.values)
     apply_edits(copied, plan.counts)
     return copied, made

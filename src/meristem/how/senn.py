@@ -18,6 +18,7 @@ weight and example.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -35,21 +36,25 @@ from meristem.how.draws import drawn
 from meristem.how.zero_block import ZeroBlock
 from meristem.statistics.curvature import (
     DAMPING,
+    Candidates,
+    Curvature,
+    Factors,
     Watched,
-    agreement,
     damped,
     effective,
     leading,
     mean_diagonal,
     measure,
     patches,
+    residual,
+    score,
     scored,
+    unexplained,
     whitened,
 )
 from meristem.statistics.flops import Meter, batch_size
 from meristem.statistics.losses import Loss
 from meristem.structure import Structure
-from meristem.structure.twin import twin
 from meristem.surgery.tensors import new_units
 from meristem.surgery.verify import silenced
 from meristem.values import Blocks, Proposal, index
@@ -131,15 +136,12 @@ class SENN:
         parts = [measure(copied, loss, part, watched, meter).layers for part in (first, second)]
         gains, freedom, samples = [], 0.0, 1
         for listed in silent.values():
-            seen = [name for name in listed if name in parts[0]]  # a layer may be used without being called
-            both = [parts[0][name] if second is first else parts[0][name] + parts[1][name] for name in seen]
-            found = sum(
-                agreement(layer.damped(self.damping), parts[0][name].gradient, parts[1][name].gradient)
-                for name, layer in zip(seen, both, strict=True)
-            )
+            # a layer may be used without being called
+            one, other = (Curvature({name: part[name] for name in listed if name in part}) for part in parts)
+            both = list((one if second is first else one + other).layers.values())
             freedom = sum(effective(layer.outputs, self.damping) * layer.gradient.shape[1] for layer in both)
             samples = max((layer.samples for layer in both), default=1)
-            gains.append(found - (freedom / samples if second is first else 0.0))
+            gains.append(score(one, other, self.damping) - (freedom / samples if second is first else 0.0))
         return replace(
             offered,
             gains=tuple(gains),
@@ -161,7 +163,7 @@ class SENN:
         found = [self._coefficients(copied, view, loss, before, activation)]
         with contextlib.suppress(GrowthRefused):  # a width that SENN does not grow
             found.append(self._opened(copied, view, loss, before))
-        surest = max(found, key=lambda offer: offer.gains[0] - 2 * offer.error)
+        surest = _surest(found)
         gains, flops = (surest.gains[0], *[0.0] * (count - 1)), sum(offer.flops for offer in found)
         return replace(surest, axis=axis.name, count=count, strips={}, blocks=blocks, gains=gains, flops=flops)
 
@@ -178,7 +180,7 @@ class SENN:
             replace(offer, gains=(sum(offer.gains[:n]),), error=math.sqrt(n) * offer.error, freedom=n * offer.freedom)
             for n in range(1, len(offer.gains) + 1)
         ]
-        return max(several, key=lambda one: one.gains[0] - 2 * one.error)
+        return _surest(several)
 
     def _coefficients(
         self, model: nn.Module, view: View, loss: Loss, before: str, activation: Rational | PReLU
@@ -199,13 +201,11 @@ class SENN:
             return read, back.repeat(1, len(tangents)), torch.cat(tangents, 1), watched.used(before)
 
         looked = [rows(batch) for batch in batches[:_LOOKS]]
-        reading, cross = (torch.stack([read.T @ m for read, m in pairs]).sum(0) for pairs in (
-            [(read, read) for read, *_ in looked], [(read, features) for read, _, features, _ in looked]
-        ))  # fmt: skip
-        explains = torch.cholesky_solve(cross, torch.linalg.cholesky(damped(reading, self.damping)))
+        reads = torch.cat([read for read, *_ in looked])
+        reached = torch.linalg.cholesky(damped(reads.T @ reads, self.damping))
+        explains = torch.cholesky_solve(reads.T @ torch.cat([features for _, _, features, _ in looked]), reached)
         gradient, fisher, samples = torch.zeros(()), torch.zeros(()), 0
-        for batch in batches:
-            read, back, features, count = rows(batch)
+        for read, back, features, count in itertools.chain(looked, map(rows, batches[_LOOKS:])):
             each = back * (features - read @ explains)
             each = each[: count * (len(each) // count)].reshape(count, -1, each.shape[1]).sum(1)
             gradient, fisher, samples = gradient + each.sum(0), fisher + each.T @ each, samples + count
@@ -241,7 +241,7 @@ class _Space:
         self.trials = max(method.candidates, self.units)
         self.layers = next_layers(view, axis)
         self._kept: dict[int, _Seen] = {}
-        self.copied = twin(view.structure.model, lambda name, _: view.values[name].clone())
+        self.copied = view.copied()
         self.first, self.second = parts
         self.meters = {"moments": Meter(), "seen": Meter(), "climb": Meter(), "look": Meter(), "together": Meter()}
         layers = measure(self.copied, loss, self.first[:_LOOKS], self.layers, self.meters["moments"]).layers
@@ -366,15 +366,16 @@ class _Space:
             sums = {layer: one + sums[layer] if layer in sums else one for layer, one in own.items()}
         joint = {}
         for layer, one in sums.items():
-            count = one.samples
-            apart, present = (
+            count, spread = one.samples, self.moments[layer].spread
+            new, present = (
                 m / count + self._damping(layer) * torch.eye(len(m), dtype=m.dtype, device=m.device)
                 for m in (one.new, one.present)
             )
-            explained = torch.cholesky_solve(one.cross / count, torch.linalg.cholesky(present))
-            left = (one.against - one.gradient @ explained) / count
-            outputs = self.moments[layer].spread * damped(one.outputs / len(batches), self.method.damping)
-            joint[layer] = _Joint(whitened(outputs, left), apart - one.cross.T @ explained / count, count)
+            outputs = damped(one.outputs / len(batches), self.method.damping)
+            factors = Factors(one.gradient / count, present, outputs, count, spread)
+            candidates = Candidates(one.against / count, one.cross / count, new)
+            left = whitened(spread * outputs, residual(factors, candidates))
+            joint[layer] = _Joint(left, unexplained(factors, candidates), count)
         return joint
 
     def _sums(self, strips: Mapping[Place, Tensor], batch: Any) -> dict[str, _Sums]:
@@ -550,6 +551,11 @@ def _without(joint: _Joint, unit: int, trials: int) -> _Joint:
     own = joint.own - joint.own[:, mine] @ explains
     own[mine, mine] = joint.own[mine, mine]
     return _Joint(joint.against - joint.against[:, mine] @ explains, own, joint.samples)
+
+
+def _surest(offers: Sequence[Proposal]) -> Proposal:
+    """The offer whose first gain is largest less two standard errors."""
+    return max(offers, key=lambda offer: offer.gains[0] - 2 * offer.error)
 
 
 def _layer_before(model: nn.Module, activation: nn.Module) -> str:

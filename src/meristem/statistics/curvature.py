@@ -18,6 +18,7 @@ likelihood per example that a step along the natural gradient would win. From Mi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -189,7 +190,7 @@ def largest_number(alpha: float, tau: float, most: float) -> float:
     """N_s = 1 + (ln lambda - ln alpha) / ln(1 + tau): fewer additions than this can be accepted one after the other while no
     parameter moves, if each must add more than `tau` of the score and `alpha` in all, and the score never exceeds `most`.
     """
-    return 1 + float(torch.log(torch.tensor(most / alpha)) / torch.log1p(torch.tensor(tau)))
+    return 1 + math.log(most / alpha) / math.log1p(tau)
 
 
 @dataclass(frozen=True)
@@ -197,10 +198,6 @@ class Curvature:
     """Factors of every layer that can be scored, by name: linear layers, ungrouped convolutions, affine norms."""
 
     layers: Mapping[str, Factors]
-
-    @property
-    def samples(self) -> int:
-        return next(iter(self.layers.values())).samples if self.layers else 0
 
     def __add__(self, other: Curvature) -> Curvature:
         return Curvature({name: layer + other.layers[name] for name, layer in self.layers.items()})
@@ -374,7 +371,7 @@ def patches(module: nn.Module, read: Tensor) -> Tensor:
         return read.reshape(-1, read.shape[-1])
     assert isinstance(module, nn.modules.conv._ConvNd)
     dims = len(module.kernel_size)
-    size = int(torch.tensor(module.kernel_size).prod())
+    size = math.prod(module.kernel_size)
     channels = read.shape[1]
     if size == 1 and all(s == 1 for s in module.stride) and module.padding in ((0,) * dims, "valid", "same"):
         return read.movedim(1, -1).reshape(-1, channels)
@@ -407,7 +404,7 @@ def leading(module: nn.Module, read: Tensor, given: Tensor) -> int:
         each = read.numel() // len(read)
     else:
         assert isinstance(module, nn.modules.conv._ConvNd)
-        each = given[0, 0].numel() * read.shape[1] * int(torch.tensor(module.kernel_size).prod())
+        each = given[0, 0].numel() * read.shape[1] * math.prod(module.kernel_size)
     return max(1, min(len(read), _ENTRIES // each))
 
 

@@ -209,9 +209,9 @@ def _layer_parameters(structure: Structure, depth: Depth, block: int, insertion:
     weight = layer.weight
     assert isinstance(weight, torch.Tensor)
     kernel = math.prod(weight.shape[2:])
-    learned = IDENTITIES[insertion.activation](width) if insertion.activation in IDENTITIES else None
-    own = sum(p.numel() for p in learned.parameters()) if learned is not None else 0
-    return width * width * kernel + width + own
+    activation = IDENTITIES.get(insertion.activation)
+    learned = sum(p.numel() for p in activation(width).parameters()) if activation is not None else 0
+    return width * width * kernel + width + learned
 
 
 def flops(structure: Structure, changes: Changes | None = None) -> int:

@@ -13,7 +13,6 @@ from meristem.errors import DataError
 from meristem.statistics.batches import length
 from meristem.statistics.curvature import DAMPING, Watched, largest_number, measure, score
 from meristem.statistics.flops import batch_size, counting
-from meristem.structure.twin import twin
 from meristem.values import Share
 from meristem.view import View
 from meristem.where.choice import Choice
@@ -127,7 +126,7 @@ class SENN:
     def _score(self, view: View) -> float:
         """eta of the whole net, without its sampling error where there are two batches or more."""
         assert view.loss is not None
-        copied = twin(view.structure.model, lambda name, _: view.values[name].clone())
+        copied = view.copied()
         batches = list(view.batches)[:_LOOKS]
         middle = len(batches) // 2
         first = measure(copied, view.loss, batches[:middle] or batches)
@@ -143,7 +142,7 @@ class SENN:
                     "where.SENN weighs gains against the size of the data, and len(data) is unknown. hint: name alpha="
                 )
             return 1.0
-        copied = twin(view.structure.model, lambda name, _: view.values[name].clone())
+        copied = view.copied()
         with Watched(copied, []) as watched:
             watched.run(view.loss, view.batches[0])
         sizes = [batch_size(batch) for batch in view.batches]
