@@ -140,7 +140,6 @@ class Grower:
         self._epoch_length = length(data)
         self._example = example
         self._step_cost: float | None = None
-        self._reads_costs = getattr(when, "reads_costs", False)
         check_parts(self.how, self.care)
         if not hasattr(when, "due") or isinstance(when, type):
             raise TypeError(f"when must be a trigger such as meristem.when.Every(steps=100); got {when!r}")
@@ -182,12 +181,18 @@ class Grower:
         for name in named & structure.depths.keys():
             check_ownership(self.optimizers, followed(structure, resized(structure, {name: 1})))
 
+    def _one_batch(self) -> Any:
+        """A growth batch that the generator does not notice."""
+        state = self.generator.get_state()
+        try:
+            (batch,) = growth_batches(self.data, 1, self.generator)
+        finally:
+            self.generator.set_state(state)
+        return batch
+
     def _structure(self) -> Structure:
         if self._example is None:
-            state = self.generator.get_state()
-            (batch,) = growth_batches(self.data, 1, self.generator)
-            self.generator.set_state(state)
-            self._example = first_call(self.model, self.loss, batch)
+            self._example = first_call(self.model, self.loss, self._one_batch())
         return Structure(self.model, self._example)
 
     def step(self, loss: Tensor | float | None = None) -> Growth | None:
@@ -205,12 +210,13 @@ class Grower:
         if loss is not None:
             self._losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
         ended = self._epoch_length is not None and (self.clock.step + 1) % self._epoch_length == 0
+        counted = getattr(self.when, "reads_costs", False) and not self.done
         self.clock = replace(
             self.clock,
             step=self.clock.step + 1,
             epoch=self.clock.epoch + int(ended),
             epoch_ended=ended,
-            trained=self.clock.trained + (self._cost_of_a_step() if self._reads_costs and not self.done else 0.0),
+            trained=self.clock.trained + (self._cost_of_a_step() if counted else 0.0),
         )
         self._complete_health()
         return self._grow_if_due()
@@ -229,11 +235,9 @@ class Grower:
     def _cost_of_a_step(self) -> float:
         """Floating-point operations of a training step at the present sizes; counted again after every growth."""
         if self._step_cost is None:
-            state = self.generator.get_state()
             with undisturbed(), contextlib.suppress(DataError):  # a loss that is not finite is for the training to see
-                (batch,) = growth_batches(self.data, 1, self.generator)
+                batch = self._one_batch()
                 self._step_cost = step_flops(self.model, self.loss, batch) * batch_size(batch)
-            self.generator.set_state(state)
         return self._step_cost or 0.0
 
     def _grow_if_due(self) -> Growth | None:
@@ -314,13 +318,12 @@ class Grower:
         if isinstance(self.amount, Mapping):
             share = Share(dict(self.amount))
         else:
-            offered = self._offers(view, axes, total) if self.where.reads_gains else {}
             if self.where.reads_gains:
-                axes = [a for a in axes if a.name in offered and self._allowed(structure, {a.name: self._least(a)})]
+                axes = [axis for axis in axes if self._allowed(structure, {axis.name: self._least(axis)})]
                 if not axes:
-                    return self._finish(
-                        "the budget leaves no room for another unit", sum(o.flops for o in offered.values())
-                    )
+                    return self._finish("the budget leaves no room for another unit")
+                offered = self._offers(view, axes, total)
+                axes = [axis for axis in axes if axis.name in offered]
             added = {axis.name: resized(structure, {axis.name: axis.multiple}) for axis in axes}
             flops = {axis.name: max(_more(added[axis.name].flops), 1) / axis.multiple for axis in axes}
             parameters = {axis.name: max(_more(added[axis.name].parameters), 1) / axis.multiple for axis in axes}
