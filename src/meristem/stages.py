@@ -53,10 +53,6 @@ class Stage:
 class _OnCall:
     """A trigger that leaves the moment to the stages."""
 
-    @property
-    def reads_costs(self) -> bool:
-        return False
-
     def due(self, clock: Clock) -> bool:
         return False
 

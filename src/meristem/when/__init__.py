@@ -29,10 +29,7 @@ class Clock:
 
 
 class When(Protocol):
-    """A trigger. `reads_costs` says that it looks at the cost of training."""
-
-    @property
-    def reads_costs(self) -> bool: ...
+    """A trigger. One that looks at the cost of training says so by an attribute `reads_costs` that is true."""
 
     def due(self, clock: Clock) -> bool: ...
 
@@ -85,10 +82,6 @@ class Every:
         if period < 1:
             raise ValueError(f"the period of Every must be an int in [1, inf); got {period}")
 
-    @property
-    def reads_costs(self) -> bool:
-        return False
-
     def due(self, clock: Clock) -> bool:
         """Whether to grow now."""
         if self.growths is not None and clock.growths >= self.growths:
@@ -118,10 +111,6 @@ class At:
         wrong = [n for n in (*self.steps, *self.epochs) if n < 1]
         if wrong:
             raise ValueError(f"the moments of At must be ints in [1, inf); got {wrong[0]}")
-
-    @property
-    def reads_costs(self) -> bool:
-        return False
 
     def due(self, clock: Clock) -> bool:
         """Whether to grow now."""
