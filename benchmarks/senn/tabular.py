@@ -91,8 +91,7 @@ def fixed(classes: bool, seed: int, hidden: list[int]) -> BaseEstimator:
                 layers += [nn.Linear(inputs, width), PReLU(width)]
                 layers[-1].slope.data.fill_(0.25)
                 inputs = width
-            self.model_ = nn.Sequential(*layers, nn.Linear(inputs, outputs))
-            self._state.model = self.model_
+            self._state.model = nn.Sequential(*layers, nn.Linear(inputs, outputs))
             self._state.optimizer = torch.optim.AdamW(
                 self.model_.parameters(), self.learning_rate_init, weight_decay=self.alpha
             )

@@ -139,6 +139,11 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
         raise NotImplementedError
 
     @property
+    def model_(self) -> nn.Sequential:
+        """The torch module."""
+        return self._state.model
+
+    @property
     def hidden_(self) -> list[int]:
         """Widths of the hidden layers, in order; empty where the net has stayed linear."""
         check_is_fitted(self, "model_")
@@ -211,9 +216,8 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
         linear = nn.Linear(x.shape[1], outputs)
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
-        self.model_ = nn.Sequential(linear)
         optimizer = torch.optim.AdamW(linear.parameters(), lr=self.learning_rate_init, weight_decay=self.alpha)
-        self._state = _State(self.model_, optimizer)
+        self._state = _State(nn.Sequential(linear), optimizer)
         self._meter = Meter()
         self.growths_: list[Growth] = []
         self.loss_curve_: list[float] = []
@@ -262,7 +266,6 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
         self._state = self._trained(state, data, held_out)
         for group in self._state.optimizer.param_groups:
             group["lr"] = self.learning_rate_init
-        self.model_ = self._state.model
 
     def _grow(self, state: _State, data: _Batches, held_out: Sequence[Tensor]) -> None:
         """Grow a few passes apart, for as long as SENN's rule finds something."""
