@@ -31,6 +31,7 @@ from meristem.growing import (
     private_generator,
     proposed,
 )
+from meristem.how.protocol import Thrifty
 from meristem.pruning import prune_
 from meristem.statistics.batches import check_reiterable, first_call, growth_batches, length
 from meristem.statistics.flops import batch_size, counting, step_flops
@@ -41,7 +42,7 @@ from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.optimizers import check_ownership
 from meristem.values import Budget, Growth, Plan, Proposal, Share
 from meristem.view import Progress, View
-from meristem.when import Clock, When
+from meristem.when import Clock, Rations, When
 from meristem.where import Choice, Uniform, Where
 
 MOMENTS = (1, 10, 100, 1000)
@@ -210,7 +211,7 @@ class Grower:
         if loss is not None:
             self._losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
         ended = self._epoch_length is not None and (self.clock.step + 1) % self._epoch_length == 0
-        counted = getattr(self.when, "reads_costs", False) and not self.done
+        counted = isinstance(self.when, Rations) and not self.done
         self.clock = replace(
             self.clock,
             step=self.clock.step + 1,
@@ -241,7 +242,9 @@ class Grower:
         return self._step_cost or 0.0
 
     def _grow_if_due(self) -> Growth | None:
-        return self.grow() if self.when.due(self.clock) else None
+        if self.done or not self.when.due(self.clock):
+            return None
+        return self._check_and_grow(self.when.allowance(self.clock) if isinstance(self.when, Rations) else math.inf)
 
     def grow(self) -> Growth | None:
         """Grow now, whatever the trigger says. Returns the growth, or None where nothing grows: `reason` says why, and `done`
@@ -251,21 +254,23 @@ class Grower:
             PendingBackward: A graph still holds the weights. Nothing has changed.
             DataError: The loss of a growth batch is not finite. Nothing has changed.
         """
-        if self.done:
-            return None
+        return None if self.done else self._check_and_grow(math.inf)
+
+    def _check_and_grow(self, allowance: float) -> Growth | None:
+        """Grow, if something is worth it and finding that out costs no more than `allowance`."""
         state = self.generator.get_state()
         try:
             with undisturbed():
-                growth, cost = self._grow()
+                growth, cost = self._grow(allowance)
         except BaseException:
             self.generator.set_state(state)
             raise
-        self.clock = replace(self.clock, growing=self.clock.growing + cost, latest=float(cost))
+        self.clock = replace(self.clock, growing=self.clock.growing + cost)
         if growth is not None:
             growth.step = self.clock.step
             self.history.append(growth)
             self._step_cost = None
-            self.clock = replace(self.clock, growths=self.clock.growths + 1, refusals=0)
+            self.clock = replace(self.clock, growths=self.clock.growths + 1, refusals=0, least=0.0)
         return growth
 
     def prune(self, tolerance: float = 1e-3) -> list[Growth]:
@@ -289,14 +294,14 @@ class Grower:
                 if growth is not None:
                     growth.step = self.clock.step
                     done.append(growth)
-                    self.clock = replace(self.clock, growing=self.clock.growing + growth.flops, refusals=0)
+                    self.clock = replace(self.clock, growing=self.clock.growing + growth.flops, refusals=0, least=0.0)
                     self.done, self.reason, self._step_cost = False, "", None
                     for earlier in self.history:
                         if axis.name in earlier.added:  # its units are not followed any more
                             earlier.health["pruned"] = {axis.name: {"step": float(self.clock.step)}}
         return done
 
-    def _grow(self) -> tuple[Growth | None, int]:
+    def _grow(self, allowance: float) -> tuple[Growth | None, int]:
         """The growth, or None where nothing grows, and what finding out and doing it cost."""
         if self.budget.growths is not None and self.clock.growths >= self.budget.growths:
             return self._finish(f"the budget of {self.budget.growths} growths is used up")
@@ -312,8 +317,15 @@ class Grower:
             return self._finish("the list of amounts is used up")
         if not isinstance(self.amount, Mapping) and total < min(axis.multiple for axis in axes):
             return self._finish(f"an amount of {total} is less than one step of any axis")
+        if allowance < math.inf:
+            self.clock = replace(self.clock, least=self._least_cost(structure, axes))
+            if allowance < self.clock.least:
+                return None, 0
+        self.clock = replace(self.clock, checked_step=self.clock.step, checked_epoch=self.clock.epoch)
         batches = growth_batches(self.data, most_batches(self.how), self.generator)
-        view = View(structure, self.generator, self.loss, batches, self.data, self.progress)
+        view = View(
+            structure, self.generator, self.loss, batches, self.data, self.progress, allowance / max(len(axes), 1)
+        )
         offered: dict[str, Proposal] = {}
         if isinstance(self.amount, Mapping):
             share = Share(dict(self.amount))
@@ -387,6 +399,12 @@ class Grower:
                 return None
             amount = amount[self.clock.growths]
         return round(amount * sum(axis.size for axis in axes)) if isinstance(amount, float) else int(amount)
+
+    def _least_cost(self, structure: Structure, axes: Sequence[Axis]) -> float:
+        """What the smallest check costs, as far as the methods can tell."""
+        view = View(structure, self.generator, self.loss, [self._one_batch()], self.data)
+        thrifty = ((method, axis) for axis in axes if isinstance(method := method_for(self.how, axis), Thrifty))
+        return sum(method.least(view, axis) for method, axis in thrifty)
 
     def _offers(self, view: View, axes: Sequence[Axis], total: int) -> dict[str, Proposal]:
         """What the methods offer for every axis; an axis that its method refuses takes no part."""

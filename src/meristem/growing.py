@@ -491,16 +491,17 @@ def _health(
     if view.loss is None or not view.batches or min(plan.added.values()) < 0:
         return {}
     figures: dict[str, Figures] = {}
+    batches = view.batches[:HEALTH_BATCHES]
     grown = [axis for axis in axes if axis.kind != "depth"]
     if widths and grown:
         copied = grown_twin(view.structure.model, values, replace(plan, counts=()))
         units = {axis.name: range(plan.before[axis.name], plan.after[axis.name]) for axis in grown}
-        figures |= measure(copied, grown, plan.layout, view.loss, view.batches, units)
+        figures |= measure(copied, grown, plan.layout, view.loss, batches, units)
     if blocks:
         copied = grown_twin(view.structure.model, values, plan, blocks)
         structure = Structure(copied, view.structure.example)
         new = {one.insertion.axis: new_blocks(one.insertion) for one in blocks}
-        figures |= measure_blocks(structure, copied, new, view.loss, view.batches)
+        figures |= measure_blocks(structure, copied, new, view.loss, batches)
     return {"insertion": figures} if figures else {}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from meristem.axis import Axis, Place
 from meristem.errors import GrowthRefused
 from meristem.growing import Optimizers, accepted, optimizers, perform, private_generator
-from meristem.how.senn import next_layers
+from meristem.how.search import next_layers
 from meristem.statistics.batches import check_reiterable, first_call, growth_batches
 from meristem.statistics.curvature import Factors, compensated, measure, removal
 from meristem.statistics.flops import counting

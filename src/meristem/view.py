@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,6 +79,7 @@ class View:
         loss, batches: The user's loss and the growth batches; None and empty where the caller gave none.
         data: The data itself, for methods that train a sandbox on all of it.
         progress: Told of every step of such training.
+        allowance: Floating-point operations that a proposal may cost.
     """
 
     structure: Structure
@@ -86,6 +88,7 @@ class View:
     batches: Sequence[Any] = ()
     data: Iterable[Any] | None = None
     progress: Progress | None = None
+    allowance: float = math.inf
     values: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:

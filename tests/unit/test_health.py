@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from zoo import ZOO, make
 
 import meristem as ms
+from meristem import growing
 
 
 def loss(model: nn.Module, batch: Any) -> Tensor:
@@ -149,3 +150,14 @@ def test_diverged_training_is_noted_not_raised() -> None:
         model.fc1.weight.fill_(float("nan"))
     grower.step()
     assert "nothing was changed" in grower.history[0].health["1"]["error"]
+
+
+def test_new_units_are_looked_at_on_a_few_batches_however_many_a_method_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = make("bn_conv")
+    looked = []
+    measure = growing.measure
+    monkeypatch.setattr(growing, "measure", lambda *args: looked.append(len(args[4])) or measure(*args))
+    data = [torch.randn_like(x) for _ in range(12)]
+    growth = ms.grow_(model, {"fc1": 2}, x, how=ms.how.GradMax(batches=12), loss=loss, data=data)
+    assert looked == [growing.HEALTH_BATCHES]
+    assert growth.health["insertion"]

@@ -33,6 +33,13 @@ class How(Protocol):
 
 
 @runtime_checkable
+class Thrifty(How, Protocol):
+    """A method that keeps to the `allowance` of its view, and knows the least that it needs for an axis."""
+
+    def least(self, view: View, axis: Axis) -> float: ...
+
+
+@runtime_checkable
 class Settles(How, Protocol):
     """A method that grows and trains a copy of the model before anything is swapped in: its own weights and old ones."""
 

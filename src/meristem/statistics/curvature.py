@@ -33,7 +33,7 @@ from meristem.structure.tracer import tensors
 
 DAMPING = 0.01
 """Added to every factor: this share of its mean diagonal."""
-_ENTRIES = 2**22
+ENTRIES = 2**22
 """Numbers that a layer reads from one batch, at the most; of more examples, whose patches would not fit, the first are taken."""
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -405,7 +405,7 @@ def leading(module: nn.Module, read: Tensor, given: Tensor) -> int:
     else:
         assert isinstance(module, nn.modules.conv._ConvNd)
         each = given[0, 0].numel() * read.shape[1] * math.prod(module.kernel_size)
-    return max(1, min(len(read), _ENTRIES // each))
+    return max(1, min(len(read), ENTRIES // each))
 
 
 def _channel(module: nn.Module, given: Tensor) -> int:

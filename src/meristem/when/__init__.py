@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 _DURATION = re.compile(r"\s*(\d+)\s*(steps?|epochs?)\s*")
 
@@ -13,9 +14,9 @@ _DURATION = re.compile(r"\s*(\d+)\s*(steps?|epochs?)\s*")
 class Clock:
     """Where training stands after an optimizer step: counts so far, and whether an epoch has just ended.
 
-    `refusals` counts the last checks in a row at which nothing was worth growing. In floating-point operations, `trained` is
-    what the training steps cost (counted where the trigger `reads_costs`), `growing` what all growths and checks cost, and
-    `latest` the last one.
+    `refusals` counts the last checks in a row at which nothing was worth growing, and `checked_step` and `checked_epoch` say when
+    the last one was. In floating-point operations, `trained` is what the training steps cost and `least` what the smallest
+    check costs (both known only where the trigger `Rations`), `growing` what all growths and checks cost.
     """
 
     step: int = 0
@@ -23,15 +24,24 @@ class Clock:
     epoch_ended: bool = False
     growths: int = 0
     refusals: int = 0
+    checked_step: int = 0
+    checked_epoch: int = 0
     trained: float = 0.0
     growing: float = 0.0
-    latest: float = 0.0
+    least: float = 0.0
 
 
 class When(Protocol):
-    """A trigger. One that looks at the cost of training says so by an attribute `reads_costs` that is true."""
+    """A trigger."""
 
     def due(self, clock: Clock) -> bool: ...
+
+
+@runtime_checkable
+class Rations(When, Protocol):
+    """A trigger that also says how many floating-point operations a check may cost now."""
+
+    def allowance(self, clock: Clock) -> float: ...
 
 
 def duration(text: object) -> tuple[int, Literal["steps", "epochs"]]:
@@ -119,39 +129,48 @@ class At:
 
 @dataclass(frozen=True)
 class SENN:
-    """Due as often as a share of the cost of training allows.
+    """Due as often as a share of the cost of training allows, and ever more rarely while nothing is found.
 
-    What checks and growths have cost, and what the last one cost once more, must fit into `budget` times the floating-point
-    operations that training has taken. The first check is paid back before the second. Mitchell et al., "Self-Expanding Neural
-    Networks", 2024, arXiv 2307.04526, check every 10 to 30 epochs, whatever that costs.
+    What all checks and growths cost stays below `budget` times the floating-point operations that training has taken: a check
+    waits until the smallest one fits, and searches no longer than it may. The first need not wait: it may cost `credit`, which
+    is paid back before the second. After every check that finds nothing the next one waits twice as long. Mitchell et al., "Self-Expanding Neural Networks", 2024, arXiv 2307.04526, check every 10
+    to 30 epochs, whatever that costs.
 
     Args:
         budget: Largest share of training that checks and growths may cost.
         every: The shortest time between two of them, and before the first: "1 epochs", "500 steps".
+        credit: Floating-point operations that the first check may cost before training has earned them; by default what a core
+            does in about a second.
 
     Examples:
-        >>> SENN(budget=0.05).due(Clock(step=100, epoch=1, epoch_ended=True, trained=1e9, growing=2e7, latest=2e7))
+        >>> SENN(budget=0.05, credit=0).due(Clock(step=100, epoch=1, epoch_ended=True, trained=1e9, growing=2e7, least=2e7))
         True
     """
 
     budget: float = 0.05
     every: str = "1 epochs"
+    credit: float = 1e10
 
     def __post_init__(self) -> None:
         if isinstance(self.budget, bool) or not 0 < self.budget < 1:
             raise ValueError(f"the budget of when.SENN is a share of training in (0, 1); got {self.budget!r}")
+        if isinstance(self.credit, bool) or not 0 <= self.credit < math.inf:
+            raise ValueError(f"the credit of when.SENN is a number of operations in [0, inf); got {self.credit!r}")
         duration(self.every)
 
-    @property
-    def reads_costs(self) -> bool:
-        return True
+    def allowance(self, clock: Clock) -> float:
+        """What a check may cost now."""
+        earned = self.budget * clock.trained
+        return earned - clock.growing if clock.growing else max(earned, self.credit)
 
     def due(self, clock: Clock) -> bool:
         """Whether to check now."""
         number, unit = duration(self.every)
-        now = clock.step if unit == "steps" else clock.epoch if clock.epoch_ended else 0
-        affordable = clock.growing + clock.latest <= self.budget * clock.trained
-        return now > 0 and now % number == 0 and affordable
+        steps = unit == "steps"
+        waited = clock.step - clock.checked_step if steps else clock.epoch - clock.checked_epoch
+        if waited < number * 2**clock.refusals or not (steps or clock.epoch_ended):
+            return False
+        return self.allowance(clock) >= clock.least
 
 
 TRIGGERS = {"every": Every, "at": At, "senn": SENN}
