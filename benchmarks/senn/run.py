@@ -1,7 +1,8 @@
 """SENN against nets of a fixed size: one file per finished run, and a table.
 
-    python benchmarks/senn/run.py moons spirals regression linear      # seconds to minutes each, 5 seeds
+    python benchmarks/senn/run.py moons spirals regression linear      # a minute or two each, 5 seeds
     python benchmarks/senn/run.py mnist fashion_mnist cifar10          # needs MERISTEM_DATA; 3 seeds
+    python benchmarks/senn/run.py "mnist 1000" "mnist 1000 long"       # 20 epochs, or as many steps as 60,000 images get
     python benchmarks/senn/run.py --report
 
 Every grown run is followed, in the same process, by its own final net trained from scratch for as many epochs: accuracy and time
@@ -136,9 +137,10 @@ def toy(task: str, seed: int) -> tuple[Batches, tuple[Tensor, Tensor]]:
         "moons": lambda n: make_moons(n, noise=0.3, random_state=int(draw.integers(2**31))),
         "spirals": spirals,
         "regression": line,
+        "regression 400": line,
         "linear": plane,
     }
-    train_rows = {"moons": 200, "spirals": 400, "regression": 50, "linear": 200}[task]
+    train_rows = {"moons": 200, "spirals": 400, "regression": 50, "regression 400": 400, "linear": 200}[task]
     (x, y), (x_test, y_test) = made[task](train_rows), made[task](4000)
     target = torch.float32 if y.ndim == 2 else torch.long
     tensors = [torch.tensor(x, dtype=torch.float32), torch.tensor(y, dtype=target)]
@@ -162,7 +164,8 @@ def run_toy(task: str, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     data, tests = toy(task, seed)
     inputs, outputs = data.tensors[0].shape[1], 1 if data.tensors[1].dim() == 2 else 2
-    loss, epochs = (squares, 2000 if task == "regression" else 400) if outputs == 1 else (classes, 400)
+    loss, epochs = squares if outputs == 1 else classes, 2000 if task == "regression" else 400
+    line = task.startswith("regression")
 
     def adam(parameters: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=1e-3)
@@ -174,7 +177,7 @@ def run_toy(task: str, seed: int) -> dict[str, Any]:
 
     def by(alpha: float | None) -> Grown:
         def grown(model: nn.Module, optimizer: Any, batches: Batches, value: Any) -> ms.Grower:
-            axes = "0" if task == "regression" else "*"
+            axes = "0" if line else "*"
             every = ms.when.Every(epochs=30)
             return ms.recipes.senn(
                 model, optimizer, loss=value, data=batches, when=every, amount=8, axes=axes, alpha=alpha
@@ -182,12 +185,12 @@ def run_toy(task: str, seed: int) -> dict[str, Any]:
 
         return grown
 
-    model = net(1 if task == "regression" else 0)
+    model = net(1 if line else 0)
     result = {"grown": train(model, data, loss, epochs, adam, by(None))}
     result["grown"] |= {"hidden": hidden(model), "test": measured(model, tests)}
     again = fresh(model)
     result["its final net"] = train(again, data, loss, epochs, adam) | {"test": measured(again, tests)}
-    if task == "regression":
+    if line:
         model = net(1)
         result["grown, alpha .0025"] = train(model, data, loss, epochs, adam, by(2.5e-3))
         result["grown, alpha .0025"] |= {"hidden": hidden(model), "test": measured(model, tests)}
@@ -207,8 +210,8 @@ def images(task: str, seed: int, rows: int) -> tuple[Batches, tuple[Tensor, Tens
     return Batches(128, ((x - mean) / std)[kept].contiguous(), y[kept]), ((x_test - mean) / std, y_test)
 
 
-def run_images(task: str, seed: int, rows: int = 60000) -> dict[str, Any]:
-    """From ten units, 20 epochs; against the net it ends as, and against random units at the same moments."""
+def run_images(task: str, seed: int, rows: int = 60000, steps: int | None = None) -> dict[str, Any]:
+    """From ten units, 20 epochs or so many steps; against the net it ends as, and against random units at the same moments."""
     torch.manual_seed(seed)
     data, tests = images(task, seed, rows)
 
@@ -222,7 +225,7 @@ def run_images(task: str, seed: int, rows: int = 60000) -> dict[str, Any]:
     def grown(model: nn.Module, optimizer: Any, batches: Batches, value: Any) -> ms.Grower:
         return ms.recipes.senn(model, optimizer, loss=value, data=batches, axes="0")
 
-    return against(start, data, tests, adam, 20, grown)
+    return against(start, data, tests, adam, steps // len(data) if steps else 20, grown)
 
 
 def run_cifar(seed: int) -> dict[str, Any]:
@@ -283,27 +286,39 @@ class Copied:
 
 
 TASKS: dict[str, tuple[int, Callable[[int], dict[str, Any]]]] = {
-    **{task: (5, lambda seed, task=task: run_toy(task, seed)) for task in ("moons", "spirals", "regression", "linear")},
+    **{
+        task: (5, lambda seed, task=task: run_toy(task, seed))
+        for task in ("moons", "spirals", "regression", "regression 400", "linear")
+    },
     **{task: (3, lambda seed, task=task: run_images(task, seed)) for task in ("mnist", "fashion_mnist")},
     **{f"mnist {rows}": (3, lambda seed, rows=rows: run_images("mnist", seed, rows)) for rows in (1000, 4000, 16000)},
+    **{
+        f"mnist {rows} long": (3, lambda seed, rows=rows: run_images("mnist", seed, rows, 20 * 468))
+        for rows in (1000, 4000, 16000)
+    },
     "cifar10": (3, run_cifar),
 }
 
 
 def report() -> str:
-    lines = ["| task | net | test | hidden | seconds | GFLOP |", "|---|---|---|---|---|---|"]
+    """Mean and standard deviation over the seeds; the cost of growing as a multiple of that of its final net, in the same run."""
+    lines = ["| task (seeds) | net | test | hidden | time | FLOPs |", "|---|---|---|---|---|---|"]
     for task, (seeds, _) in TASKS.items():
-        runs = [json.loads(path.read_text()) for s in range(seeds) if (path := file(task, s)).exists()]
-        for name in runs[0]["nets"] if runs else ():
-            rows = [run["nets"][name] for run in runs]
-            tests = [row["test"] for row in rows]
+        runs = [json.loads(path.read_text())["nets"] for s in range(seeds) if (path := file(task, s)).exists()]
+        for name in runs[0] if runs else ():
+            tests = [run[name]["test"] for run in runs]
             spread = statistics.stdev(tests) if len(tests) > 1 else math.nan
-            sizes = ", ".join(str(row["hidden"]) for row in rows) if "hidden" in rows[0] else ""
-            seconds = statistics.mean(row["seconds"] for row in rows)
-            flops = statistics.mean(row["flops"] + row.get("flops_growing", 0) for row in rows) / 1e9
+            sizes = ", ".join(str(run[name]["hidden"]) for run in runs) if "hidden" in runs[0][name] else ""
             shown = f"{statistics.mean(tests):.4f} ± {spread:.4f}"
-            lines.append(f"| {task} ({len(runs)}) | {name} | {shown} | {sizes} | {seconds:.1f} | {flops:,.1f} |")
+            time, flops = (statistics.mean(_multiple(run, name, what) for run in runs) for what in ("seconds", "flops"))
+            lines.append(f"| {task} ({len(runs)}) | {name} | {shown} | {sizes} | {time:.2f} x | {flops:.2f} x |")
     return "\n".join(lines)
+
+
+def _multiple(run: dict[str, Any], name: str, what: str) -> float:
+    """The cost of a net, growing included, over that of the final net."""
+    mine, final = run[name], run["its final net"]
+    return (mine[what] + (mine.get("flops_growing", 0) if what == "flops" else 0)) / final[what]
 
 
 def file(task: str, seed: int) -> Path:

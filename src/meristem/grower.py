@@ -258,14 +258,15 @@ class Grower:
 
     def _check_and_grow(self, allowance: float) -> Growth | None:
         """Grow, if something is worth it and finding that out costs no more than `allowance`."""
-        state = self.generator.get_state()
+        state, clock = self.generator.get_state(), self.clock
         try:
             with undisturbed():
                 growth, cost = self._grow(allowance)
         except BaseException:
             self.generator.set_state(state)
+            self.clock = clock
             raise
-        self.clock = replace(self.clock, growing=self.clock.growing + cost)
+        self.clock = replace(self.clock, growing=self.clock.growing + cost, latest=float(cost) or self.clock.latest)
         if growth is not None:
             growth.step = self.clock.step
             self.history.append(growth)
@@ -317,23 +318,22 @@ class Grower:
             return self._finish("the list of amounts is used up")
         if not isinstance(self.amount, Mapping) and total < min(axis.multiple for axis in axes):
             return self._finish(f"an amount of {total} is less than one step of any axis")
+        if self.where.reads_gains and not isinstance(self.amount, Mapping):
+            axes = [axis for axis in axes if self._allowed(structure, {axis.name: self._least(axis)})]
+            if not axes:
+                return self._finish("the budget leaves no room for another unit")
         if allowance < math.inf:
-            self.clock = replace(self.clock, least=self._least_cost(structure, axes))
+            self.clock = replace(self.clock, least=self._least_cost(structure, axes, total))
             if allowance < self.clock.least:
                 return None, 0
         self.clock = replace(self.clock, checked_step=self.clock.step, checked_epoch=self.clock.epoch)
         batches = growth_batches(self.data, most_batches(self.how), self.generator)
-        view = View(
-            structure, self.generator, self.loss, batches, self.data, self.progress, allowance / max(len(axes), 1)
-        )
+        view = View(structure, self.generator, self.loss, batches, self.data, self.progress, allowance / len(axes))
         offered: dict[str, Proposal] = {}
         if isinstance(self.amount, Mapping):
             share = Share(dict(self.amount))
         else:
             if self.where.reads_gains:
-                axes = [axis for axis in axes if self._allowed(structure, {axis.name: self._least(axis)})]
-                if not axes:
-                    return self._finish("the budget leaves no room for another unit")
                 offered = self._offers(view, axes, total)
                 axes = [axis for axis in axes if axis.name in offered]
             added = {axis.name: resized(structure, {axis.name: axis.multiple}) for axis in axes}
@@ -400,11 +400,26 @@ class Grower:
             amount = amount[self.clock.growths]
         return round(amount * sum(axis.size for axis in axes)) if isinstance(amount, float) else int(amount)
 
-    def _least_cost(self, structure: Structure, axes: Sequence[Axis]) -> float:
-        """What the smallest check costs, as far as the methods can tell."""
+    def _least_cost(self, structure: Structure, axes: Sequence[Axis], total: int) -> float:
+        """What the smallest check costs, by what the methods say, and by what the last one cost where one of them cannot."""
         view = View(structure, self.generator, self.loss, [self._one_batch()], self.data)
-        thrifty = ((method, axis) for axis in axes if isinstance(method := method_for(self.how, axis), Thrifty))
-        return sum(method.least(view, axis) for method, axis in thrifty)
+        cost = 0.0
+        for axis in axes:
+            method = method_for(self.how, axis)
+            if not isinstance(method, Thrifty):
+                cost = max(cost, self.clock.latest)
+                continue
+            with contextlib.suppress(GrowthRefused):  # it will take no part
+                cost += method.least(view, axis, self._asked(axis, total))
+        return cost
+
+    def _asked(self, axis: Axis, total: int) -> int:
+        """For how many units of an axis its method is asked."""
+        return (
+            self.amount[axis.name]
+            if isinstance(self.amount, Mapping)
+            else max(total // axis.multiple, 1) * axis.multiple
+        )
 
     def _offers(self, view: View, axes: Sequence[Axis], total: int) -> dict[str, Proposal]:
         """What the methods offer for every axis; an axis that its method refuses takes no part."""
@@ -412,8 +427,7 @@ class Grower:
         reasons = []
         for axis in axes:
             try:
-                count = max(total // axis.multiple, 1) * axis.multiple
-                offers[axis.name] = method_for(self.how, axis).propose(view, axis, count)
+                offers[axis.name] = method_for(self.how, axis).propose(view, axis, self._asked(axis, total))
             except GrowthRefused as refusal:
                 reasons.append(str(refusal))
         if not offers:

@@ -437,7 +437,9 @@ def _with_blocks(
     if any(plan.added[axis.name] > 0 and axis.name not in offered for axis in deep):
         widened = grown_twin(view.structure.model, values, replace(plan, counts=()))
         structure = Structure(widened, view.structure.example)
-        looked = View(structure, view.generator, view.loss, view.batches, view.data, view.progress)
+        looked = View(
+            structure, view.generator, view.loss, view.batches, view.data, view.progress, view.allowance / len(deep)
+        )
         for axis in deep:
             if axis.name not in offered:
                 same = structure.axes.named(axis.name)

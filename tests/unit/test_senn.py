@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from zoo import make
 
 import meristem as ms
 from meristem.how.search import Search, _doubtful, _gains, _Space, searched
@@ -378,32 +379,82 @@ def test_checks_that_find_nothing_become_rare() -> None:
     assert at == [2, 6, 14, 30, 62]
 
 
-@pytest.mark.parametrize(("start", "axes"), [(6, "0"), (0, "*")])
-def test_checks_cost_what_the_budget_allows(start: int, axes: str) -> None:
-    """The floating-point operations of all checks and growths stay within the budget, the first included; what a growth itself
-    takes is not known before.
-    """
-    torch.manual_seed(0)
-    model = net() if start else nn.Sequential(nn.Linear(4, 3)).double()
-    optimizer, batches = torch.optim.Adam(model.parameters(), lr=1e-2), data(20)
+def squares_of(model: nn.Module, batch: Any) -> Tensor:
+    return model(batch).square().mean()
+
+
+def priced(
+    model: nn.Module, batches: Any, loss: Any, axes: str, amount: int = 8, how: Any = None
+) -> tuple[ms.Grower, float]:
+    """A grower that finds nothing worth its while, and what it says that its smallest check costs."""
     grower = ms.Grower(
-        model, optimizer, loss=squared, data=batches, when=ms.when.SENN(budget=0.5, every="5 steps", credit=0),
-        how=ms.how.SENN(candidates=4), where=ms.where.SENN(), amount=2, axes=axes,
+        model, torch.optim.SGD(model.parameters(), lr=0.1), loss=loss, data=batches, when=ms.when.SENN(), axes=axes, amount=amount,
+        how=how or ms.how.SENN(), where=ms.where.SENN(alpha=1e9) if how is None else None,
+    )  # fmt: skip
+    assert grower._check_and_grow(1.0) is None
+    assert grower.flops == 0
+    assert grower.clock.checked_step == grower.clock.refusals == 0
+    return grower, grower.clock.least
+
+
+@pytest.mark.parametrize("case", ["mlp", "many", "opened", "conv", "flatten", "run"])
+@pytest.mark.parametrize("times", [1.0, 4.0])
+def test_a_check_costs_no_more_than_it_may(case: str, times: float) -> None:
+    """However much is allowed, from the least that is needed on; one that may not, costs nothing."""
+    torch.manual_seed(0)
+    classes = lambda net, batch: nn.functional.cross_entropy(net(batch[0]), batch[1])
+    model, batches, loss, axes, amount = {
+        "mlp": (WIDE, rows(12), classes, "0", 8),
+        "many": (WIDE, rows(12), classes, "0", 100),
+        "opened": (nn.Sequential(nn.Linear(20, 4)), rows(24), classes, "*", 8),
+        "conv": (CONV, images(24), classes, "0", 8),
+        "flatten": (CONV, images(24), classes, "2", 8),
+        "run": (
+            nn.Sequential(*[Residual() for _ in range(3)], nn.Linear(12, 4)),
+            [torch.randn(32, 12) for _ in range(24)],
+            squares_of,
+            "0:depth",
+            1,
+        ),
+    }[case]
+    grower, least = priced(copy.deepcopy(model), batches, loss, axes, amount)
+    assert grower._check_and_grow(times * least) is None
+    assert 0 < grower.flops <= 1.05 * times * least
+    assert grower.clock.refusals == 1
+
+
+def test_a_method_that_does_not_know_its_cost_waits_for_what_it_took_last() -> None:
+    model = copy.deepcopy(WIDE)
+    grower = ms.Grower(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), loss=lambda net, b: nn.functional.cross_entropy(net(b[0]), b[1]),
+        data=rows(8), when=ms.when.SENN(), axes="0", amount=2, how=ms.how.GradMax(steps=2),
+    )  # fmt: skip
+    assert grower._check_and_grow(1.0) is not None
+    spent = grower.flops
+    assert grower._check_and_grow(0.9 * spent) is None
+    assert grower.clock.least == grower.flops == spent
+
+
+def test_checks_and_training_keep_the_budget() -> None:
+    """In a loop: whenever a check is over, all of them together are within the budget, up to what a growth itself takes."""
+    torch.manual_seed(0)
+    model, batches = net(), data(20)
+    grower = ms.Grower(
+        model, torch.optim.Adam(model.parameters(), lr=1e-2), loss=squared, data=batches, amount=2, axes="0",
+        when=ms.when.SENN(budget=0.5, every="5 steps", credit=0), how=ms.how.SENN(candidates=4), where=ms.where.SENN(alpha=1e9),
     )  # fmt: skip
     checks = 0
-    for step in range(3000):
-        before, allowed = grower.flops, 0.5 * grower.clock.trained
-        value = squared(model, batches[step % 20])
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        growth = grower.step(value)
-        checks += grower.flops > before
-        assert grower.flops == before or grower.flops - (growth.flops if growth else 0) <= 1.1 * allowed
-        assert grower.flops <= 2 * allowed
-        if grower.done or checks == 4:
-            break
-    assert checks >= (2 if start else 1)
+    while not grower.done and checks < 3:
+        for batch in batches:
+            before = grower.flops
+            value = squared(model, batch)
+            grower.optimizers[0].zero_grad()
+            value.backward()
+            grower.optimizers[0].step()
+            grower.step(value)
+            checks += grower.flops > before
+            assert grower.flops <= 1.05 * 0.5 * grower.clock.trained
+    assert checks == 3
 
 
 @pytest.mark.parametrize(("make", "match"), [
@@ -504,6 +555,15 @@ def test_a_loss_in_front_of_the_outputs_does_not_hide_the_examples() -> None:
     assert found[0] == pytest.approx(found[1])
 
 
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 24), nn.Linear(24, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(nn.functional.gelu(self.up(x)))
+
+
 def looked_at(model: nn.Module, batches: list[Any], loss: Any) -> View:
     structure = Structure(model, Example((batches[0][0],), {}))
     return View(structure, torch.Generator().manual_seed(0), loss, batches)
@@ -545,7 +605,13 @@ def test_a_search_is_halved_until_it_is_affordable() -> None:
         assert costs[-1] <= allowance or fits == search.least
     assert costs == sorted(costs, reverse=True)
     assert costs[0] > costs[-1]
-    assert ms.how.SENN().least(view, axis) == pytest.approx(search.least.cost(view, axis, axis.multiple))
+    assert ms.how.SENN().least(view, axis, 4) == pytest.approx(search.least.cost(view, axis, 4))
+    few = looked_at(WIDE, [(x[:20], y[:20]) for x, y in rows(40)], squared)
+    chain = [search]
+    while chain[-1] != search.least:
+        chain.append(chain[-1].halved)
+    costs = [one.cost(few, axis, 4) for one in chain]
+    assert costs == sorted(costs, reverse=True)
 
 
 @pytest.mark.parametrize(
@@ -553,3 +619,10 @@ def test_a_search_is_halved_until_it_is_affordable() -> None:
 )
 def test_one_part_of_the_examples_decides_where_there_is_no_doubt(gains: tuple[float, ...], doubt: bool) -> None:
     assert _doubtful(Proposal("0", len(gains), gains=gains, error=0.1)) == doubt
+
+
+def test_an_axis_that_has_no_zero_side_is_refused_by_name() -> None:
+    model, tokens = make("nanogpt")
+    loss = lambda net, x: net(x).square().mean()
+    with pytest.raises(ms.GrowthRefused, match="no zero side"):
+        ms.grow_(model, {"wpe:vocabulary": 2}, tokens, how=ms.how.SENN(), loss=loss, data=[tokens] * 3)

@@ -66,7 +66,10 @@ def trigger(choice: Mapping[str, Any], steps: int | None = None) -> Every | At |
     if name not in TRIGGERS or len(choice) != 1:
         raise ValueError(f"when = {dict(choice)} is not known.{nearest(name, TRIGGERS)} Known: {', '.join(TRIGGERS)}")
     if name == "senn":
-        found: SENN = built(dict(choice), TRIGGERS, "when")
+        try:
+            found: SENN = built({name: dict(value or {})}, TRIGGERS, "when")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"when.senn = {value!r}: {error}. hint: {{ senn = {{ budget = 0.05 }} }}") from None
         return found
     listed: list[Any] = value if isinstance(value, list) else [value]
     if name == "at" and listed and all(isinstance(one, float) for one in listed):

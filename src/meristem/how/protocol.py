@@ -34,9 +34,9 @@ class How(Protocol):
 
 @runtime_checkable
 class Thrifty(How, Protocol):
-    """A method that keeps to the `allowance` of its view, and knows the least that it needs for an axis."""
+    """A method that keeps to the `allowance` of its view, and knows the least that a proposal costs."""
 
-    def least(self, view: View, axis: Axis) -> float: ...
+    def least(self, view: View, axis: Axis, count: int) -> float: ...
 
 
 @runtime_checkable

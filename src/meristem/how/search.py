@@ -33,7 +33,7 @@ from meristem.statistics.curvature import (
 )
 from meristem.statistics.flops import Meter, batch_size
 from meristem.statistics.losses import Loss
-from meristem.structure import resized
+from meristem.structure import products, resized
 from meristem.surgery.tensors import new_units
 from meristem.values import Proposal, index
 from meristem.view import View
@@ -55,19 +55,22 @@ Parts = tuple[Sequence[Any], Sequence[Any]]
 
 @dataclass(frozen=True)
 class Search:
-    """How much is looked for: so many candidates, climbing so many steps, on so many growth batches."""
+    """How much is looked for: so many candidates, climbing so many steps, on so many growth batches; where these are few, so
+    many parts of them measure in turn.
+    """
 
     candidates: int
     steps: int
     batches: int
     damping: float
+    turns: int = 3
 
     def trials(self, units: int) -> int:
         """Candidates for so many units."""
         return max(self.candidates, units)
 
     def within(self, view: View, axis: Axis, count: int) -> Search:
-        """As much of this search as the allowance pays for, halved until it fits."""
+        """As much of this search as the allowance of a view pays for, halved until it fits."""
         search = replace(self, batches=min(self.batches, len(view.batches)))
         while search.cost(view, axis, count) > view.allowance and search != search.least:
             search = search.halved
@@ -75,26 +78,27 @@ class Search:
 
     @property
     def halved(self) -> Search:
-        batches = max(self.batches // 2, min(self.batches, _LEAST_BATCHES))
-        return replace(self, batches=batches, steps=max(self.steps // 2, min(self.steps, _LEAST_STEPS)))
+        """Half as many batches and steps, and one part of the examples that measures."""
+        least = self.least
+        return replace(least, batches=max(self.batches // 2, least.batches), steps=max(self.steps // 2, least.steps))
 
     @property
     def least(self) -> Search:
         """The smallest search that is worth its name."""
-        batches, steps = min(self.batches, _LEAST_BATCHES), min(self.steps, _LEAST_STEPS)
-        return replace(self, batches=batches, steps=steps)
+        return replace(self, batches=min(self.batches, _LEAST_BATCHES), steps=min(self.steps, _LEAST_STEPS), turns=1)
 
     def cost(self, view: View, axis: Axis, count: int) -> float:
         """About the floating-point operations that it takes: the passes of `_Space`, and the products of what they see."""
         batch, trials = view.batches[0], self.trials(count // axis.multiple) * axis.multiple
         now, wide = (f / view.structure.batch for f in resized(view.structure, {axis.name: trials}).flops)
         strips = {slot: math.prod(shape) for slot, shape in view.shapes(axis, trials).items() if slot.role != "carried"}
-        rows = (wide - now) / (2 * sum(strips.values()))
-        made = 2 * rows * sum(strips[slot] for slot in axis.places("fan_in"))
+        made = (wide - now) * sum(strips[slot] for slot in axis.places("fan_in")) / sum(strips.values())
         present = mixed = new = 0.0
         for slot in axis.places("fan_out"):
-            outputs = len(view.values[slot.name])
-            reads, entries = view.values[slot.name].numel() / outputs, strips[slot] / outputs
+            weight = view.values[slot.name]
+            outputs = len(weight)
+            reads, entries = weight.numel() / outputs, strips[slot] / outputs
+            rows = products(view.structure, slot.name) / weight.numel() / view.structure.batch
             shown = 2 * min(rows, ENTRIES / (reads * batch_size(batch)))
             present += shown * (reads + outputs) ** 2
             mixed += shown * entries * (outputs + entries / trials)
@@ -108,14 +112,14 @@ class Search:
         return total * batch_size(batch)
 
     def parts(self, batches: Sequence[Any]) -> list[Parts]:
-        """Two thirds of the growth batches to choose on, the others to measure on; where these hold few examples, every third
-        measures in turn. One batch or two are both.
+        """Two thirds of the growth batches to choose on, the others to measure on; where these hold few examples, other thirds
+        measure in turn. One batch or two are both.
         """
         batches = list(batches)[: self.batches]
         if len(batches) < 3:
             return [(batches, batches)]
         third = len(batches) // 3
-        turns = range(3) if third * batch_size(batches[0]) < _FEW else range(1)
+        turns = range(self.turns) if third * batch_size(batches[0]) < _FEW else range(1)
         return [
             (turned[third:], turned[:third]) for i in turns for turned in [batches[i * third :] + batches[: i * third]]
         ]
@@ -482,6 +486,7 @@ def searched(view: View, loss: Loss, axis: Axis, count: int, search: Search) -> 
     """The best units that were found on the first part of the batches, with what such units add on the average over the parts;
     the others are left out where the first one leaves no doubt.
     """
+    next_layers(view, axis)
     search = search.within(view, axis, count)
     offers: list[Proposal] = []
     for parts in search.parts(view.batches):

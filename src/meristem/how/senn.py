@@ -17,7 +17,6 @@ weight and example.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -47,7 +46,7 @@ from meristem.statistics.curvature import (
 )
 from meristem.statistics.flops import Meter, batch_size
 from meristem.statistics.losses import Loss
-from meristem.structure import Structure, flops
+from meristem.structure import Structure, flops, resized
 from meristem.surgery.verify import silenced
 from meristem.values import Blocks, Proposal
 from meristem.view import View
@@ -56,6 +55,8 @@ _OPENED = 8
 """Units that are tried in the width that a layer opens."""
 _FEWEST = 6
 """Growth batches that are seen at least, whatever they cost."""
+_UNITS_SHARE = 0.75
+"""Share of the cost of a layer that goes to the search for units in the width that it opens."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class SENN:
     Args:
         candidates: Random units that are optimised side by side; as many as are wanted, where that is more.
         steps: Growth batches that their search takes, again from the first where there are fewer.
-        batches: Growth batches; candidates are optimised on two thirds of them and measured on the others.
+        batches: Growth batches; candidates are optimised on two thirds of them and measured on the others. Steps and batches are
+            fewer where a trigger allows less.
         damping: Share of its mean diagonal that is added to every factor.
         activation: What stands before an inserted layer: "rational", as published, or "prelu", with a slope for every unit.
             Both start as the identity.
@@ -103,23 +105,21 @@ class SENN:
     def _search(self) -> Search:
         return Search(self.candidates, self.steps, self.batches, self.damping)
 
-    def least(self, view: View, axis: Axis) -> float:
+    def least(self, view: View, axis: Axis, count: int) -> float:
         """About the floating-point operations of the smallest proposal for an axis."""
-        opened: Axis | None = axis
+        if axis.kind == "depth" and view.structure.depths[axis.name].form == "run":
+            return _FEWEST * _block_pass(view, axis, count)
         if axis.kind == "depth":
-            if view.structure.depths[axis.name].form == "run":
-                return _FEWEST * _pass(view)
-            inserted = _inserted(view, axis, self.activation)
-            view, opened = inserted.view, inserted.opened
-        if opened is None:
-            return _FEWEST * _pass(view)
-        number = length(view.data) if view.data is not None else None
-        search = replace(self._search, batches=min(self.batches, number or self.batches)).least
-        try:
-            next_layers(view, opened)
-        except GrowthRefused:  # it will be refused, at no cost
-            return 0.0
-        return search.cost(view, opened, opened.multiple)
+            layer = _inserted(view, axis, self.activation)
+            if layer.opened is None:
+                return _FEWEST * _pass(layer.view)
+            search, opened = self._smallest(view), layer.opened
+            return search.cost(layer.view, opened, _OPENED * opened.multiple) / _UNITS_SHARE
+        return self._smallest(view).cost(view, axis, count)
+
+    def _smallest(self, view: View) -> Search:
+        number = length(view.data) if view.data is not None else len(view.batches)
+        return replace(self._search, batches=min(self.batches, number or self.batches)).least
 
     def propose(self, view: View, axis: Axis, count: int) -> Proposal:
         """The best units that were found, or new blocks; `gains` are what each adds to the score, beyond chance."""
@@ -142,7 +142,8 @@ class SENN:
             silent.setdefault(place, set()).update({names[id(module)]} if scored(module) else ())
         watched = sorted(set().union(*silent.values()))
         meter = Meter()
-        first, second = replace(self._search, batches=_affordable(view, self.batches)).parts(view.batches)[0]
+        number = _affordable(view, self.batches, _block_pass(view, axis, count))
+        first, second = replace(self._search, batches=number).parts(view.batches)[0]
         parts = [measure(copied, loss, part, watched, meter).layers for part in (first, second)]
         gains, freedom, samples = [], 0.0, 1
         for listed in silent.values():
@@ -166,11 +167,12 @@ class SENN:
         """
         blocks = Blocks(replace(view.structure.depths[axis.name].appended(count), activation=self.activation))
         layer = _inserted(view, axis, self.activation)
-        found = [self._coefficients(layer, loss)]
-        if layer.opened is not None:
-            left = replace(layer.view, allowance=max(view.allowance - found[0].flops, 0.0))
-            with contextlib.suppress(GrowthRefused):  # a width that SENN does not grow
-                found.append(self._units(left, loss, layer.opened))
+        if layer.opened is None:
+            found = [self._coefficients(layer, loss, _affordable(layer.view, self.batches, _pass(layer.view)))]
+        else:
+            units = replace(layer.view, allowance=_UNITS_SHARE * view.allowance)
+            search = self._search.within(units, layer.opened, _OPENED * layer.opened.multiple)
+            found = [self._coefficients(layer, loss, search.batches), self._units(units, loss, layer.opened)]
         surest = _surest(found)
         gains, cost = (surest.gains[0], *[0.0] * (count - 1)), sum(offer.flops for offer in found)
         return replace(surest, axis=axis.name, count=count, strips={}, blocks=blocks, gains=gains, flops=cost)
@@ -184,15 +186,15 @@ class SENN:
         ]
         return _surest(several)
 
-    def _coefficients(self, layer: _Inserted, loss: Loss) -> Proposal:
-        """The score of the coefficients of an inserted activation at the identity: of its tangents,
+    def _coefficients(self, layer: _Inserted, loss: Loss, number: int) -> Proposal:
+        """The score of the coefficients of an inserted activation at the identity on so many batches: of its tangents,
 
             d sigma / d beta = 1 / (1 + x^2),     d sigma / d gamma = x / (1 + x^2)     (rational),
 
         beyond what is linear in the input of the layer before it, which its own weights reach.
         """
         model, before = layer.view.structure.model, layer.before
-        batches, meter = list(layer.view.batches)[: _affordable(layer.view, self.batches)], Meter()
+        batches, meter = list(layer.view.batches)[:number], Meter()
 
         def rows(batch: Any) -> tuple[Tensor, Tensor, Tensor, int]:
             with Watched(model, [before]) as watched:
@@ -220,7 +222,7 @@ class SENN:
 @dataclass(frozen=True)
 class _Inserted:
     """A copy of the model with one identity layer more, in `view`: the activation before it, the layer before that, whose width
-    is the axis `opened`, where it can grow.
+    is the axis `opened`, where SENN can grow it.
     """
 
     view: View
@@ -238,8 +240,12 @@ def _inserted(view: View, axis: Axis, activation: str) -> _Inserted:
     before = _layer_before(model, stands)
     structure = Structure(model, view.structure.example)
     place = Place(f"{before}.weight", 0)
-    opened = next((axis for axis in structure.axes.values() if place in [s.place for s in axis.slots]), None)
     looked = View(structure, view.generator, view.loss, view.batches, view.data, allowance=view.allowance)
+    opened = next((axis for axis in structure.axes.values() if place in [s.place for s in axis.slots]), None)
+    try:
+        _ = opened and next_layers(looked, opened)
+    except GrowthRefused:
+        opened = None
     return _Inserted(looked, stands, before, opened)
 
 
@@ -248,11 +254,17 @@ def _pass(view: View) -> float:
     return 3 * flops(view.structure) / view.structure.batch * batch_size(view.batches[0])
 
 
-def _affordable(view: View, most: int) -> int:
-    """As many growth batches as may be seen once, up to `most`."""
+def _block_pass(view: View, axis: Axis, count: int) -> float:
+    """The same with `count` more blocks of a run, and the moments of their last projections, which cost about as much again."""
+    more = resized(view.structure, {axis.name: count}).flops
+    return 2 * _pass(view) * more[1] / max(more[0], 1)
+
+
+def _affordable(view: View, most: int, each: float) -> int:
+    """How many growth batches the allowance of a view pays for, up to `most`."""
     if view.allowance == math.inf:
         return most
-    return min(most, max(_FEWEST, int(view.allowance / max(_pass(view), 1.0))))
+    return min(most, max(_FEWEST, int(view.allowance / max(each, 1.0))))
 
 
 def _surest(offers: Sequence[Proposal]) -> Proposal:

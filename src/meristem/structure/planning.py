@@ -225,6 +225,16 @@ def flops(structure: Structure, changes: Changes | None = None) -> int:
     return total
 
 
+def products(structure: Structure, weight: str) -> int:
+    """Multiply-adds of the layer, linear or a convolution, that a weight belongs to, in a forward pass on the example."""
+    mine = {label.root for label in structure.labels[weight][:2]}
+    return sum(
+        math.prod(size(label, {}) for label in factors)
+        for factors in structure.trace.macs
+        if mine <= {label.root for label in factors}
+    )
+
+
 def _sources_of(axis: Axis, atom: Label, amount: Amount) -> Sources:
     present = np.arange(atom.size)
     if isinstance(amount, bool) or (not isinstance(amount, int) and isinstance(amount, (str, float))):

@@ -15,8 +15,9 @@ class Clock:
     """Where training stands after an optimizer step: counts so far, and whether an epoch has just ended.
 
     `refusals` counts the last checks in a row at which nothing was worth growing, and `checked_step` and `checked_epoch` say when
-    the last one was. In floating-point operations, `trained` is what the training steps cost and `least` what the smallest
-    check costs (both known only where the trigger `Rations`), `growing` what all growths and checks cost.
+    the last one was. In floating-point operations, `trained` is what the training steps cost and `least` what the next check
+    costs at least (both known only where the trigger `Rations`), `growing` what all growths and checks cost, and `latest` the
+    last one.
     """
 
     step: int = 0
@@ -28,6 +29,7 @@ class Clock:
     checked_epoch: int = 0
     trained: float = 0.0
     growing: float = 0.0
+    latest: float = 0.0
     least: float = 0.0
 
 
@@ -132,9 +134,11 @@ class SENN:
     """Due as often as a share of the cost of training allows, and ever more rarely while nothing is found.
 
     What all checks and growths cost stays below `budget` times the floating-point operations that training has taken: a check
-    waits until the smallest one fits, and searches no longer than it may. The first need not wait: it may cost `credit`, which
-    is paid back before the second. After every check that finds nothing the next one waits twice as long. Mitchell et al., "Self-Expanding Neural Networks", 2024, arXiv 2307.04526, check every 10
-    to 30 epochs, whatever that costs.
+    waits until the smallest one fits, and how.SENN searches no longer than it may (of other methods a check is taken to cost
+    what the last one did). The first need not wait: it may cost `credit`, which is paid back before the second, so that a short
+    training sees one check only. After every check that finds nothing the next one waits twice as long: five in a row take 31
+    times `every`. Mitchell et al.,
+    "Self-Expanding Neural Networks", 2024, arXiv 2307.04526, check every 10 to 30 epochs, whatever that costs.
 
     Args:
         budget: Largest share of training that checks and growths may cost.
