@@ -137,8 +137,8 @@ class SENN:
     waits until the smallest one fits, and how.SENN searches no longer than it may (of other methods a check is taken to cost
     what the last one did). The first need not wait: it may cost `credit`, which is paid back before the second, so that a short
     training sees one check only. After every check that finds nothing the next one waits twice as long: five in a row take 31
-    times `every`. Mitchell et al.,
-    "Self-Expanding Neural Networks", 2024, arXiv 2307.04526, check every 10 to 30 epochs, whatever that costs.
+    times `every`. Mitchell et al., "Self-Expanding Neural Networks", 2024, arXiv 2307.04526, check every 10 to 30 epochs,
+    whatever that costs.
 
     Args:
         budget: Largest share of training that checks and growths may cost.
