@@ -415,11 +415,9 @@ class Grower:
 
     def _asked(self, axis: Axis, total: int) -> int:
         """For how many units of an axis its method is asked."""
-        return (
-            self.amount[axis.name]
-            if isinstance(self.amount, Mapping)
-            else max(total // axis.multiple, 1) * axis.multiple
-        )
+        if isinstance(self.amount, Mapping):
+            return self.amount[axis.name]
+        return max(total // axis.multiple, 1) * axis.multiple
 
     def _offers(self, view: View, axes: Sequence[Axis], total: int) -> dict[str, Proposal]:
         """What the methods offer for every axis; an axis that its method refuses takes no part."""

@@ -17,6 +17,7 @@ weight and example.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -172,7 +173,9 @@ class SENN:
         else:
             units = replace(layer.view, allowance=_UNITS_SHARE * view.allowance)
             search = self._search.within(units, layer.opened, _OPENED * layer.opened.multiple)
-            found = [self._coefficients(layer, loss, search.batches), self._units(units, loss, layer.opened)]
+            found = [self._coefficients(layer, loss, search.batches)]
+            with contextlib.suppress(GrowthRefused):  # nothing is seen of what reads the width
+                found.append(self._units(units, loss, layer.opened))
         surest = _surest(found)
         gains, cost = (surest.gains[0], *[0.0] * (count - 1)), sum(offer.flops for offer in found)
         return replace(surest, axis=axis.name, count=count, strips={}, blocks=blocks, gains=gains, flops=cost)
@@ -239,14 +242,19 @@ def _inserted(view: View, axis: Axis, activation: str) -> _Inserted:
     assert isinstance(stands, (Rational, PReLU))
     before = _layer_before(model, stands)
     structure = Structure(model, view.structure.example)
-    place = Place(f"{before}.weight", 0)
     looked = View(structure, view.generator, view.loss, view.batches, view.data, allowance=view.allowance)
-    opened = next((axis for axis in structure.axes.values() if place in [s.place for s in axis.slots]), None)
-    try:
-        _ = opened and next_layers(looked, opened)
-    except GrowthRefused:
-        opened = None
-    return _Inserted(looked, stands, before, opened)
+    return _Inserted(looked, stands, before, _width(looked, before))
+
+
+def _width(view: View, layer: str) -> Axis | None:
+    """The axis of the units of a layer, where SENN can grow it."""
+    place = Place(f"{layer}.weight", 0)
+    for axis in view.structure.axes.values():
+        if place in [slot.place for slot in axis.slots]:
+            with contextlib.suppress(GrowthRefused):
+                next_layers(view, axis)
+                return axis
+    return None
 
 
 def _pass(view: View) -> float:
