@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import meristem as ms
-from meristem.axis import Axis
+from meristem.core.axis import Axis
+from meristem.core.offer import Proposal
 from meristem.how import View
 from meristem.how.draws import mean_norm
-from meristem.values import Proposal
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS, STEPS, EVERY, SMALL, BIG = 10, 1500, 200, 5, 10

@@ -2,9 +2,11 @@
 
 from meristem import care, how, recipes, when, where
 from meristem.activations import PReLU, Rational
-from meristem.axis import Axes, Axis, Slot
 from meristem.checkpoint import load, save
-from meristem.errors import (
+from meristem.core.axis import Axes, Axis, Slot
+from meristem.core.budget import Budget
+from meristem.core.change import Plan
+from meristem.core.errors import (
     CheckpointError,
     DataError,
     DiscoveryError,
@@ -15,12 +17,12 @@ from meristem.errors import (
     UnknownAxis,
     VerificationError,
 )
+from meristem.core.growth import Growth
 from meristem.grower import Grower
 from meristem.growing import find_axes, grow_, narrow_, plan
 from meristem.pruning import prune_
 from meristem.statistics.health import health
 from meristem.surgery.optimizers import STATE_RULES
-from meristem.values import Budget, Growth, Plan
 
 __version__ = "0.1.0"
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from meristem.errors import CheckpointError
+from meristem.core.errors import CheckpointError
 from meristem.grower import Grower
 from meristem.growing import Optimizers, optimizers
 from meristem.structure.twin import twin

@@ -15,7 +15,7 @@ try:
 except ImportError as error:
     sys.exit(f"error: the command needs the extra [cli] ({error.name} is missing)\nhint: pip install 'meristem[cli]'")
 
-from meristem.errors import MeristemError
+from meristem.core.errors import MeristemError
 
 if TYPE_CHECKING:
     from meristem.experiments.run import Progress as RunProgress

@@ -12,9 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meristem.axis import Axis
 from meristem.care import Care
-from meristem.errors import DataError, GrowthRefused
+from meristem.core.axis import Axis
+from meristem.core.budget import Budget
+from meristem.core.change import Plan
+from meristem.core.errors import DataError, GrowthRefused
+from meristem.core.growth import Growth
+from meristem.core.offer import Proposal, Share
 from meristem.growing import (
     HEALTH_BATCHES,
     Methods,
@@ -40,7 +44,6 @@ from meristem.statistics.losses import Loss
 from meristem.structure import Structure, clash, resized, resolve
 from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.optimizers import check_ownership
-from meristem.values import Budget, Growth, Plan, Proposal, Share
 from meristem.view import Progress, View
 from meristem.when import Clock, Rations, When
 from meristem.where import Choice, Uniform, Where

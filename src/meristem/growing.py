@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from meristem.axis import Axes, Axis, Kind, matches
 from meristem.care import Care, WarmMoments
-from meristem.errors import DataError, GrowthRefused, VerificationError
+from meristem.core.axis import Axes, Axis, Kind, matches
+from meristem.core.change import Plan, new_blocks
+from meristem.core.errors import DataError, GrowthRefused, VerificationError
+from meristem.core.growth import Growth
+from meristem.core.offer import Blocks, Proposal, Settled, Treatment
 from meristem.how import METHODS, How, Random, Settles, ZeroBlock
 from meristem.sandbox import Sandbox
 from meristem.statistics.batches import first_call, growth_batches
@@ -30,7 +33,6 @@ from meristem.surgery.exchange import check_free, exchange
 from meristem.surgery.optimizers import check_ownership, check_separable, grown_state
 from meristem.surgery.tensors import grown_tensors
 from meristem.surgery.verify import check_edit, grown_twin, relative_change, rounding_gap, run, silence
-from meristem.values import Blocks, Growth, Plan, Proposal, Settled, Treatment, new_blocks
 from meristem.view import Progress, View
 
 METHOD_OF: dict[Kind, How] = {"width": Random(), "heads": Random(), "depth": ZeroBlock()}

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meristem.axis import Axis, Place
-from meristem.errors import GrowthRefused
+from meristem.core.axis import Axis, Place
+from meristem.core.change import Plan, index
+from meristem.core.errors import GrowthRefused
+from meristem.core.growth import Growth
+from meristem.core.offer import Scaling
 from meristem.growing import Optimizers, accepted, optimizers, perform, private_generator
 from meristem.how.search import next_layers
 from meristem.statistics.batches import check_reiterable, first_call, growth_batches
@@ -21,7 +24,6 @@ from meristem.structure import Structure, resolve
 from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.tensors import grown_tensors
 from meristem.surgery.verify import grown_twin
-from meristem.values import Growth, Plan, Scaling, index
 from meristem.view import View
 
 _BATCHES = 48

@@ -10,7 +10,8 @@ from torch import nn
 
 from meristem import care, how, where
 from meristem import when as triggers
-from meristem.errors import GrowthRefused
+from meristem.core.budget import Budget
+from meristem.core.errors import GrowthRefused
 from meristem.grower import Amount, Grower
 from meristem.growing import Optimizers
 from meristem.how import SWE
@@ -19,7 +20,6 @@ from meristem.statistics.batches import first_call, growth_batches
 from meristem.statistics.losses import Loss
 from meristem.structure import Structure
 from meristem.structure.undisturbed import undisturbed
-from meristem.values import Budget
 from meristem.view import Progress
 from meristem.when import At, Every, When, duration, moment
 from meristem.where import SVoD

@@ -9,8 +9,10 @@ from typing import Any
 from torch import Tensor
 from torch.func import functional_call
 
-from meristem.axis import Axis
-from meristem.errors import DataError
+from meristem.core.axis import Axis
+from meristem.core.change import Plan
+from meristem.core.errors import DataError
+from meristem.core.offer import Proposal, Scaling
 from meristem.statistics.batches import length, one_pass
 from meristem.statistics.flops import Meter
 from meristem.statistics.losses import LossModule, measured
@@ -18,7 +20,6 @@ from meristem.structure import Structure, resolve
 from meristem.structure.twin import named_tensors, twin
 from meristem.surgery.exchange import exchange
 from meristem.surgery.tensors import grown_tensors
-from meristem.values import Plan, Proposal, Scaling
 from meristem.view import View
 
 

@@ -17,10 +17,12 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from meristem import where
+from meristem.core.budget import Budget
+from meristem.core.growth import Growth
+from meristem.core.offer import Share
 from meristem.grower import Grower
 from meristem.how import SENN
 from meristem.statistics.flops import Meter
-from meristem.values import Budget, Growth, Share
 from meristem.when import Every
 from meristem.where import Choice
 

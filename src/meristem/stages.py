@@ -11,14 +11,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from meristem.errors import DataError
+from meristem.core.budget import Budget
+from meristem.core.errors import DataError
+from meristem.core.growth import Growth
 from meristem.grower import Grower
 from meristem.growing import Methods, find_axes, sizes_of
 from meristem.how import SWE
 from meristem.statistics.batches import check_reiterable, first_call, growth_batches
 from meristem.statistics.flops import batch_size, step_flops
 from meristem.statistics.losses import Loss
-from meristem.values import Budget, Growth
 from meristem.view import Progress
 from meristem.when import Clock
 from meristem.where import SVoD, Where

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from meristem.axis import Axis, Place, Slot
+from meristem.core.axis import Axis, Place, Slot
+from meristem.core.change import Plan, by_unit
+from meristem.core.offer import Proposal, Scaling
 from meristem.statistics.losses import Loss, LossModule, measured
 from meristem.structure import Structure, resolve
 from meristem.structure.discover import apply_edits
 from meristem.structure.twin import twin
 from meristem.surgery.tensors import grown_tensors, new_units
-from meristem.values import Plan, Proposal, Scaling, by_unit
 
 Progress = Callable[[str, int, int | None], None]
 """Told what is being done, how many steps of it are done, and of how many, where that is known."""

@@ -11,7 +11,7 @@ import meristem
 
 SRC = Path(meristem.__file__).parent
 LEVELS = [
-    ["activations", "errors", "axis", "values"],
+    ["activations", "core"],
     ["statistics", "structure", "surgery"],
     ["view", "sandbox"],
     ["how", "where", "when", "care"],

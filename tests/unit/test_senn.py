@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from zoo import make
 
 import meristem as ms
+from meristem.core.offer import Proposal
 from meristem.how.search import Search, _doubtful, _gains, _Space, searched
 from meristem.statistics import curvature
 from meristem.statistics.batches import growth_batches
 from meristem.statistics.curvature import Candidates, Factors, bound, exact_score, gain, residual
 from meristem.structure import Structure
 from meristem.structure.twin import Example
-from meristem.values import Proposal
 from meristem.view import View
 
 

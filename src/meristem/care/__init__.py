@@ -8,8 +8,9 @@ from typing import Protocol
 
 from torch import nn
 
-from meristem.axis import Axis
-from meristem.values import Plan, Scaling, Treatment
+from meristem.core.axis import Axis
+from meristem.core.change import Plan
+from meristem.core.offer import Scaling, Treatment
 
 
 class Care(Protocol):

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from meristem.care import CARES
-from meristem.errors import MeristemError, nearest
+from meristem.core.errors import MeristemError, nearest
 from meristem.how import METHODS
 from meristem.when import SENN, TRIGGERS, At, Every, duration, moment
 from meristem.where import PLACES

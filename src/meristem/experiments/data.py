@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from meristem.errors import DataError, nearest
+from meristem.core.errors import DataError, nearest
 
 Arrays = dict[str, NDArray[Any]]
 

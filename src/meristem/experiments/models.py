@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from meristem.errors import nearest
+from meristem.core.errors import nearest
 from meristem.experiments.config import Choice, ConfigError
 from meristem.experiments.data import Data
 from meristem.growing import find_axes, grow_

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 import meristem
 from meristem import checkpoint
 from meristem.care import CARES
+from meristem.core.budget import Budget
 from meristem.experiments import data as datasets
 from meristem.experiments import models
 from meristem.experiments.config import (
@@ -44,7 +45,6 @@ from meristem.how import METHODS
 from meristem.stages import Stages
 from meristem.statistics.flops import step_flops
 from meristem.statistics.health import health
-from meristem.values import Budget
 from meristem.where import PLACES
 
 SAVE_SECONDS = 60.0

@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from meristem.errors import DataError, nearest
+from meristem.core.errors import DataError, nearest
 from meristem.experiments.config import OPTIMIZERS, ConfigError, Experiment, checked, named, toml
 from meristem.experiments.run import Interrupted, run
 

@@ -7,8 +7,10 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
-from meristem.axis import Axis
-from meristem.errors import GrowthRefused
+from meristem.core.axis import Axis
+from meristem.core.change import Insertion, Plan
+from meristem.core.errors import GrowthRefused
+from meristem.core.offer import Blocks
 from meristem.statistics.losses import called, measured
 from meristem.structure.depth import Depth
 from meristem.structure.discover import apply_edits
@@ -17,7 +19,6 @@ from meristem.structure.planning import resolve, with_insertions
 from meristem.structure.twin import named_tensors
 from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.verify import comparable, relative_change, run
-from meristem.values import Blocks, Insertion, Plan
 from meristem.view import View
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from meristem.axis import Axis, Place, Slot
+from meristem.core.axis import Axis, Place, Slot
 from meristem.surgery.tensors import new_units
 from meristem.surgery.verify import stream_strip
 from meristem.view import View

@@ -28,11 +28,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from meristem.axis import Axis, Kind, Place, Slot
-from meristem.errors import DataError, GrowthRefused
+from meristem.core.axis import Axis, Kind, Place, Slot
+from meristem.core.errors import DataError, GrowthRefused
+from meristem.core.offer import Proposal
 from meristem.how.draws import flat_size, mean_norm, unflatten
 from meristem.statistics.flops import counting
-from meristem.values import Proposal
 from meristem.view import View
 
 Operator = Callable[[Tensor], Tensor]

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from meristem.axis import Axis, Kind
+from meristem.core.axis import Axis, Kind
+from meristem.core.offer import Blocks, Proposal
 from meristem.how.blocks import only_runs, stirs
 from meristem.surgery.verify import silenced
-from meristem.values import Blocks, Proposal
 from meristem.view import View
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from meristem.axis import Axis, Kind, Place
-from meristem.values import Copies, Proposal
+from meristem.core.axis import Axis, Kind, Place
+from meristem.core.offer import Copies, Proposal
 from meristem.view import View
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
-from meristem.axis import Axis, Kind
+from meristem.core.axis import Axis, Kind
+from meristem.core.offer import Proposal, Settled
 from meristem.sandbox import Sandbox
-from meristem.values import Proposal, Settled
 from meristem.view import View
 
 

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from meristem.axis import Axis, Kind
+from meristem.core.axis import Axis, Kind
+from meristem.core.offer import Blocks, Proposal
 from meristem.how.blocks import fresh_blocks
 from meristem.how.draws import awake, drawn
 from meristem.statistics.flops import counting
-from meristem.values import Blocks, Proposal
 from meristem.view import View
 
 

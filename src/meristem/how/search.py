@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from meristem.axis import Axis, Place
-from meristem.errors import GrowthRefused
+from meristem.core.axis import Axis, Place
+from meristem.core.change import index
+from meristem.core.errors import GrowthRefused
+from meristem.core.offer import Proposal
 from meristem.how.draws import drawn
 from meristem.statistics.curvature import (
     ENTRIES,
@@ -35,7 +37,6 @@ from meristem.statistics.flops import Meter, batch_size
 from meristem.statistics.losses import Loss
 from meristem.structure import products, resized
 from meristem.surgery.tensors import new_units
-from meristem.values import Proposal, index
 from meristem.view import View
 
 _RATE = 0.1

@@ -28,8 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from meristem.activations import IDENTITIES, PReLU, Rational
-from meristem.axis import Axis, Kind, Place
-from meristem.errors import DataError, GrowthRefused
+from meristem.core.axis import Axis, Kind, Place
+from meristem.core.errors import DataError, GrowthRefused
+from meristem.core.offer import Blocks, Proposal
 from meristem.how.blocks import inserted
 from meristem.how.search import LOOKS, Search, next_layers, sampling_error, searched
 from meristem.how.zero_block import ZeroBlock
@@ -49,7 +50,6 @@ from meristem.statistics.flops import Meter, batch_size
 from meristem.statistics.losses import Loss
 from meristem.structure import Structure, flops, resized
 from meristem.surgery.verify import silenced
-from meristem.values import Blocks, Proposal
 from meristem.view import View
 
 _OPENED = 8

@@ -31,14 +31,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from meristem.axis import Axis, Kind, Slot
-from meristem.errors import DataError, GrowthRefused
+from meristem.core.axis import Axis, Kind, Slot
+from meristem.core.change import Plan, Sources, index
+from meristem.core.errors import DataError, GrowthRefused
+from meristem.core.offer import Proposal, Settled
 from meristem.how.draws import drawn
 from meristem.sandbox import Sandbox
 from meristem.statistics.flops import counting
 from meristem.statistics.health import Figures, measure
 from meristem.structure.twin import named_tensors
-from meristem.values import Plan, Proposal, Settled, Sources, index
 from meristem.view import View
 
 _NOISE = 1e-4

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from meristem.errors import DataError
+from meristem.core.errors import DataError
 from meristem.statistics.losses import called
 from meristem.structure.twin import Example, twin
 from meristem.structure.undisturbed import undisturbed

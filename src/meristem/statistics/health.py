@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from meristem.axis import Axis, Place, matches
-from meristem.errors import GrowthRefused
+from meristem.core.axis import Axis, Place, matches
+from meristem.core.change import Sources, by_unit
+from meristem.core.errors import GrowthRefused
 from meristem.statistics.batches import first_call, one_pass
 from meristem.statistics.losses import Loss, called, measured
 from meristem.structure import Structure
 from meristem.structure.tracer import tensors as tensors_in
 from meristem.structure.twin import named_tensors, twin
 from meristem.structure.undisturbed import undisturbed
-from meristem.values import Sources, by_unit
 
 Figures = dict[str, float]
 

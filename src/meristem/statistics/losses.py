@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meristem.errors import DataError, GrowthRefused
+from meristem.core.errors import DataError, GrowthRefused
 
 Loss = Callable[[nn.Module, Any], Tensor]
 

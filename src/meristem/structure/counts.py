@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from meristem.core.change import AttributeChange, Insertion, Plan
 from meristem.structure.depth import Depth, find_runs
 from meristem.structure.discover import Structure, apply_edits
 from meristem.structure.insertion import insert
 from meristem.structure.tracer import ModuleStack
 from meristem.structure.twin import fake_mode, looking
-from meristem.values import AttributeChange, Insertion, Plan
 
 TRIALS = 30
 """Largest number of re-traces that the search for one attribute may cost."""

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from meristem.axis import Axis
-from meristem.errors import GrowthRefused
+from meristem.core.axis import Axis
+from meristem.core.change import Insertion
+from meristem.core.errors import GrowthRefused
 from meristem.structure.insertion import CHAIN
 from meristem.structure.labels import Label, atoms
 from meristem.structure.tracer import Pass, Trace
 from meristem.structure.twin import named_tensors
-from meristem.values import Insertion
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 

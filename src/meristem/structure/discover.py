@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from meristem.axis import Axes, Axis, Kind, Place, Role, Slot
-from meristem.errors import DiscoveryError, GrowthRefused
+from meristem.core.axis import Axes, Axis, Kind, Place, Role, Slot
+from meristem.core.change import AttributeChange, Plan, Sources
+from meristem.core.errors import DiscoveryError, GrowthRefused
 from meristem.structure.depth import Depth, find_places, find_runs, silent_tensors
 from meristem.structure.insertion import CHAIN
 from meristem.structure.labels import (
@@ -33,7 +34,6 @@ from meristem.structure.twin import (
     twin,
 )
 from meristem.structure.undisturbed import undisturbed
-from meristem.values import AttributeChange, Plan, Sources
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule", "ScriptModule")
 

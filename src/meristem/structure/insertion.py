@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from meristem.activations import IDENTITIES
+from meristem.core.change import Insertion
 from meristem.structure.twin import copy_part, named_tensors
-from meristem.values import Insertion
 
 CHAIN = "_meristem_chain"
 """The attribute of a grown nn.Sequential that says where its new layers stand: "after" or "before" the old one."""

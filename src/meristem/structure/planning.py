@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from meristem.activations import IDENTITIES
-from meristem.axis import Axis, Place
-from meristem.errors import GrowthRefused
+from meristem.core.axis import Axis, Place
+from meristem.core.change import AttributeChange, Insertion, Plan, Sources, TensorChange
+from meristem.core.errors import GrowthRefused
 from meristem.structure.counts import counts_for
 from meristem.structure.depth import Depth
 from meristem.structure.discover import Structure
@@ -20,7 +21,6 @@ from meristem.structure.insertion import identity_layer
 from meristem.structure.labels import Changes, Label, atoms, multiply, positions, size, sources
 from meristem.structure.repair import attributes_for
 from meristem.structure.twin import modules_without
-from meristem.values import AttributeChange, Insertion, Plan, Sources, TensorChange
 
 Amount = int | Sequence[int]
 """What `resolve` is asked for: units to add (negative: the last ones to drop), or the indices of units to drop."""

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from meristem.core.change import AttributeChange, Plan
 from meristem.structure.discover import Structure
 from meristem.structure.labels import Changes, size
 from meristem.structure.tracer import ModuleStack
 from meristem.structure.twin import fake_mode, looking
-from meristem.values import AttributeChange, Plan
 
 TRIALS = 60
 """Largest number of re-traces that the search for one plan's attributes may cost."""

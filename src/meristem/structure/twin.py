@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from meristem.errors import DiscoveryError
+from meristem.core.errors import DiscoveryError
 
 
 class Example(NamedTuple):

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from meristem.errors import GrowthRefused, PendingBackward
+from meristem.core.change import Insertion, Plan, TensorChange
+from meristem.core.errors import GrowthRefused, PendingBackward
+from meristem.core.offer import Blocks
 from meristem.structure.insertion import CHAIN, insert, kin
 from meristem.structure.twin import get_attribute, named_tensors, set_attribute
 from meristem.surgery.tensors import carry
-from meristem.values import Blocks, Insertion, Plan, TensorChange
 
 LINEAGE = "_meristem_lineage"
 """The attribute of a grown model that lists its growths, so that copies and checkpoints know their shape."""

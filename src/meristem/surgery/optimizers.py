@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from meristem.axis import Axis
-from meristem.errors import OptimizerError
+from meristem.core.axis import Axis
+from meristem.core.change import Plan, TensorChange, index
+from meristem.core.errors import OptimizerError
+from meristem.core.offer import Proposal
 from meristem.surgery.tensors import carry, copied_slots, new_units, shared, sources_with_copies
-from meristem.values import Plan, Proposal, TensorChange, index
 
 Moment = Literal["first", "second"]
 

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from meristem.axis import Axis, Place, Slot
-from meristem.values import Copies, Plan, Proposal, Scaling, Sources, TensorChange, index
+from meristem.core.axis import Axis, Place, Slot
+from meristem.core.change import Plan, Sources, TensorChange, index
+from meristem.core.offer import Copies, Proposal, Scaling
 
 
 def carry(old: Tensor, sources: Sequence[Sources | None]) -> Tensor:

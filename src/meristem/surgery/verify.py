@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from meristem.axis import Axis, Place
-from meristem.errors import GrowthRefused, VerificationError
+from meristem.core.axis import Axis, Place
+from meristem.core.change import Insertion, Plan, index
+from meristem.core.errors import GrowthRefused, VerificationError
+from meristem.core.offer import Blocks, Proposal, Scaling
 from meristem.structure import Structure, resolve
 from meristem.structure.discover import apply_edits
 from meristem.structure.insertion import insert
@@ -21,7 +23,6 @@ from meristem.structure.tracer import tensors
 from meristem.structure.twin import Example, looking, map_tensors, named_tensors, twin
 from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.tensors import grown_tensors, new_units
-from meristem.values import Blocks, Insertion, Plan, Proposal, Scaling, index
 
 STRUCTURAL_TOLERANCE = 1e-9
 """Largest relative output change of a function-preserving edit on random float64 weights."""

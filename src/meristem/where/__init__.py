@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from meristem.values import Share
+from meristem.core.offer import Share
 from meristem.where.choice import Choice, Where, rounded, taken
 from meristem.where.senn import SENN
 from meristem.where.svod import SVoD

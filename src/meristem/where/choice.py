@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from meristem.axis import Axis
-from meristem.values import Proposal, Share
+from meristem.core.axis import Axis
+from meristem.core.offer import Proposal, Share
 from meristem.view import View
 
 

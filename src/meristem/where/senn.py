@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Literal
 
-from meristem.errors import DataError
+from meristem.core.errors import DataError
+from meristem.core.offer import Share
 from meristem.statistics.batches import length
 from meristem.statistics.curvature import DAMPING, Watched, largest_number, measure, score
 from meristem.statistics.flops import batch_size, counting
-from meristem.values import Share
 from meristem.view import View
 from meristem.where.choice import Choice
 

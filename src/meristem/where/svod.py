@@ -25,12 +25,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from meristem.axis import Axis, Slot
-from meristem.errors import DataError, GrowthRefused
+from meristem.core.axis import Axis, Slot
+from meristem.core.change import Plan, by_unit
+from meristem.core.errors import DataError, GrowthRefused
+from meristem.core.offer import Proposal, Share
 from meristem.sandbox import Sandbox
 from meristem.statistics.health import dense_gradient
 from meristem.structure.twin import named_tensors
-from meristem.values import Plan, Proposal, Share, by_unit
 from meristem.view import View
 from meristem.where.choice import Choice, rounded, taken
 

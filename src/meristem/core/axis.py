@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from meristem.errors import UnknownAxis, nearest
+from meristem.core.errors import UnknownAxis, nearest
 
 Role = Literal["fan_in", "fan_out", "carried"]
 Kind = Literal["width", "heads", "depth"]

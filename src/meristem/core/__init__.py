@@ -1,0 +1,1 @@
+"""Pure data: axes, changes, offers, growths, errors. Nothing here looks at a model."""

@@ -1,0 +1,57 @@
+"""The record of one growth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+
+@dataclass
+class Growth:
+    """What one growth did. Falsy when nothing grew.
+
+    Attributes:
+        added: Units added (or, for `narrow_`, removed: negative) by axis.
+        before, after: Sizes by axis.
+        parameters: Count over the whole model, before and after.
+        max_change: Largest change of an output on the example, in eval mode, relative to the largest output.
+        seconds: What the growth took.
+        flops: What the growth cost, in floating-point operations: votes, proposals, adjustment, verification.
+        health_flops: What later looks at the health of its units cost; diagnostics, like an evaluation.
+        health: Figures of the new units by moment and axis (see `meristem.health`): "insertion", "adjust" where the method
+            adjusts, "1", "10", "100" and "1000" steps later, "trained" at the end of a stage; `health["loss"]` holds the
+            loss before, its spike and the steps to recover. Completed by the grower.
+        votes: What `where` decided on, by axis, where it measured.
+        notes: What the methods said, by axis.
+        blocks: The places of new blocks, by depth axis, as they were right after the growth.
+        replaced: Old parameter -> new one, where torch did not allow to keep the object. Empty as a rule.
+    """
+
+    added: dict[str, int]
+    before: dict[str, int]
+    after: dict[str, int]
+    parameters: tuple[int, int]
+    max_change: float
+    seconds: float
+    flops: int = 0
+    health_flops: int = 0
+    step: int | None = None
+    health: dict[str, Any] = field(default_factory=dict)
+    votes: dict[str, dict[str, float]] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    blocks: dict[str, list[int]] = field(default_factory=dict)
+    replaced: dict[nn.Parameter, nn.Parameter] = field(default_factory=dict, repr=False)
+
+    def __bool__(self) -> bool:
+        return any(self.added.values())
+
+    def units(self) -> dict[str, Sequence[int]]:
+        """The new units by axis: the last ones of a width, the new blocks of a depth."""
+        return {name: self.blocks.get(name, range(self.before[name], self.after[name])) for name in self.added}
+
+    def json(self) -> dict[str, Any]:
+        """Everything but `replaced`, in plain types."""
+        return {key: value for key, value in vars(self).items() if key != "replaced"}
