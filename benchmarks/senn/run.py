@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 import meristem as ms
 from meristem.experiments.models import ConvNet
-from meristem.statistics.flops import step_flops
+from meristem.lab.ledger import step_flops
 
 RESULTS = Path(__file__).parent / "results"
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)

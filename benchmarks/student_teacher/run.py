@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 import meristem as ms
 from meristem.core.axis import Axis
-from meristem.core.offer import Proposal
-from meristem.how import View
-from meristem.how.draws import mean_norm
+from meristem.core.offer import Offer
+from meristem.methods import Lab, Loan
+from meristem.lab.neutral import mean_norm
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS, STEPS, EVERY, SMALL, BIG = 10, 1500, 200, 5, 10
@@ -43,14 +43,14 @@ class RandomFanOut:
     preserves: bool = True
     batches: int = 0
 
-    def propose(self, view: View, axis: Axis, count: int) -> Proposal:
+    def propose(self, lab: View, axis: Axis, count: int) -> Offer:
         strips = {}
-        for slot, shape in view.shapes(axis, count).items():
-            old = view.values[slot.name]
+        for slot, shape in lab.shapes(axis, count).items():
+            old = lab.values[slot.name]
             if slot.role == "fan_out":
-                raw = view.uniform(shape, 1.0, old).abs() if self.positive else view.normal(shape, old)
-                strips[slot.place] = raw / raw.flatten(1).norm(dim=1)[:, None, None] * mean_norm(view, axis, "fan_out")
-        return Proposal(axis.name, count, strips)
+                raw = lab.uniform(shape, 1.0, old).abs() if self.positive else lab.normal(shape, old)
+                strips[slot.place] = raw / raw.flatten(1).norm(dim=1)[:, None, None] * mean_norm(lab, axis, "fan_out")
+        return Offer(axis.name, count, strips)
 
 
 HOWS = {

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 import meristem as ms
 from meristem.how.swe import SWE, Adjustment
-from meristem.sandbox import Sandbox
+from meristem.lab.laboratory import Sandbox
 from meristem.structure import Structure
-from meristem.view import View
+from meristem.lab.laboratory import Lab, Loan
 
 NEW, OLD, INPUTS, BATCH = 174, 200, 4096, 100
 STEPS = {"plain": 60, "factored": 60, "full": 6}
@@ -55,10 +55,10 @@ def measure(what: str) -> dict[str, float]:
             step()
         return {"seconds": (time.perf_counter() - began) / STEPS[what], "bytes": peak() - start}
     method = SWE(coupling="full" if what == "full" else "factored")
-    view = View(Structure(model, batch[0]), torch.Generator().manual_seed(0), loss, [batch], data)
-    sandbox = Sandbox(view)
-    axis = sandbox.view.structure.axes["0"]
-    plan, _ = sandbox.insert([method.propose(sandbox.view, axis, NEW)])
+    lab = View(Structure(model, batch[0]), torch.Generator().manual_seed(0), loss, [batch], data)
+    sandbox = lab.sandbox()
+    axis = sandbox.lab.structure.axes["0"]
+    plan, _ = sandbox.insert([method.propose(sandbox.lab, axis, NEW)])
     adjustment = Adjustment(method, sandbox, plan, axis)
     adjustment.adjust()  # the first pass allocates everything; memory is read after it
     began = time.perf_counter()

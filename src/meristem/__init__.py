@@ -22,6 +22,7 @@ from meristem.grower import Grower
 from meristem.growing import find_axes, grow_, narrow_, plan
 from meristem.pruning import prune_
 from meristem.statistics.health import health
+from meristem.surgery.lineage import convert, lineage
 from meristem.surgery.optimizers import STATE_RULES
 
 __version__ = "0.1.0"
@@ -47,10 +48,12 @@ __all__ = [
     "UnknownAxis",
     "VerificationError",
     "care",
+    "convert",
     "find_axes",
     "grow_",
     "health",
     "how",
+    "lineage",
     "load",
     "narrow_",
     "plan",

@@ -29,7 +29,10 @@ class Rational(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        alpha, beta, gamma = (p.reshape(-1, *[1] * (-self.dim - 1)) for p in (self.alpha, self.beta, self.gamma))
+        alpha, beta, gamma = (
+            p.reshape(-1, *[1] * (-self.dim - 1))
+            for p in (self.alpha, self.beta, self.gamma)
+        )
         return alpha * x + (beta + gamma * x) / (1 + x * x)
 
     def tangents(self, x: Tensor) -> list[Tensor]:
@@ -70,5 +73,8 @@ class PReLU(nn.Module):
         return f"{len(self.slope)}, dim={self.dim}"
 
 
-IDENTITIES: dict[str, type[Rational] | type[PReLU]] = {"rational": Rational, "prelu": PReLU}
+IDENTITIES: dict[str, type[Rational] | type[PReLU]] = {
+    "rational": Rational,
+    "prelu": PReLU,
+}
 """Every activation that starts as the identity, by its name."""

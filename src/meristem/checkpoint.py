@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from meristem.core.errors import CheckpointError
+from meristem.event import Optimizers, optimizers
 from meristem.grower import Grower
-from meristem.growing import Optimizers, optimizers
+from meristem.growing import private_generator
 from meristem.structure.twin import twin
-from meristem.surgery.exchange import LINEAGE, check_free, rebuild, replay
+from meristem.surgery.exchange import check_free
+from meristem.surgery.lineage import LINEAGE, rebuild, replay
 
 MANIFEST = "meristem.json"
 Model = TypeVar("Model", bound=nn.Module)
@@ -60,10 +62,15 @@ def save(
     save_file(_unshared(model), folder / weights)
     state = {
         "optimizers": [
-            {"kind": type(one).__name__, "state": one.state_dict(), "names": _group_names(one, model)}
+            {
+                "kind": type(one).__name__,
+                "state": one.state_dict(),
+                "names": _group_names(one, model),
+            }
             for one in optimizers(optimizer)
         ],
         "grower": grower.state_dict() if grower is not None else None,
+        "generator": private_generator(model).get_state(),
         "extra": extra,
     }
     torch.save(state, folder / training)
@@ -77,13 +84,21 @@ def save(
     draft = folder / f"{MANIFEST}.{token}"
     draft.write_text(json.dumps(manifest, indent=1))
     os.replace(draft, folder / MANIFEST)
-    for stale in [*folder.glob("weights-*.safetensors"), *folder.glob("training-*.pt"), *folder.glob(f"{MANIFEST}.*")]:
+    for stale in [
+        *folder.glob("weights-*.safetensors"),
+        *folder.glob("training-*.pt"),
+        *folder.glob(f"{MANIFEST}.*"),
+    ]:
         if stale.name not in (weights, training):
             stale.unlink(missing_ok=True)
 
 
 def load(
-    path: str | os.PathLike[str], model: Model, *, optimizer: Optimizers = None, grower: Grower | None = None
+    path: str | os.PathLike[str],
+    model: Model,
+    *,
+    optimizer: Optimizers = None,
+    grower: Grower | None = None,
 ) -> Model:
     """Rebuild a grown model from a freshly built one, and load weights and training state into it, in place.
 
@@ -103,13 +118,17 @@ def load(
     folder = Path(path)
     manifest = _manifest(folder)
     weights = load_file(folder / manifest["weights"])
-    state = torch.load(folder / manifest["training"], weights_only=True, map_location="cpu")
+    state = torch.load(
+        folder / manifest["training"], weights_only=True, map_location="cpu"
+    )
     targets = model.state_dict(keep_vars=True)
     lineage = manifest["lineage"]
     growths = _missing(model, lineage, targets, weights)
     # What the model will be like is tried on a copy without data, so that nothing has changed if it does not fit.
     grown = twin(model, lambda _, tensor: tensor.detach().to("meta"))
-    followed = {id(p): q for p, q in zip(model.parameters(), grown.parameters(), strict=True)}
+    followed = {
+        id(p): q for p, q in zip(model.parameters(), grown.parameters(), strict=True)
+    }
     _replay(grown, growths, type(model).__name__)
     have = grown.state_dict(keep_vars=True)
     _check_names(set(have), set(weights), type(model).__name__)
@@ -118,14 +137,27 @@ def load(
     _check_state(given, state, grower)
     names = {id(q): name for name, q in grown.named_parameters()}
     for one, saved in zip(given, state["optimizers"], strict=False):
-        _check_groups(one, saved, {i: names[id(q)] for i, q in followed.items() if id(q) in names}, followed)
-    check_free({name: targets[name] for growth in growths for name in growth["shapes"] if name in targets})
+        _check_groups(
+            one,
+            saved,
+            {i: names[id(q)] for i, q in followed.items() if id(q) in names},
+            followed,
+        )
+    check_free(
+        {
+            name: targets[name]
+            for growth in growths
+            for name in (entry["name"] for entry in growth["tensors"])
+            if name in targets
+        }
+    )
     rebuild(model, weights, growths, lineage)
     live = dict(model.named_parameters())
     for one, saved in zip(given, state["optimizers"], strict=False):
         for group, listed in zip(one.param_groups, saved["names"], strict=True):
             group["params"][:] = [live[name] for name in listed]
         one.load_state_dict(saved["state"])
+    private_generator(model).set_state(state["generator"])
     if grower is not None:
         grower.load_state_dict(state["grower"])
     return model
@@ -134,7 +166,9 @@ def load(
 def load_extra(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The `extra` state of a checkpoint."""
     folder = Path(path)
-    state = torch.load(folder / _manifest(folder)["training"], weights_only=True, map_location="cpu")
+    state = torch.load(
+        folder / _manifest(folder)["training"], weights_only=True, map_location="cpu"
+    )
     extra: dict[str, Any] | None = state["extra"]
     return extra
 
@@ -143,7 +177,9 @@ def _manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} holds no checkpoint ({MANIFEST} is missing)") from None
+        raise CheckpointError(
+            f"{folder} holds no checkpoint ({MANIFEST} is missing)"
+        ) from None
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{folder / MANIFEST} is not readable: {error}") from None
     return manifest
@@ -152,7 +188,9 @@ def _manifest(folder: Path) -> dict[str, Any]:
 def _group_names(optimizer: Optimizer, model: nn.Module) -> list[list[str]]:
     """The parameters of each group by name, in their order: blocks that grow later stand behind the others."""
     names = {id(p): name for name, p in model.named_parameters()}
-    foreign = sum(id(p) not in names for group in optimizer.param_groups for p in group["params"])
+    foreign = sum(
+        id(p) not in names for group in optimizer.param_groups for p in group["params"]
+    )
     if foreign:
         raise CheckpointError(
             f"the {type(optimizer).__name__} holds {foreign} parameters that are not the model's. hint: save a module that "
@@ -161,7 +199,12 @@ def _group_names(optimizer: Optimizer, model: nn.Module) -> list[list[str]]:
     return [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
 
 
-def _missing(model: nn.Module, lineage: list[Any], have: dict[str, Tensor], saved: dict[str, Tensor]) -> list[Any]:
+def _missing(
+    model: nn.Module,
+    lineage: list[Any],
+    have: dict[str, Tensor],
+    saved: dict[str, Tensor],
+) -> list[Any]:
     """The growths that a model has not had yet: none of its own, or the first ones of the checkpoint's.
 
     A model that was built at its grown size only lacks the attributes that no constructor knows (an eps).
@@ -169,12 +212,17 @@ def _missing(model: nn.Module, lineage: list[Any], have: dict[str, Tensor], save
     own = json.loads(json.dumps(getattr(model, LINEAGE, [])))
     if own and own == lineage[: len(own)]:
         return lineage[len(own) :]
-    if have.keys() != saved.keys() or any(have[name].shape != saved[name].shape for name in have):
+    if have.keys() != saved.keys() or any(
+        have[name].shape != saved[name].shape for name in have
+    ):
         return lineage
     held = {name for name, _ in model.named_modules()}
     return [
-        {key: [edit for edit in growth[key] if edit[0] in held] for key in ("attributes", "counts")}
-        | {"shapes": {}, "insertions": []}
+        {
+            key: [edit for edit in growth[key] if edit[0] in held]
+            for key in ("attributes", "counts")
+        }
+        | {"tensors": [], "insertions": []}
         for growth in lineage
     ]
 
@@ -198,24 +246,37 @@ def _check_shapes(have: dict[str, Tensor], saved: dict[str, Tensor], kind: str) 
             )
 
 
-def _check_state(given: Sequence[Optimizer], state: dict[str, Any], grower: Grower | None) -> None:
+def _check_state(
+    given: Sequence[Optimizer], state: dict[str, Any], grower: Grower | None
+) -> None:
     if given and len(given) != len(state["optimizers"]):
-        raise CheckpointError(f"{len(state['optimizers'])} optimizers were saved; got {len(given)}")
+        raise CheckpointError(
+            f"{len(state['optimizers'])} optimizers were saved; got {len(given)}"
+        )
     if grower is not None and state["grower"] is None:
         raise CheckpointError("no grower was saved in this checkpoint")
 
 
-def _check_groups(optimizer: Optimizer, saved: dict[str, Any], names: dict[int, str], known: Container[int]) -> None:
+def _check_groups(
+    optimizer: Optimizer,
+    saved: dict[str, Any],
+    names: dict[int, str],
+    known: Container[int],
+) -> None:
     """Raise unless the optimizer's groups hold the parameters that were saved, apart from those that growth has added.
 
     `names` are those that the parameters of the freshly built model will have; the dropped ones of `known` have none.
     """
     old = set(names.values())
     sizes = [len(listed) for listed in saved["names"]]
-    fits = saved["kind"] == type(optimizer).__name__ and len(sizes) == len(optimizer.param_groups)
+    fits = saved["kind"] == type(optimizer).__name__ and len(sizes) == len(
+        optimizer.param_groups
+    )
     for group, listed in zip(optimizer.param_groups, saved["names"], strict=False):
         fits &= all(id(p) in known for p in group["params"])
-        fits &= {names[id(p)] for p in group["params"] if id(p) in names} == {name for name in listed if name in old}
+        fits &= {names[id(p)] for p in group["params"] if id(p) in names} == {
+            name for name in listed if name in old
+        }
     if not fits:
         raise CheckpointError(
             f"a {saved['kind']} over parameter groups of sizes {sizes} was saved; got a {type(optimizer).__name__} over "
@@ -234,4 +295,7 @@ def _check_names(have: set[str], saved: set[str], kind: str) -> None:
 
 def _unshared(model: nn.Module) -> dict[str, Tensor]:
     """Every entry of the state dict in memory of its own; tied tensors are written under each of their names."""
-    return {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
+    return {
+        name: tensor.detach().clone().contiguous()
+        for name, tensor in model.state_dict().items()
+    }

@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 try:
     import typer
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
     from rich.table import Table
 except ImportError as error:
-    sys.exit(f"error: the command needs the extra [cli] ({error.name} is missing)\nhint: pip install 'meristem[cli]'")
+    sys.exit(
+        f"error: the command needs the extra [cli] ({error.name} is missing)\nhint: pip install 'meristem[cli]'"
+    )
 
 from meristem.core.errors import MeristemError
 
 if TYPE_CHECKING:
     from meristem.experiments.run import Progress as RunProgress
 
-app = typer.Typer(help="Grow neural networks while they train.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="Grow neural networks while they train.",
+    no_args_is_help=True,
+    add_completion=False,
+)
 _err = Console(stderr=True)
 
 
@@ -31,15 +44,26 @@ def main() -> None:
     try:
         app()
     except Interrupted as stopped:
-        _err.print(f"interrupted: {stopped}\nhint: run the same command again to resume", markup=False)
+        _err.print(
+            f"interrupted: {stopped}\nhint: run the same command again to resume",
+            markup=False,
+        )
         sys.exit(130)
     except KeyboardInterrupt:
         _err.print("interrupted before training began")
         sys.exit(130)
     except (MeristemError, ValueError, TypeError) as error:
         message, _, hint = str(error).partition(" hint: ")
-        _err.print(f"error: {message}" + (f"\nhint: {hint}" if hint else ""), markup=False, soft_wrap=True)
+        _err.print(
+            f"error: {message}" + (f"\nhint: {hint}" if hint else ""),
+            markup=False,
+            soft_wrap=True,
+        )
         sys.exit(2)
+
+
+def _advance(bars: Progress, task: Any, done: int, name: str) -> None:
+    bars.update(task, completed=done, state=name)
 
 
 def _bars() -> Progress:
@@ -64,7 +88,9 @@ def _state(progress: RunProgress) -> str:
 @app.command()
 def demo(
     seed: Annotated[int, typer.Option(help="Seed of all three runs.")] = 0,
-    plot: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("meristem-demo.png"),
+    plot: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path(
+        "meristem-demo.png"
+    ),
 ) -> None:
     """Watch a conv net grow on real digits, beside the same net fixed small and fixed large. Under a minute."""
     from meristem.experiments import demo as demonstration
@@ -79,7 +105,14 @@ def demo(
 
         outcomes = demonstration.demo(report, Path(folder), seed)
     demonstration.draw(outcomes, plot)
-    table = Table("net", "accuracy", "parameters", "training GFLOPs", "seconds", title="digits, test set")
+    table = Table(
+        "net",
+        "accuracy",
+        "parameters",
+        "training GFLOPs",
+        "seconds",
+        title="digits, test set",
+    )
     for outcome in outcomes:
         r = outcome.result
         table.add_row(
@@ -95,10 +128,15 @@ def demo(
 
 @app.command()
 def run(
-    file: Annotated[Path, typer.Argument(help="A TOML file; see the guide for its keys.")],
+    file: Annotated[
+        Path, typer.Argument(help="A TOML file; see the guide for its keys.")
+    ],
     seed: Annotated[int | None, typer.Option(help="Overrides the file's seed.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the result; `results` beside the file by default.")
+        Path | None,
+        typer.Option(
+            help="Folder of the result; `results` beside the file by default."
+        ),
     ] = None,
 ) -> None:
     """Run one experiment, or what is left of it; the last line on stdout is the path of its JSON file."""
@@ -107,62 +145,101 @@ def run(
 
     experiment = read(file, **({} if seed is None else {"seed": seed}))
     with _bars() as bars:
-        task = bars.add_task(f"{file.stem}, seed {experiment.seed}", total=None, state="")
+        task = bars.add_task(
+            f"{file.stem}, seed {experiment.seed}", total=None, state=""
+        )
 
         def report(progress: RunProgress) -> None:
-            bars.update(task, completed=progress.step, total=progress.steps, state=_state(progress))
+            bars.update(
+                task,
+                completed=progress.step,
+                total=progress.steps,
+                state=_state(progress),
+            )
 
-        path = run_experiment(experiment, out if out is not None else file.parent / "results", file.stem, report)
+        path = run_experiment(
+            experiment,
+            out if out is not None else file.parent / "results",
+            file.stem,
+            report,
+        )
     print(path)
 
 
 @app.command()
 def compare(
-    files: Annotated[list[Path], typer.Argument(help="Suites: tasks, methods, seeds; see the guide for their keys.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Suites: tasks, methods, seeds; see the guide for their keys."
+        ),
+    ],
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of the results, one folder a suite; `results` beside each file by default."),
+        typer.Option(
+            help="Folder of the results, one folder a suite; `results` beside each file by default."
+        ),
     ] = None,
     workers: Annotated[
-        int, typer.Option(help="Runs at a time, one thread each; 1 uses all cores for one run.", min=1)
+        int,
+        typer.Option(
+            help="Runs at a time, one thread each; 1 uses all cores for one run.", min=1
+        ),
     ] = 1,
 ) -> None:
     """Run tasks x methods x seeds and the baselines; what is finished is not run again. The tables go to stdout."""
     from meristem.experiments import suite, tables
 
-    comparisons = [suite.read(file, out / file.stem if out is not None else None) for file in files]
+    comparisons = [
+        suite.read(file, out / file.stem if out is not None else None) for file in files
+    ]
     with _bars() as bars:
-        tasks = [bars.add_task(one.path.stem, total=one.runs(), state="") for one in comparisons]
+        tasks = [
+            bars.add_task(one.path.stem, total=one.runs(), state="")
+            for one in comparisons
+        ]
         for task, one in zip(tasks, comparisons, strict=True):
-            one.finish(workers, lambda done, name, task=task: bars.update(task, completed=done, state=name))  # type: ignore[misc]
+            one.finish(
+                workers,
+                partial(_advance, bars, task),
+            )
     for one in comparisons:
         table = tables.markdown(one)
         (one.out / "table.md").write_text(table)
         tables.draw(one, one.out / "accuracy_over_flops.png")
         print(table, end="")
-        _err.print(f"written: {one.out / 'table.md'}, accuracy_over_flops.png", markup=False)
+        _err.print(
+            f"written: {one.out / 'table.md'}, accuracy_over_flops.png", markup=False
+        )
 
 
 @app.command()
 def axes(
-    model: Annotated[str, typer.Argument(help='A module or factory, as "package.module:name".')],
-    input: Annotated[str, typer.Option(help="Shape of the example input, as 1,3,32,32.")],
-    integers: Annotated[bool, typer.Option(help="The input holds token indices.")] = False,
+    model: Annotated[
+        str, typer.Argument(help='A module or factory, as "package.module:name".')
+    ],
+    input: Annotated[
+        str, typer.Option(help="Shape of the example input, as 1,3,32,32.")
+    ],
+    integers: Annotated[
+        bool, typer.Option(help="The input holds token indices.")
+    ] = False,
 ) -> None:
     """List what can grow in a model, and why the rest cannot."""
     import torch
 
-    from meristem.experiments.config import ConfigError
-    from meristem.experiments.models import factory
+    from meristem.experiments.config import ConfigError, imported
     from meristem.growing import find_axes
 
     try:
         shape = [int(n) for n in input.split(",")]
     except ValueError:
-        raise ConfigError(f"--input takes sizes with commas, as 1,3,32,32; got {input!r}") from None
+        raise ConfigError(
+            f"--input takes sizes with commas, as 1,3,32,32; got {input!r}"
+        ) from None
     if min(shape) < 1:
         raise ConfigError(f"--input takes sizes in [1, inf); got {input!r}")
-    made = factory(model) if ":" in model else factory(f"{model}:")
+    made = imported(model) if ":" in model else imported(f"{model}:")
     net = made() if callable(made) and not isinstance(made, torch.nn.Module) else made
     example = torch.zeros(shape, dtype=torch.long) if integers else torch.randn(shape)
     print(find_axes(net, example))
@@ -178,10 +255,16 @@ def methods() -> None:
     from meristem.when import TRIGGERS
     from meristem.where import PLACES
 
-    for role, known in (("how", METHODS), ("where", PLACES), ("when", TRIGGERS), ("care", CARES)):
+    for role, known in (
+        ("how", METHODS),
+        ("where", PLACES),
+        ("when", TRIGGERS),
+        ("care", CARES),
+    ):
         for name, kind in known.items():
             parameters = ", ".join(
-                f"{f.name}={f.default!r}" if f.default is not MISSING else f.name for f in fields(kind)
+                f"{f.name}={f.default!r}" if f.default is not MISSING else f.name
+                for f in fields(kind)
             )
             first = (kind.__doc__ or "").splitlines()[0]
             print(f"{role:6} {name:18} {parameters or '-':70} {first}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,21 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from meristem.core.axis import Axis, Place
-from meristem.core.change import Plan, index
+from meristem.core.change import NO_CHANGE, Plan, index
 from meristem.core.errors import GrowthRefused
 from meristem.core.growth import Growth
 from meristem.core.offer import Scaling
-from meristem.growing import Optimizers, accepted, optimizers, perform, private_generator
+from meristem.event import Event, Optimizers, accepted, carry_out, optimizers, prepare
+from meristem.growing import private_generator
 from meristem.how.search import next_layers
-from meristem.statistics.batches import check_reiterable, first_call, growth_batches
+from meristem.lab.batches import check_reiterable, first_call, growth_batches
+from meristem.lab.laboratory import Loan
+from meristem.lab.ledger import counting
+from meristem.lab.losses import Loss, mean_loss
 from meristem.statistics.curvature import Factors, compensated, measure, removal
-from meristem.statistics.flops import counting
-from meristem.statistics.losses import Loss, called, measured
-from meristem.structure import Structure, resolve
+from meristem.structure import resolve
 from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.tensors import grown_tensors
-from meristem.surgery.verify import grown_twin
-from meristem.view import View
+from meristem.surgery.verify import grown_twin, live_values
 
 _BATCHES = 48
 """Growth batches; two thirds to weigh units and to compensate on, the others to see what that costs."""
@@ -82,56 +83,83 @@ def prune_(
         True
     """
     if isinstance(tolerance, bool) or not tolerance >= 0:
-        raise ValueError(f"tolerance must be a number in [0, inf): a share of the loss; got {tolerance!r}")
+        raise ValueError(
+            "tolerance must be a number in [0, inf): a share of the loss; got "
+            f"{tolerance!r}"
+        )
     check_reiterable(data)
     generator = generator if generator is not None else private_generator(model)
     with undisturbed(), counting() as counter:
         batches = growth_batches(data, _BATCHES, generator)
-        structure = Structure(model, first_call(model, loss, batches[0]) if example is None else example)
-        view = View(structure, generator, loss, batches)
-        found = structure.axes.named(axis)
-        if found.kind == "depth":
-            raise ValueError(f"{axis!r} is a depth; prune_ removes units. hint: narrow_(model, {{{axis!r}: 1}}, ...)")
-        layers = next_layers(view, found)
+        if example is None:
+            example = first_call(model, loss, batches[0])
+        loan = Loan(generator, loss, batches)
+        event = prepare(model, example, loan, optimizer=optimizers(optimizer))
+        found = event.structure.axes.named(axis)
+        if not found.slots:
+            raise ValueError(
+                f"{axis!r} is a depth; prune_ removes units. hint: narrow_(model, "
+                f"{{{axis!r}: 1}}, ...)"
+            )
         middle = 2 * len(batches) // 3
-        factors = measure(view.copied(), loss, batches[:middle] or batches, layers).layers
-        if missing := [name for name in layers if name not in factors]:
-            raise GrowthRefused(f"nothing is seen of {missing[0]!r}, which reads axis {axis!r}. hint: call the module")
-        trial = _Trial(view, found, {name: factors[name].damped(_DAMPING) for name in layers})
-        shown = batches[middle:]
-        now = trial.loss([], shown)
-        limit = now + tolerance * abs(now)
-        order = trial.order()
-        low, high = 0, len(order)
-        while low < high:
-            tried = (low + high + 1) // 2
-            low, high = (tried, high) if trial.loss(order[:tried], shown) <= limit else (low, tried - 1)
-        if not low:
+        trial = _Trial(event, found, loss, batches[:middle] or batches)
+        gone = _most(trial, batches[middle:], tolerance)
+        if not gone:
             return None
-        planned, changed = trial.without(order[:low])
-        growth = perform(view, planned, [], (), (), optimizers(optimizer), changed)
+        planned, changed = trial.without(gone)
+        growth = carry_out(event, planned, changed=changed)
     growth.flops = counter.get_total_flops()
     return growth
+
+
+def _most(trial: _Trial, shown: Sequence[Any], tolerance: float) -> list[int]:
+    """The largest number of units that can go without a rise of the loss, by bisection."""
+    now = trial.loss([], shown)
+    limit = now + tolerance * abs(now)
+    order = trial.order()
+    low, high = 0, len(order)
+    while low < high:
+        tried = (low + high + 1) // 2
+        if trial.loss(order[:tried], shown) <= limit:
+            low = tried
+        else:
+            high = tried - 1
+    return order[:low]
 
 
 class _Trial:
     """What removing units of one axis would give."""
 
-    def __init__(self, view: View, axis: Axis, factors: Mapping[str, Factors]) -> None:
-        self.view, self.axis, self.factors = view, axis, factors
-        self.units = {name: self._entries(name) for name in factors}
+    def __init__(
+        self, event: Event, axis: Axis, loss: Loss, batches: Sequence[Any]
+    ) -> None:
+        self.structure, self.axis, self._loss = event.structure, axis, loss
+        self.lab = event.lab
+        layers = next_layers(self.lab, axis)
+        factors = measure(self.lab.copied(), loss, batches, layers).layers
+        self.factors: dict[str, Factors] = {}
+        for name in layers:
+            if name not in factors:
+                raise GrowthRefused(
+                    f"nothing is seen of {name!r}, which reads axis {axis.name!r}. hint: "
+                    "call the module"
+                )
+            self.factors[name] = factors[name].damped(_DAMPING)
+        self.units = {name: self._entries(name) for name in self.factors}
 
     def _entries(self, layer: str) -> list[Tensor]:
         """For every unit the columns of the layer's flattened weight that read it."""
-        kernel = self.view.values[f"{layer}.weight"][0, 0].numel()
-        where = index(self.view.structure.layout(self.axis.name)[Place(f"{layer}.weight", 1)])
+        kernel = self.lab.values[f"{layer}.weight"][0, 0].numel()
+        where = index(
+            self.structure.layout(self.axis.name)[Place(f"{layer}.weight", 1)]
+        )
         spread = where[:, :, None] * kernel + torch.arange(kernel)
         return list(spread.reshape(len(where), -1))
 
     def _weight(self, layer: str) -> Tensor:
         """The weights of a layer, (outputs, inputs), its bias last."""
-        flat = self.view.values[f"{layer}.weight"].flatten(1)
-        bias = self.view.values.get(f"{layer}.bias")
+        flat = self.lab.values[f"{layer}.weight"].flatten(1)
+        bias = self.lab.values.get(f"{layer}.bias")
         return flat if bias is None else torch.cat([flat, bias[:, None]], 1)
 
     def order(self) -> list[int]:
@@ -141,14 +169,25 @@ class _Trial:
         while len(left) > 1:
             worth = torch.zeros(len(left), dtype=torch.float64)
             for name, factors in self.factors.items():
-                weight, dropped = self._weight(name), [self.units[name][unit] for unit in gone]
+                weight, dropped = (
+                    self._weight(name),
+                    [self.units[name][unit] for unit in gone],
+                )
                 stay = torch.ones(weight.shape[1], dtype=torch.bool)
                 if dropped:
                     weight = compensated(factors.inputs, weight, torch.cat(dropped))
                     stay[torch.cat(dropped)] = False
                 place = stay.cumsum(0) - 1
-                rest = replace(factors, gradient=factors.gradient[:, stay], inputs=factors.inputs[stay][:, stay])
-                score = removal(rest, weight[:, stay], [place[self.units[name][unit]] for unit in left])
+                rest = replace(
+                    factors,
+                    gradient=factors.gradient[:, stay],
+                    inputs=factors.inputs[stay][:, stay],
+                )
+                score = removal(
+                    rest,
+                    weight[:, stay],
+                    [place[self.units[name][unit]] for unit in left],
+                )
                 worth += torch.maximum(score.freeze, score.prune)
             unit = left.pop(int(worth.argmin()))
             gone.append(unit)
@@ -158,25 +197,22 @@ class _Trial:
         """The plan that drops units, and the old tensors that take over their work, at their present shapes."""
         multiple = self.axis.multiple
         dropped = [unit * multiple + part for unit in units for part in range(multiple)]
-        planned = accepted(resolve(self.view.structure, {self.axis.name: dropped}))
+        planned = accepted(resolve(self.structure, {self.axis.name: dropped}))
         changed: dict[str, Tensor] = {}
         for name, factors in self.factors.items():
-            old = self.view.values[f"{name}.weight"]
+            old = self.lab.values[f"{name}.weight"]
             columns = torch.cat([self.units[name][unit] for unit in units])
             weight = compensated(factors.inputs, self._weight(name), columns)
             changed[f"{name}.weight"] = weight[:, : old[0].numel()].reshape(old.shape)
-            if f"{name}.bias" in self.view.values:
+            if f"{name}.bias" in self.lab.values:
                 changed[f"{name}.bias"] = weight[:, -1]
         return planned, changed
 
-    def loss(self, units: list[int], batches: list[Any]) -> float:
+    def loss(self, units: list[int], batches: Sequence[Any]) -> float:
         """The mean loss without some units."""
-        planned, changed = self.without(units) if units else (Plan({}, {}), {})
-        values = {**self.view.values, **changed}
-        grown = grown_tensors(values, planned, [self.axis], [], Scaling()) if units else {}
-        model = grown_twin(self.view.structure.model, {**values, **grown}, planned).eval()
-        loss = self.view.loss
-        assert loss is not None
-        with torch.no_grad():
-            losses = [measured(lambda: called(loss, model, batch)).item() for batch in batches]  # noqa: B023
-        return sum(losses) / len(losses)
+        planned, changed = self.without(units) if units else (NO_CHANGE, {})
+        values = {**live_values(self.structure.model), **changed}
+        if units:
+            values |= grown_tensors(values, planned, [self.axis], [], Scaling())
+        model = grown_twin(self.structure.model, values, planned).eval()
+        return mean_loss(self._loss, model, batches)

@@ -10,18 +10,20 @@ from torch import nn
 
 from meristem import care, how, where
 from meristem import when as triggers
+from meristem.amounts import Amount
 from meristem.core.budget import Budget
 from meristem.core.errors import GrowthRefused
-from meristem.grower import Amount, Grower
-from meristem.growing import Optimizers
+from meristem.event import Optimizers
+from meristem.grower import Grower
 from meristem.how import SWE
+from meristem.lab.batches import example_of
+from meristem.lab.laboratory import Progress
+from meristem.lab.losses import Loss
+from meristem.methods import When
 from meristem.stages import MakeOptimizer, Stages
-from meristem.statistics.batches import first_call, growth_batches
-from meristem.statistics.losses import Loss
-from meristem.structure import Structure
+from meristem.structure import structure_of
 from meristem.structure.undisturbed import undisturbed
-from meristem.view import Progress
-from meristem.when import At, Every, When, duration, moment
+from meristem.when import At, Every, duration, moment
 from meristem.where import SVoD
 
 
@@ -189,17 +191,25 @@ def stack(
     length, unit = duration(total)
     due = At(**{unit: (moment(at, length),)})
     if example is None:
-        with undisturbed():
-            example = first_call(model, loss, growth_batches(data, 1, torch.Generator().manual_seed(0))[0])
+        example = example_of(model, loss, data, torch.Generator().manual_seed(0))
     with undisturbed():
-        axes = Structure(model, example).axes
+        structure = structure_of(model, example)
+    axes = structure.axes
     sizes = {name: axes.named(name).size for name in to}
-    flat = [name for name in to if axes.named(name).kind != "depth"]
+    flat = [name for name in to if axes.named(name).slots]
     if flat:
-        raise GrowthRefused(f"axis {flat[0]!r} is a {axes.named(flat[0]).kind}, not a depth; only depths are stacked")
-    wrong = [size for size in to.values() if isinstance(size, bool) or not isinstance(size, int)]
+        raise GrowthRefused(
+            f"axis {flat[0]!r} is a {axes.named(flat[0]).kind}, not a depth; only depths are stacked"
+        )
+    wrong = [
+        size
+        for size in to.values()
+        if isinstance(size, bool) or not isinstance(size, int)
+    ]
     if wrong:
-        raise TypeError(f"to={dict(to)!r}: the number of blocks is an int; got {wrong[0]!r}")
+        raise TypeError(
+            f"to={dict(to)!r}: the number of blocks is an int; got {wrong[0]!r}"
+        )
     if not to or any(size <= sizes[name] for name, size in to.items()):
         raise GrowthRefused(
             f"to={dict(to)} must give every depth more blocks than it has now: {sizes or 'name a depth axis'}"

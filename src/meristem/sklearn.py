@@ -22,7 +22,7 @@ from meristem.core.growth import Growth
 from meristem.core.offer import Share
 from meristem.grower import Grower
 from meristem.how import SENN
-from meristem.statistics.flops import Meter
+from meristem.lab.ledger import Meter
 from meristem.when import Every
 from meristem.where import Choice
 
@@ -35,9 +35,16 @@ try:
     from sklearn.utils._param_validation import Interval, StrOptions
     from sklearn.utils.class_weight import compute_sample_weight
     from sklearn.utils.multiclass import check_classification_targets
-    from sklearn.utils.validation import _check_sample_weight, check_is_fitted, column_or_1d, validate_data
+    from sklearn.utils.validation import (
+        _check_sample_weight,
+        check_is_fitted,
+        column_or_1d,
+        validate_data,
+    )
 except ImportError as error:
-    raise ImportError("meristem.sklearn needs scikit-learn. hint: pip install 'meristem[sklearn]'") from error
+    raise ImportError(
+        "meristem.sklearn needs scikit-learn. hint: pip install 'meristem[sklearn]'"
+    ) from error
 
 FAR = 10.0
 """Standard deviations at which inputs are cut off: one rare value of 70 would throw the weights of a whole batch about."""
@@ -86,7 +93,13 @@ class _Bold:
     def share(self, choice: Choice) -> Share:
         share = where.SENN(patience=1, per="growth").share(choice)
         kinds = {axis.name: axis for axis in choice.axes}
-        return replace(share, counts={n: 1 if kinds[n].kind == "depth" else _bold(kinds[n].size) for n in share.counts})
+        return replace(
+            share,
+            counts={
+                n: 1 if kinds[n].kind == "depth" else _bold(kinds[n].size)
+                for n in share.counts
+            },
+        )
 
 
 class _Growing(BaseEstimator):  # type: ignore[misc]
@@ -94,7 +107,10 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "max_iter": [Interval(Integral, 1, None, closed="left")],
-        "batch_size": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
+        "batch_size": [
+            Interval(Integral, 1, None, closed="left"),
+            StrOptions({"auto"}),
+        ],
         "learning_rate_init": [Interval(Real, 0, None, closed="neither")],
         "alpha": [Interval(Real, 0, None, closed="left")],
         "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
@@ -175,31 +191,57 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
         try:
             from matplotlib import pyplot
         except ImportError as error:
-            raise ImportError("plot_growth needs matplotlib. hint: pip install matplotlib") from error
+            raise ImportError(
+                "plot_growth needs matplotlib. hint: pip install matplotlib"
+            ) from error
         ax = ax if ax is not None else pyplot.subplots()[1]
         passes = range(1, self.n_iter_ + 1)
         ax.plot(passes, self.loss_curve_, label="training")
         ax.plot(passes, self.validation_curve_, label="held out")
         for growth in self.growths_:
             ax.axvline(growth.step, color="grey", linewidth=0.5)
-            added = ", ".join(f"{name} +{count}" for name, count in growth.added.items())
-            ax.annotate(added, (growth.step, 1), xycoords=("data", "axes fraction"), rotation=90, va="top", fontsize=7)
-        ax.set(xlabel="pass", ylabel="loss", yscale="log", title=f"hidden {self.hidden_}")
+            added = ", ".join(
+                f"{name} +{count}" for name, count in growth.added.items()
+            )
+            ax.annotate(
+                added,
+                (growth.step, 1),
+                xycoords=("data", "axes fraction"),
+                rotation=90,
+                va="top",
+                fontsize=7,
+            )
+        ax.set(
+            xlabel="pass", ylabel="loss", yscale="log", title=f"hidden {self.hidden_}"
+        )
         ax.legend()
         return ax
 
-    def _fit(self, x: NDArray[Any], targets: Tensor, weights: NDArray[Any], outputs: int, strata: Any) -> None:
+    def _fit(
+        self,
+        x: NDArray[Any],
+        targets: Tensor,
+        weights: NDArray[Any],
+        outputs: int,
+        strata: Any,
+    ) -> None:
         """Start linear, and train and grow until the held-out loss stands still."""
         self._start(x, weights, outputs)
         kept = weights > 0
-        importance = torch.tensor(weights[kept] / weights[kept].mean(), dtype=torch.float32)
+        importance = torch.tensor(
+            weights[kept] / weights[kept].mean(), dtype=torch.float32
+        )
         tensors = self._scaled(x[kept]), targets[torch.from_numpy(kept)], importance
         with self._seeded() as seed:
             strata = strata[kept] if strata is not None else None
             training, held_out = self._split(tensors, strata, seed)
-            self._fit_and_grow(_Batches(self._batch_size(len(training[0])), *training), held_out)
+            self._fit_and_grow(
+                _Batches(self._batch_size(len(training[0])), *training), held_out
+            )
 
-    def _partial_fit(self, x: NDArray[Any], targets: Tensor, weights: NDArray[Any], outputs: int) -> None:
+    def _partial_fit(
+        self, x: NDArray[Any], targets: Tensor, weights: NDArray[Any], outputs: int
+    ) -> None:
         """One pass; every `n_iter_growth` of them a growth, where SENN's rule finds one on these very examples."""
         if not hasattr(self, "model_"):
             self._start(x, weights, outputs)
@@ -218,7 +260,9 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
         linear = nn.Linear(x.shape[1], outputs)
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
-        optimizer = torch.optim.AdamW(linear.parameters(), lr=self.learning_rate_init, weight_decay=self.alpha)
+        optimizer = torch.optim.AdamW(
+            linear.parameters(), lr=self.learning_rate_init, weight_decay=self.alpha
+        )
         self._state = _State(nn.Sequential(linear), optimizer)
         self._meter = Meter()
         self.growths_: list[Growth] = []
@@ -234,22 +278,39 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
             yield seed
 
     def _scaled(self, x: NDArray[Any]) -> Tensor:
-        return torch.tensor(np.clip(self.scaler_.transform(x), -FAR, FAR), dtype=torch.float32)
+        return torch.tensor(
+            np.clip(self.scaler_.transform(x), -FAR, FAR), dtype=torch.float32
+        )
 
-    def _split(self, tensors: Sequence[Tensor], strata: Any, seed: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    def _split(
+        self, tensors: Sequence[Tensor], strata: Any, seed: int
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """What is trained on, and what is held out to know when to stop; all of it both where there is little."""
         count = len(tensors[0])
         if count < SMALL:
             return tensors, tensors
         rows = np.arange(count)
         try:
-            kept, out = train_test_split(rows, test_size=self.validation_fraction, random_state=seed, stratify=strata)
+            kept, out = train_test_split(
+                rows,
+                test_size=self.validation_fraction,
+                random_state=seed,
+                stratify=strata,
+            )
         except ValueError:  # a class with one example
-            kept, out = train_test_split(rows, test_size=self.validation_fraction, random_state=seed)
-        return [t[torch.from_numpy(kept)] for t in tensors], [t[torch.from_numpy(out)] for t in tensors]
+            kept, out = train_test_split(
+                rows, test_size=self.validation_fraction, random_state=seed
+            )
+        return [t[torch.from_numpy(kept)] for t in tensors], [
+            t[torch.from_numpy(out)] for t in tensors
+        ]
 
     def _batch_size(self, count: int) -> int:
-        return max(16, min(128, count // 20)) if isinstance(self.batch_size, str) else int(self.batch_size)
+        return (
+            max(16, min(128, count // 20))
+            if isinstance(self.batch_size, str)
+            else int(self.batch_size)
+        )
 
     def _fit_and_grow(self, data: _Batches, held_out: Sequence[Tensor]) -> None:
         """Grow while SENN's rule finds something, a few passes apart; train what has grown until the held-out loss stands still,
@@ -281,7 +342,11 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
     def _grower(self, state: _State, data: _Batches) -> Grower | None:
         """What grows a net; None where growth is used up, or cannot be measured: too few examples, or targets all alike."""
         examples, left = len(data.tensors[0]), self.max_growths - len(self.growths_)
-        if examples < SMALL or left < 1 or not (data.tensors[1] != data.tensors[1][0]).any():
+        if (
+            examples < SMALL
+            or left < 1
+            or not (data.tensors[1] != data.tensors[1][0]).any()
+        ):
             return None
         looked = _Batches(max(1, min(LOOKED_AT, examples // 12)), *data.tensors)
         budget = Budget(parameters=self.max_parameters, growths=left)
@@ -300,11 +365,15 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
             growth.step = self.n_iter_
         return growth
 
-    def _trained(self, state: _State, data: _Batches, held_out: Sequence[Tensor]) -> _State:
+    def _trained(
+        self, state: _State, data: _Batches, held_out: Sequence[Tensor]
+    ) -> _State:
         """Train until the held-out loss of the averaged weights has not fallen for a while; these, where it was lowest."""
         best, since = copy.deepcopy(state), 0
         lowest = self._held_out_loss(state.model, held_out)
-        average = AveragedModel(state.model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGED))
+        average = AveragedModel(
+            state.model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGED)
+        )
         while since < self.n_iter_no_change and self.n_iter_ < self.max_iter:
             value = self._pass(state, data, held_out, average)
             since += 1
@@ -314,7 +383,11 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
         return best
 
     def _pass(
-        self, state: _State, data: _Batches, held_out: Sequence[Tensor], average: AveragedModel | None = None
+        self,
+        state: _State,
+        data: _Batches,
+        held_out: Sequence[Tensor],
+        average: AveragedModel | None = None,
     ) -> float:
         """One pass of training; the held-out loss after it, of the averaged weights where there are some."""
 
@@ -331,7 +404,9 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
             if average is not None:
                 average.update_parameters(state.model)
         self.loss_curve_.append(total / len(data.tensors[0]))
-        self.validation_curve_.append(self._held_out_loss(average or state.model, held_out))
+        self.validation_curve_.append(
+            self._held_out_loss(average or state.model, held_out)
+        )
         if self.verbose:
             losses = f"loss {self.loss_curve_[-1]:.4f}, held out {self.validation_curve_[-1]:.4f}"
             print(f"pass {self.n_iter_}: {losses}, hidden {_hidden(state.model)}")
@@ -349,7 +424,9 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self, "model_")
         rows = validate_data(self, x, reset=False, dtype=np.float64)
         with torch.no_grad():
-            found: NDArray[np.float64] = self.model_.eval()(self._scaled(rows)).double().numpy()
+            found: NDArray[np.float64] = (
+                self.model_.eval()(self._scaled(rows)).double().numpy()
+            )
         return found
 
 
@@ -358,7 +435,11 @@ def _bold(width: int) -> int:
 
 
 def _hidden(model: nn.Module) -> list[int]:
-    return [module.out_features for module in model.modules() if isinstance(module, nn.Linear)][:-1]
+    return [
+        module.out_features
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+    ][:-1]
 
 
 class GrowingClassifier(ClassifierMixin, _Growing):  # type: ignore[misc]
@@ -438,18 +519,30 @@ class GrowingClassifier(ClassifierMixin, _Growing):  # type: ignore[misc]
         )
         self.class_weight = class_weight
 
-    def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
+    def fit(
+        self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None
+    ) -> Self:
         """Train and grow."""
         self._validate_params()
         x, labels = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=2)
         check_classification_targets(labels)
         self.classes_ = np.unique(labels)
         codes = np.searchsorted(self.classes_, labels)
-        self._fit(x, torch.tensor(codes), self._weights(sample_weight, x, labels), len(self.classes_), codes)
+        self._fit(
+            x,
+            torch.tensor(codes),
+            self._weights(sample_weight, x, labels),
+            len(self.classes_),
+            codes,
+        )
         return self
 
     def partial_fit(
-        self, X: ArrayLike, y: ArrayLike, classes: ArrayLike | None = None, sample_weight: ArrayLike | None = None
+        self,
+        X: ArrayLike,
+        y: ArrayLike,
+        classes: ArrayLike | None = None,
+        sample_weight: ArrayLike | None = None,
     ) -> Self:
         """One pass over some examples; a growth at every `n_iter_growth` of them, where one is worth it. The first call scales
         the inputs for all, and names all `classes`.
@@ -458,9 +551,13 @@ class GrowingClassifier(ClassifierMixin, _Growing):  # type: ignore[misc]
         if first:
             self._validate_params()
             if classes is None:
-                raise ValueError("classes must be passed on the first call to partial_fit.")
+                raise ValueError(
+                    "classes must be passed on the first call to partial_fit."
+                )
             self.classes_ = np.unique(np.asarray(classes))
-        elif classes is not None and not np.array_equal(self.classes_, np.unique(np.asarray(classes))):
+        elif classes is not None and not np.array_equal(
+            self.classes_, np.unique(np.asarray(classes))
+        ):
             raise ValueError(
                 f"`classes={classes!r}` is not the same as on last call to partial_fit, was: {self.classes_!r}"
             )
@@ -470,12 +567,20 @@ class GrowingClassifier(ClassifierMixin, _Growing):  # type: ignore[misc]
         if len(unknown):
             raise ValueError(f"y holds labels that are not in classes: {list(unknown)}")
         codes = torch.tensor(np.searchsorted(self.classes_, labels))
-        self._partial_fit(x, codes, self._weights(sample_weight, x, labels), len(self.classes_))
+        self._partial_fit(
+            x, codes, self._weights(sample_weight, x, labels), len(self.classes_)
+        )
         return self
 
-    def _weights(self, sample_weight: ArrayLike | None, x: NDArray[Any], labels: NDArray[Any]) -> NDArray[np.float64]:
-        weights = _check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True)
-        found: NDArray[np.float64] = weights * compute_sample_weight(self.class_weight, labels)
+    def _weights(
+        self, sample_weight: ArrayLike | None, x: NDArray[Any], labels: NDArray[Any]
+    ) -> NDArray[np.float64]:
+        weights = _check_sample_weight(
+            sample_weight, x, dtype=np.float64, ensure_non_negative=True
+        )
+        found: NDArray[np.float64] = weights * compute_sample_weight(
+            self.class_weight, labels
+        )
         return found
 
     def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -535,7 +640,9 @@ class GrowingRegressor(RegressorMixin, _Growing):  # type: ignore[misc]
         True
     """
 
-    def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
+    def fit(
+        self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None
+    ) -> Self:
         """Train and grow."""
         self._validate_params()
         x, columns, weights = self._checked(X, y, sample_weight, reset=True)
@@ -543,7 +650,9 @@ class GrowingRegressor(RegressorMixin, _Growing):  # type: ignore[misc]
         self._fit(x, self._targets(columns), weights, columns.shape[1], None)
         return self
 
-    def partial_fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
+    def partial_fit(
+        self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None
+    ) -> Self:
         """One pass over some examples; a growth at every `n_iter_growth` of them, where one is worth it. The first call scales
         inputs and targets for all.
         """
@@ -560,15 +669,26 @@ class GrowingRegressor(RegressorMixin, _Growing):  # type: ignore[misc]
         self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None, reset: bool
     ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
         x, targets = validate_data(
-            self, X, y, dtype=np.float64, multi_output=True, y_numeric=True, reset=reset, ensure_min_samples=2
+            self,
+            X,
+            y,
+            dtype=np.float64,
+            multi_output=True,
+            y_numeric=True,
+            reset=reset,
+            ensure_min_samples=2,
         )
         if targets.ndim == 2 and targets.shape[1] == 1:
             targets = column_or_1d(targets, warn=True)
-        weights = _check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True)
+        weights = _check_sample_weight(
+            sample_weight, x, dtype=np.float64, ensure_non_negative=True
+        )
         if reset:
             self._shape = targets.shape[1:]
         elif targets.shape[1:] != self._shape:
-            raise ValueError(f"y has the shape {targets.shape[1:]} per example; on the first call it was {self._shape}")
+            raise ValueError(
+                f"y has the shape {targets.shape[1:]} per example; on the first call it was {self._shape}"
+            )
         return x, targets.reshape(len(x), -1).astype(np.float64), weights
 
     def _targets(self, columns: NDArray[np.float64]) -> Tensor:

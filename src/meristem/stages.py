@@ -14,15 +14,18 @@ from torch.optim import Optimizer
 from meristem.core.budget import Budget
 from meristem.core.errors import DataError
 from meristem.core.growth import Growth
+from meristem.event import Methods
 from meristem.grower import Grower
-from meristem.growing import Methods, find_axes, sizes_of
+from meristem.growing import listed_sizes
 from meristem.how import SWE
-from meristem.statistics.batches import check_reiterable, first_call, growth_batches
-from meristem.statistics.flops import batch_size, step_flops
-from meristem.statistics.losses import Loss
-from meristem.view import Progress
-from meristem.when import Clock
-from meristem.where import SVoD, Where
+from meristem.lab.batches import check_reiterable, example_of, growth_batches
+from meristem.lab.laboratory import Progress
+from meristem.lab.ledger import batch_size, step_flops
+from meristem.lab.losses import Loss
+from meristem.methods import Clock, Where
+from meristem.structure import structure_of
+from meristem.structure.undisturbed import undisturbed
+from meristem.where import SVoD
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -90,19 +93,27 @@ class Stages(Iterator[Stage]):
         progress: Progress | None = None,
         report: Callable[[Stages], None] = lambda stages: None,
     ) -> None:
-        for name, value in (("epochs", epochs), ("patience", patience), ("last_patience", last_patience)):
+        for name, value in (
+            ("epochs", epochs),
+            ("patience", patience),
+            ("last_patience", last_patience),
+        ):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be an int in [1, inf); got {value}")
         for given in (data, validation):
             check_reiterable(given)
-        self.model, self.loss, self.data, self.validation = model, loss, data, validation
+        self.model, self.loss, self.data, self.validation = (
+            model,
+            loss,
+            data,
+            validation,
+        )
         self.amount, self.epochs, self.patience = list(amount), epochs, patience
         self.last_patience = patience if last_patience is None else last_patience
         self.report = report
         self._make_optimizer = make_optimizer
         if example is None:
-            (batch,) = growth_batches(data, 1, torch.Generator().manual_seed(0))
-            example = first_call(model, loss, batch)
+            example = example_of(model, loss, data, torch.Generator().manual_seed(0))
         self._example = example
         self.grower = Grower(
             model,
@@ -142,7 +153,9 @@ class Stages(Iterator[Stage]):
                 raise StopIteration
             self.index += 1
             self._begin()
-        patience = self.last_patience if self.index == len(self.amount) else self.patience
+        patience = (
+            self.last_patience if self.index == len(self.amount) else self.patience
+        )
         while self.epoch < self.epochs and self.epoch - self.best_epoch < patience:
             self._train_epoch()
             self.report(self)
@@ -156,9 +169,19 @@ class Stages(Iterator[Stage]):
         growth = self.grower.history[-1] if self.index else None
         if growth is not None:
             self.grower.measure(growth, "trained")
-        sizes = sizes_of(find_axes(self.model, self._example))
+        with undisturbed():
+            sizes = listed_sizes(structure_of(self.model, self._example))
         spent = self.flops + (growth.flops if growth is not None else 0)
-        return Stage(self.index, growth, sizes, self.best, self.epoch, self.best_epoch, spent, tuple(self.curve))
+        return Stage(
+            self.index,
+            growth,
+            sizes,
+            self.best,
+            self.epoch,
+            self.best_epoch,
+            spent,
+            tuple(self.curve),
+        )
 
     def _train_epoch(self) -> None:
         if self._per_example is None:
@@ -188,9 +211,14 @@ class Stages(Iterator[Stage]):
         total, seen = 0.0, 0
         for batch in self.validation:
             size = batch_size(batch)
-            total, seen = total + self.loss(self.model, batch).item() * size, seen + size
+            total, seen = (
+                total + self.loss(self.model, batch).item() * size,
+                seen + size,
+            )
         if not seen:
-            raise DataError("validation is empty: early stopping needs at least one batch")
+            raise DataError(
+                "validation is empty: early stopping needs at least one batch"
+            )
         return total / seen
 
     def state_dict(self) -> dict[str, Any]:
@@ -209,8 +237,16 @@ class Stages(Iterator[Stage]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken; load model and optimizer with `meristem.load` afterwards."""
-        self.index, self.epoch, self.best_epoch = state["index"], state["epoch"], state["best_epoch"]
-        self.best, self.flops, self._ended = state["best"], state["flops"], state["ended"]
+        self.index, self.epoch, self.best_epoch = (
+            state["index"],
+            state["epoch"],
+            state["best_epoch"],
+        )
+        self.best, self.flops, self._ended = (
+            state["best"],
+            state["flops"],
+            state["ended"],
+        )
         self.curve = [(float(a), float(b)) for a, b in state["curve"]]
         self._best_weights = dict(state["best_weights"])
         self.grower.load_state_dict(state["grower"])

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import meristem as ms
 from meristem.how.gradmax import GradMax, _Space
 from meristem.structure import Structure
-from meristem.view import View
+from meristem.lab.laboratory import Lab, Loan
 
 
 def mse(model: nn.Module, batch: Any) -> Tensor:
@@ -28,8 +28,8 @@ def output_gradient(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 def space(model: nn.Module, axis: str, count: int, data: list[Any], **options: Any) -> _Space:
     structure = Structure(model, data[0][0])
-    view = View(structure, torch.Generator().manual_seed(0), mse, data)
-    return _Space(view, structure.axes[axis], count, GradMax(**options))
+    lab = Lab(structure, Loan(torch.Generator().manual_seed(0), mse, data))
+    return _Space(lab, structure.axes[axis], count, GradMax(**options))
 
 
 def dense(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, list[Any]]:
@@ -143,7 +143,7 @@ def test_micro_batches_and_loss_scale_give_the_same_units() -> None:
     split = space(net, "0", 2, halves, batches=2).frame()
     torch.testing.assert_close(whole[2], split[2], atol=1e-6, rtol=0)
     structure = Structure(net, x)
-    scaled = View(structure, torch.Generator().manual_seed(0), lambda m, b: 1000 * mse(m, b), data)
+    scaled = Lab(structure, Loan(torch.Generator().manual_seed(0), lambda m, b: 1000 * mse(m, b), data))
     times = _Space(scaled, structure.axes["0"], 2, GradMax()).frame()
     torch.testing.assert_close(whole[2], times[2], atol=1e-6, rtol=0)
 
@@ -169,10 +169,10 @@ def test_measuring_does_not_disturb() -> None:
     grads = {n: p.grad.clone() for n, p in model.named_parameters()}
     buffers = {n: b.clone() for n, b in model.named_buffers()}
     structure = Structure(model, x)
-    view = View(structure, torch.Generator().manual_seed(0), loss, [(x, y)])
+    lab = Lab(structure, Loan(torch.Generator().manual_seed(0), loss, [(x, y)]))
     rng = torch.get_rng_state()
     for axis in (axis for axis in structure.axes.values() if axis.kind == "width"):
-        GradMax(steps=2).propose(view, axis, 2)
+        GradMax(steps=2).propose(lab, axis, 2)
     assert torch.equal(rng, torch.get_rng_state())
     assert model.training
     assert all(torch.equal(grads[n], p.grad) for n, p in model.named_parameters())
@@ -188,6 +188,6 @@ def test_ascent_never_ends_below_its_start() -> None:
     structure = Structure(model, x)
     gains = []
     for steps in (0, 20):
-        view = View(structure, torch.Generator().manual_seed(0), loss, [(x, y)])
-        gains.append(sum(GradMax(zero="fan_out", steps=steps).propose(view, structure.axes["conv2"], 3).gains))
+        lab = Lab(structure, Loan(torch.Generator().manual_seed(0), loss, [(x, y)]))
+        gains.append(sum(GradMax(zero="fan_out", steps=steps).propose(lab, structure.axes["conv2"], 3).gains))
     assert gains[1] >= gains[0] > 0

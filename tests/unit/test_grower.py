@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from zoo import MLP, make
 
 import meristem as ms
-from meristem.when import Clock
+from meristem.methods import Clock
 
 
 def loss(model: nn.Module, batch: Any) -> Tensor:

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from zoo import make
 
 import meristem as ms
-from meristem.core.offer import Proposal
+from meristem.core.offer import Offer
 from meristem.how.search import Search, _doubtful, _gains, _Space, searched
 from meristem.statistics import curvature
-from meristem.statistics.batches import growth_batches
+from meristem.lab.batches import growth_batches
 from meristem.statistics.curvature import Candidates, Factors, bound, exact_score, gain, residual
 from meristem.structure import Structure
 from meristem.structure.twin import Example
-from meristem.view import View
+from meristem.lab.laboratory import Lab, Loan
+from meristem.lab.neutral import neutral
 
 
 def factors(a: Tensor, g: Tensor) -> Factors:
@@ -182,15 +183,15 @@ def test_additions_on_frozen_parameters_respect_the_rate_bound() -> None:
 def space(model: nn.Module, axis: str = "0", method: ms.how.SENN | None = None, count: int = 2) -> _Space:
     batches = data()
     structure = Structure(model, Example((batches[0][0],), {}))
-    view = View(structure, torch.Generator().manual_seed(0), squared, growth_batches(batches, 4, torch.Generator()))
+    lab = Lab(structure, Loan(torch.Generator().manual_seed(0), squared, growth_batches(batches, 4, torch.Generator())))
     method = method or ms.how.SENN(candidates=5)
     search = Search(method.candidates, method.steps, method.batches, method.damping)
-    return _Space(view, squared, structure.axes.named(axis), count, search, search.parts(view.batches)[0])
+    return _Space(lab, squared, structure.axes.named(axis), count, search, search.parts(lab.batches)[0])
 
 
 def test_the_gradient_of_the_score_matches_finite_differences() -> None:
     tried = space(net())
-    started = ms.how.draws.drawn(tried.view, tried.axis, tried.trials, zero="fan_out")
+    started = neutral(tried.lab, tried.axis, tried.trials, zero="fan_out")
     place = tried.axis.places("fan_in")[0].place
 
     def score(strip: Tensor) -> Tensor:
@@ -204,7 +205,7 @@ def test_the_gradient_of_the_score_matches_finite_differences() -> None:
 
 def bound_by_hand(tried: _Space, strips: Any, unit: int) -> float:
     """Delta eta' of one candidate from rows that are computed here; the layer's own moments are those of all batches."""
-    model = tried.view.structure.model
+    model = tried.lab.structure.model
     x, y = tried.first[0]
     weight, bias = (strips[slot.place] for slot in tried.axis.slots if slot.role != "fan_out")
     read = torch.tanh(x @ weight[unit].flatten() + bias[unit].item())[:, None]
@@ -219,7 +220,7 @@ def bound_by_hand(tried: _Space, strips: Any, unit: int) -> float:
 
 def test_optimised_candidates_never_score_below_their_start() -> None:
     tried = space(net(nn.ReLU), method=ms.how.SENN(candidates=8, steps=25))
-    started = ms.how.draws.drawn(tried.view, tried.axis, tried.trials, zero="fan_out")
+    started = neutral(tried.lab, tried.axis, tried.trials, zero="fan_out")
     moving = [slot.place for slot in tried.axis.slots if slot.role != "fan_out"]
     reached = tried.optimised(started, moving)
     before, after = (tried.scores(one, tried.first) for one in (started, reached))
@@ -491,7 +492,7 @@ def test_the_gain_of_candidates_together_is_the_exact_one() -> None:
     strips = tried._drawn()
     joint = tried.together(strips, tried.second)
     order = list(range(tried.trials))
-    model = tried.view.structure.model
+    model = tried.lab.structure.model
     x, y = (torch.cat([batch[i] for batch in tried.second]) for i in range(2))
     hidden = torch.cat([model[1](model[0](x)), torch.ones(len(x), 1).double()], 1).detach()
     weight, bias = (strips[slot.place] for slot in tried.axis.slots if slot.role != "fan_out")
@@ -566,7 +567,7 @@ class Residual(nn.Module):
 
 def looked_at(model: nn.Module, batches: list[Any], loss: Any) -> View:
     structure = Structure(model, Example((batches[0][0],), {}))
-    return View(structure, torch.Generator().manual_seed(0), loss, batches)
+    return Lab(structure, Loan(torch.Generator().manual_seed(0), loss, batches))
 
 
 def images(batches: int) -> list[tuple[Tensor, Tensor]]:
@@ -588,24 +589,24 @@ WIDE = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(),
 def test_a_search_costs_about_what_was_said_before(model: nn.Module, make: Any, search: Search) -> None:
     torch.manual_seed(0)
     loss = lambda net, batch: nn.functional.cross_entropy(net(batch[0]), batch[1])
-    view = looked_at(model, make(18), loss)
-    said = replace(search, batches=min(search.batches, 18)).cost(view, view.structure.axes["0"], 4)
-    found = searched(view, loss, view.structure.axes["0"], 4, search).flops
+    lab = looked_at(model, make(18), loss)
+    said = replace(search, batches=min(search.batches, 18)).cost(lab, lab.structure.axes["0"], 4)
+    found = searched(lab, loss, lab.structure.axes["0"], 4, search).flops
     assert 0.2 * said < found < 1.25 * said  # one part of the examples may decide, two more are counted on
 
 
 def test_a_search_is_halved_until_it_is_affordable() -> None:
-    view = looked_at(WIDE, rows(40), squared)
-    axis, search = view.structure.axes["0"], Search(24, 128, 192, 0.01)
-    assert search.within(view, axis, 4) == replace(search, batches=40)
+    lab = looked_at(WIDE, rows(40), squared)
+    axis, search = lab.structure.axes["0"], Search(24, 128, 192, 0.01)
+    assert search.within(lab, axis, 4) == replace(search, batches=40)
     costs = []
     for allowance in (1e9, 1e8, 1e7, 0.0):
-        fits = search.within(replace(view, allowance=allowance), axis, 4)
-        costs.append(fits.cost(view, axis, 4))
+        fits = search.within(lab.within(allowance), axis, 4)
+        costs.append(fits.cost(lab, axis, 4))
         assert costs[-1] <= allowance or fits == search.least
     assert costs == sorted(costs, reverse=True)
     assert costs[0] > costs[-1]
-    assert ms.how.SENN().least(view, axis, 4) == pytest.approx(search.least.cost(view, axis, 4))
+    assert ms.how.SENN().least(lab, axis, 4) == pytest.approx(search.least.cost(lab, axis, 4))
     few = looked_at(WIDE, [(x[:20], y[:20]) for x, y in rows(40)], squared)
     chain = [search]
     while chain[-1] != search.least:
@@ -618,7 +619,7 @@ def test_a_search_is_halved_until_it_is_affordable() -> None:
     ("gains", "doubt"), [((-0.1, -0.2), False), ((0.1, 0.0), True), ((0.1, 0.12), True), ((0.6, -0.1), False)]
 )
 def test_one_part_of_the_examples_decides_where_there_is_no_doubt(gains: tuple[float, ...], doubt: bool) -> None:
-    assert _doubtful(Proposal("0", len(gains), gains=gains, error=0.1)) == doubt
+    assert _doubtful(Offer("0", len(gains), gains=gains, error=0.1)) == doubt
 
 
 def test_an_axis_that_has_no_zero_side_is_refused_by_name() -> None:

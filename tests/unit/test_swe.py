@@ -13,11 +13,12 @@ from zoo import make
 
 import meristem as ms
 from meristem.how.swe import SWE, Adjustment
-from meristem.sandbox import Sandbox
+from meristem.lab.laboratory import Sandbox
 from meristem.structure import Structure
 from meristem.structure.twin import named_tensors
-from meristem.view import View
-from meristem.where import Choice, SVoD
+from meristem.lab.laboratory import Lab, Loan
+from meristem.methods import Choice
+from meristem.where import SVoD
 
 AXES = {"mlp": "fc1", "mlp_norm": "fc1", "bn_conv": "conv1", "resnet18": "layer1.0.conv1", "glu": None, "unet": None}
 
@@ -36,14 +37,14 @@ def case(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, list
     structure = Structure(model, x)
     axis = AXES[name] or next(iter(structure.axes))
     generator = torch.Generator().manual_seed(1)
-    return model, data, axis, View(structure, generator, square, data[:1], data)
+    return model, data, axis, Lab(structure, Loan(generator, square, data[:1], data))
 
 
 def adjusted(name: str, method: SWE, count: int = 4) -> tuple[nn.Module, Sandbox, Adjustment, list[Any]]:
-    model, data, axis, view = case(name)
-    sandbox = Sandbox(view)
-    before = sandbox.view.structure.axes[axis]
-    plan, _ = sandbox.insert([method.propose(sandbox.view, before, count)])
+    model, data, axis, lab = case(name)
+    sandbox = lab.sandbox()
+    before = sandbox.lab.structure.axes[axis]
+    plan, _ = sandbox.insert([method.propose(sandbox.lab, before, count)])
     return model, sandbox, Adjustment(method, sandbox, plan, before), data
 
 
@@ -186,9 +187,9 @@ def votes(name: str, total: int, method: SVoD, seed: int = 0) -> tuple[Any, nn.M
     before = {key: value.clone() for key, value in model.state_dict().items()}
     data = data_of(x)
     structure = Structure(model, x)
-    view = View(structure, torch.Generator().manual_seed(seed), square, data[:1], data)
+    lab = Lab(structure, Loan(torch.Generator().manual_seed(seed), square, data[:1], data))
     axes = [axis for axis in structure.axes.values() if axis.kind == "width"][:3]
-    share = method.share(Choice(axes, total, flops_per_unit={a.name: 1.0 for a in axes}, view=view))
+    share = method.share(Choice(axes, total, flops_per_unit={a.name: 1.0 for a in axes}, lab=lab))
     return share, model, before
 
 
@@ -221,12 +222,12 @@ def test_the_gate_gradient_is_activation_times_gradient(name: str, axis_name: st
     torch.manual_seed(0)
     model, x = make(name, torch.float64)
     structure = Structure(model, x)
-    view = View(structure, torch.Generator().manual_seed(0), square, [x], [x])
+    lab = Lab(structure, Loan(torch.Generator().manual_seed(0), square, [x], [x]))
     axis = structure.axes[axis_name] if axis_name else next(iter(structure.axes.values()))
     reader = reader or axis.places("fan_out")[0].name.rpartition(".")[0]
     assert len(axis.places("fan_out")) == 1
-    sandbox = Sandbox(view)
-    scores = SVoD().scores(sandbox, Choice([axis], 3 * axis.multiple, view=view))[axis.name]
+    sandbox = lab.sandbox()
+    scores = SVoD().scores(sandbox, Choice([axis], 3 * axis.multiple, lab=lab))[axis.name]
     sandbox.model.zero_grad()
     seen = []
     layer = sandbox.model.get_submodule(reader)
@@ -245,9 +246,9 @@ def test_the_cost_of_a_vote_is_two_epochs_of_the_widened_copy() -> None:
     model, x = make("bn_conv")
     data = data_of(x, 4)
     structure = Structure(model, x)
-    view = View(structure, torch.Generator().manual_seed(0), square, data[:1], data)
+    lab = Lab(structure, Loan(torch.Generator().manual_seed(0), square, data[:1], data))
     axes = [axis for axis in structure.axes.values() if axis.kind == "width"]
-    share = SVoD().share(Choice(axes, 8, view=view))
+    share = SVoD().share(Choice(axes, 8, lab=lab))
     wide = copy.deepcopy(model)
     ms.grow_(wide, {axis.name: 16 for axis in axes}, x)
     with FlopCounterMode(display=False) as counter:
@@ -328,8 +329,8 @@ def test_sums_and_unequal_batches_are_taken_as_they_are() -> None:
         model, x = make("mlp")
         data = [x, x[:2], x[:1]]
         structure = Structure(model, x)
-        view = View(structure, torch.Generator().manual_seed(0), call, data[:1], data)
-        share = SVoD().share(Choice([axis for axis in structure.axes.values() if axis.kind != "depth"], 6, view=view))
+        lab = Lab(structure, Loan(torch.Generator().manual_seed(0), call, data[:1], data))
+        share = SVoD().share(Choice([axis for axis in structure.axes.values() if axis.kind != "depth"], 6, lab=lab))
         assert sum(share.counts.values()) == 6
         shares.append(share)
         growth = ms.grow_(model, share.counts, x, how=SWE(), loss=call, data=data)

@@ -4,19 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import nn
 
 from meristem.core.axis import Axis
 from meristem.core.change import Plan
 from meristem.core.offer import Scaling, Treatment
-
-
-class Care(Protocol):
-    """One thing done for a grown network."""
-
-    def treat(self, model: nn.Module, plan: Plan, axes: Sequence[Axis]) -> Treatment: ...
 
 
 @dataclass(frozen=True)
@@ -85,10 +78,16 @@ class Shrink:
 
     def __post_init__(self) -> None:
         if not 0 < self.factor < 1:
-            raise ValueError(f"Shrink(factor=...) must be a float in (0, 1); got {self.factor}")
+            raise ValueError(
+                f"Shrink(factor=...) must be a float in (0, 1); got {self.factor}"
+            )
 
     def treat(self, model: nn.Module, plan: Plan, axes: Sequence[Axis]) -> Treatment:
-        names = [name for name, p in model.named_parameters() if p.dim() > 1 and p.requires_grad]
+        names = [
+            name
+            for name, p in model.named_parameters()
+            if p.dim() > 1 and p.requires_grad
+        ]
         return Treatment(Scaling(tensors=dict.fromkeys(names, self.factor)))
 
 

@@ -82,7 +82,12 @@ class Axes(Mapping[str, Axis]):
     they are named.
     """
 
-    def __init__(self, axes: Mapping[str, Axis], ends: Mapping[str, Axis], frozen: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        axes: Mapping[str, Axis],
+        ends: Mapping[str, Axis],
+        frozen: Mapping[str, str],
+    ) -> None:
         self._axes = dict(axes)
         self.ends = dict(ends)
         self.frozen = dict(frozen)
@@ -112,21 +117,43 @@ class Axes(Mapping[str, Axis]):
         known = [*self._axes, *self.ends]
         ending = [other for other in known if other.rpartition(".")[2] == name]
         if ending:
-            return UnknownAxis(f"no axis is called {name!r}. Did you mean {' or '.join(map(repr, ending[:3]))}?")
+            return UnknownAxis(
+                f"no axis is called {name!r}. Did you mean {' or '.join(map(repr, ending[:3]))}?"
+            )
         listed = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
-        return UnknownAxis(f"no axis is called {name!r}.{nearest(name, known)} This model has: {listed or 'none'}")
+        return UnknownAxis(
+            f"no axis is called {name!r}.{nearest(name, known)} This model has: {listed or 'none'}"
+        )
 
     def __repr__(self) -> str:
         rows = [("axis", "kind", "size", "multiple", "tensors")]
         for axis in self.values():
-            rows.append((axis.name, axis.kind, str(axis.size), str(axis.multiple), _slots(axis)))
+            rows.append(
+                (axis.name, axis.kind, str(axis.size), str(axis.multiple), _slots(axis))
+            )
         for axis in self.ends.values():
-            rows.append((axis.name, f"end ({axis.end})", str(axis.size), str(axis.multiple), _slots(axis)))
+            rows.append(
+                (
+                    axis.name,
+                    f"end ({axis.end})",
+                    str(axis.size),
+                    str(axis.multiple),
+                    _slots(axis),
+                )
+            )
         for name, reason in self.frozen.items():
             rows.append((name, "frozen", "", "", reason))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         return "\n".join(
-            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]).rstrip()
+            "  ".join(
+                [
+                    *(
+                        cell.ljust(width)
+                        for cell, width in zip(row, widths, strict=False)
+                    ),
+                    row[4],
+                ]
+            ).rstrip()
             for row in rows
         )
 
@@ -141,4 +168,6 @@ def matches(name: str, patterns: str | Sequence[str]) -> bool:
     listed = [patterns] if isinstance(patterns, str) else list(patterns)
     wanted = [p for p in listed if not p.startswith("!")] or ["*"]
     barred = [p[1:] for p in listed if p.startswith("!")]
-    return any(fnmatch.fnmatchcase(name, p) for p in wanted) and not any(fnmatch.fnmatchcase(name, p) for p in barred)
+    return any(fnmatch.fnmatchcase(name, p) for p in wanted) and not any(
+        fnmatch.fnmatchcase(name, p) for p in barred
+    )

@@ -32,4 +32,6 @@ class Budget:
         for name in ("parameters", "flops", "units", "growths"):
             value = getattr(self, name)
             if value is not None and value <= 0:
-                raise ValueError(f"Budget({name}=...) must be an int in [1, inf); got {value}")
+                raise ValueError(
+                    f"Budget({name}=...) must be an int in [1, inf); got {value}"
+                )

@@ -1,9 +1,10 @@
-"""What a growth changes, as values: shapes, attributes, blocks, and the plan that lists them."""
+"""What a growth changes, as values: shapes, attributes, blocks, and the plan of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -14,11 +15,18 @@ from torch import Tensor
 from meristem.core.axis import Place
 
 Sources = NDArray[np.int64]
+"""For every entry of a resized dimension, the old index that it continues, or -1."""
+Spans = list[list[int]]
+"""Sources in short: [first old index, length] for entries that go together, [-1, length]
+for new ones."""
 
 
 @dataclass(frozen=True)
 class TensorChange:
-    """A parameter or buffer that changes shape; `sources[d][i]` is the old index of entry i of dimension d, or -1."""
+    """A parameter or buffer that changes shape.
+
+    `sources[d][i]` is the old index of entry i of dimension d, or -1.
+    """
 
     name: str
     before: tuple[int, ...]
@@ -36,14 +44,28 @@ class AttributeChange:
     before: Any
     after: Any
 
+    def __str__(self) -> str:
+        return (
+            f"{self.module or 'model'}.{self.attribute}: {self.before} -> {self.after}"
+        )
+
 
 @dataclass(frozen=True)
 class Insertion:
-    """The blocks of a depth axis after a change: on place i stands the present block `blocks[i]` or, where `new[i]`, a new
-    one made after it.
+    """The blocks of a depth axis after a change.
 
-    `form` is "run" where like blocks stand in the container at `path`, the first of them at `first`; "after" and "before"
-    where layers stand behind or in front of the layer at `path`, which is block 0, with `activation` between.
+    At place i stands the present block `blocks[i]` or, where `new[i]`, a new one made
+    after it.
+
+    Attributes:
+        axis: The depth.
+        path: The container of the blocks; in a chain, the layer, which is block 0.
+        form: "run" where like blocks stand in the container; "after" and "before" where
+            layers stand behind or in front of the layer.
+        first: The place of the first block in its container.
+        size: The present number of blocks.
+        blocks, new: As above.
+        activation: In a chain, what stands before a new layer.
     """
 
     axis: str
@@ -55,70 +77,259 @@ class Insertion:
     new: tuple[bool, ...]
     activation: str = ""
 
+    @property
+    def new_places(self) -> list[int]:
+        """The places of the new blocks."""
+        return [place for place, new in enumerate(self.new) if new]
+
     def __str__(self) -> str:
-        placed = [f"+{block}" if new else str(block) for block, new in zip(self.blocks, self.new, strict=True)]
-        return f"{self.axis}: blocks {', '.join(map(str, range(self.size)))} -> {', '.join(placed)}"
+        present = ", ".join(str(block) for block in range(self.size))
+        placed = []
+        for block, new in zip(self.blocks, self.new, strict=True):
+            placed.append(f"+{block}" if new else str(block))
+        return f"{self.axis}: blocks {present} -> {', '.join(placed)}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The dry run of a growth: every shape and attribute that would change, or why it is refused. Truthy if possible.
+    """The dry run of a growth: everything that would change, or why it is refused.
 
-    `before` and `after` are sizes by axis; `layout[axis][place]` tells where the units of an axis lie along a dimension
-    after the change, an array (units, entries per unit), old units first; `rescaled` holds the factor of norm weights whose
-    width changes, `outputs` the sources of every output dimension; `insertions` say where new blocks stand, `counts` which
-    attributes follow them (in modules named as they are then); `parameters` and `flops` (of one forward pass on the example) are pairs,
-    before and after.
+    True if the growth is possible. Prints as a list of changes, goes to JSON and back
+    (`json`, `from_json`), and is applied by `meristem.grow_(model, plan)`.
+
+    Attributes:
+        before, after: Sizes by axis.
+        tensors: Every tensor that changes shape, with the place of every old entry.
+        layout: By axis and place, where the units lie along a dimension after the change:
+            an array (units, entries per unit), old units first.
+        attributes: Module attributes that mirror a size.
+        rescaled: The factor of norm weights whose width changes.
+        insertions: Where new blocks stand.
+        counts: Attributes that follow new blocks, in modules named as they are then.
+        outputs: The sources of every dimension of every output.
+        parameters: Before and after.
+        flops: Of one forward pass on the example, before and after.
+        refusal: Why the growth is not possible.
+        wishes: What was asked for.
+        example: The call on which it was planned.
+        changes: The labels that change, for the structure that made the plan.
+        followed: Whether everything that follows the shapes has been looked at.
     """
 
     before: Mapping[str, int]
     after: Mapping[str, int]
     tensors: tuple[TensorChange, ...] = ()
-    layout: Mapping[str, Mapping[Place, Sources]] = field(default_factory=dict, repr=False)
+    layout: Mapping[str, Mapping[Place, Sources]] = field(default_factory=dict)
     attributes: tuple[AttributeChange, ...] = ()
     rescaled: Mapping[str, float] = field(default_factory=dict)
     insertions: tuple[Insertion, ...] = ()
     counts: tuple[AttributeChange, ...] = ()
-    outputs: tuple[tuple[Sources, ...], ...] = field(default=(), repr=False)
+    outputs: tuple[tuple[Sources, ...], ...] = ()
     parameters: tuple[int, int] = (0, 0)
     flops: tuple[int, int] = (0, 0)
     refusal: str | None = None
+    wishes: Mapping[str, int | Sequence[int]] = field(default_factory=dict)
+    example: Any = None
+    changes: Mapping[Any, Sources] = field(default_factory=dict)
+    followed: bool = False
 
     def __bool__(self) -> bool:
-        return self.refusal is None
+        return self.followed and self.refusal is None
 
     @property
     def added(self) -> dict[str, int]:
         """Units added by axis; negative where they are dropped."""
         return {name: self.after[name] - self.before[name] for name in self.after}
 
+    @cached_property
+    def _by_name(self) -> dict[str, TensorChange]:
+        return {change.name: change for change in self.tensors}
+
     def change(self, name: str) -> TensorChange:
         """What happens to one tensor."""
-        return next(change for change in self.tensors if change.name == name)
+        return self._by_name[name]
 
     def __repr__(self) -> str:
-        lines = [f"{name}: {self.before[name]} -> {self.after[name]}" for name in self.after]
+        lines = []
+        for name, after in self.after.items():
+            lines.append(f"{name}: {self.before[name]} -> {after}")
         if self.refusal is not None:
             return "\n".join([*lines, f"refused: {self.refusal}"])
-        lines += [f"  {t.name}: {t.before} -> {t.after}" for t in self.tensors]
-        lines += [f"  {insertion}" for insertion in self.insertions]
-        edits = (*self.attributes, *self.counts)
-        lines += [f"  {a.module or 'model'}.{a.attribute}: {a.before} -> {a.after}" for a in edits]
-        lines.append("parameters: {} -> {}; forward FLOPs: {} -> {}".format(*self.parameters, *self.flops))
-        return "\n".join(lines)
+        for change in self.tensors:
+            lines.append(f"  {change.name}: {change.before} -> {change.after}")
+        for line in (*self.insertions, *self.attributes, *self.counts):
+            lines.append(f"  {line}")
+        parameters = "parameters: {} -> {}".format(*self.parameters)
+        flops = "forward FLOPs: {} -> {}".format(*self.flops)
+        return "\n".join([*lines, f"{parameters}; {flops}"])
+
+    def json(self) -> dict[str, Any]:
+        """The plan in plain types: what was asked for, and all that it changes.
+
+        The example is kept as shapes, with the values of integers; floating-point inputs
+        are drawn anew when the plan is applied.
+
+        Examples:
+            >>> import json, torch, meristem as ms
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+            >>> stored = json.dumps(ms.plan(net, {"0": 2}, torch.randn(3, 4)).json())
+            >>> ms.grow_(net, ms.Plan.from_json(json.loads(stored))).after
+            {'0': 10}
+        """
+        wishes = {}
+        for name, amount in self.wishes.items():
+            wishes[name] = amount if isinstance(amount, int) else list(amount)
+        return {
+            "wishes": wishes,
+            "before": dict(self.before),
+            "after": dict(self.after),
+            "tensors": [tensor_json(change) for change in self.tensors],
+            "attributes": [_attribute_json(change) for change in self.attributes],
+            "rescaled": dict(self.rescaled),
+            "insertions": [asdict(insertion) for insertion in self.insertions],
+            "counts": [_attribute_json(change) for change in self.counts],
+            "parameters": list(self.parameters),
+            "flops": list(self.flops),
+            "refusal": self.refusal,
+            "example": example_json(self.example),
+        }
+
+    @staticmethod
+    def from_json(stored: Mapping[str, Any]) -> Plan:
+        """The plan that `json` gave."""
+        insertions = [insertion_from(entry) for entry in stored["insertions"]]
+        first, second = stored["parameters"], stored["flops"]
+        return Plan(
+            dict(stored["before"]),
+            dict(stored["after"]),
+            tuple(tensor_change_from(entry) for entry in stored["tensors"]),
+            attributes=tuple(AttributeChange(*e) for e in stored["attributes"]),
+            rescaled=dict(stored["rescaled"]),
+            insertions=tuple(insertions),
+            counts=tuple(AttributeChange(*entry) for entry in stored["counts"]),
+            parameters=(first[0], first[1]),
+            flops=(second[0], second[1]),
+            refusal=stored["refusal"],
+            wishes=dict(stored["wishes"]),
+            example=example_from(stored["example"]),
+            followed=True,
+        )
 
 
-def new_blocks(insertion: Insertion) -> list[int]:
-    """The places of the new blocks."""
-    return [place for place, new in enumerate(insertion.new) if new]
+NO_CHANGE = Plan({}, {}, followed=True)
+"""The plan that changes nothing."""
+
+
+def spans(source: Sources) -> Spans:
+    """Sources in short."""
+    found: Spans = []
+    for entry in source.tolist():
+        last = found[-1] if found else None
+        continues = last is not None and last[0] >= 0 and entry == last[0] + last[1]
+        stays_new = last is not None and last[0] < 0 and entry < 0
+        if last is not None and (continues or stays_new):
+            last[1] += 1
+        else:
+            found.append([entry, 1])
+    return found
+
+
+def sources_from(listed: Spans) -> Sources:
+    """The sources that `spans` has put in short."""
+    parts = [np.zeros(0, dtype=np.int64)]
+    for first, length in listed:
+        if first < 0:
+            parts.append(np.full(length, -1, dtype=np.int64))
+        else:
+            parts.append(np.arange(first, first + length, dtype=np.int64))
+    return np.concatenate(parts)
+
+
+def tensor_json(change: TensorChange) -> dict[str, Any]:
+    """A change of shape in plain types."""
+    return {
+        "name": change.name,
+        "before": list(change.before),
+        "after": list(change.after),
+        "sources": [spans(source) for source in change.sources],
+        "buffer": change.buffer,
+    }
+
+
+def tensor_change_from(entry: Mapping[str, Any]) -> TensorChange:
+    """The change of shape that `tensor_json` gave."""
+    return TensorChange(
+        entry["name"],
+        tuple(entry["before"]),
+        tuple(entry["after"]),
+        tuple(sources_from(source) for source in entry["sources"]),
+        entry["buffer"],
+    )
+
+
+def insertion_from(entry: Mapping[str, Any]) -> Insertion:
+    """The insertion whose fields were stored."""
+    fields: dict[str, Any] = {}
+    for key, value in entry.items():
+        fields[key] = tuple(value) if isinstance(value, list) else value
+    return Insertion(**fields)
+
+
+def _attribute_json(change: AttributeChange) -> list[Any]:
+    return [change.module, change.attribute, change.before, change.after]
+
+
+def example_json(value: Any) -> Any:
+    """A call in plain types: tensors by shape, those of integers by their values, too."""
+    if isinstance(value, Tensor):
+        entry: dict[str, Any] = {
+            "tensor": list(value.shape),
+            "dtype": str(value.dtype).removeprefix("torch."),
+        }
+        if not value.is_floating_point() and not value.is_complex():
+            entry["values"] = value.flatten().tolist()
+        return entry
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return {"value": value}
+    if isinstance(value, (list, tuple)):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [example_json(entry) for entry in value]}
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {"dict": {key: example_json(entry) for key, entry in value.items()}}
+    return {"unknown": type(value).__name__}
+
+
+def example_from(stored: Any) -> Any:
+    """A call like the stored one; floating-point tensors are drawn anew, always alike."""
+    if "tensor" in stored:
+        dtype = getattr(torch, stored["dtype"])
+        if "values" in stored:
+            return torch.tensor(stored["values"], dtype=dtype).reshape(stored["tensor"])
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(stored["tensor"], generator=generator).to(dtype)
+    if "dict" in stored:
+        return {key: example_from(entry) for key, entry in stored["dict"].items()}
+    if "list" in stored:
+        return [example_from(entry) for entry in stored["list"]]
+    if "tuple" in stored:
+        return tuple(example_from(entry) for entry in stored["tuple"])
+    if "unknown" in stored:
+        raise ValueError(
+            f"the example of this plan holds a {stored['unknown']}, which JSON cannot keep. "
+            "hint: pass example= when the plan is applied"
+        )
+    return stored["value"]
 
 
 def by_unit(tensor: Tensor, dim: int, layout: Sources) -> Tensor:
-    """The entries of a tensor unit by unit: (units, entries per unit, *other dimensions)."""
+    """The entries of a tensor unit by unit.
+
+    Returns:
+        A tensor (units, entries per unit, *other dimensions).
+    """
     return tensor.movedim(dim, 0)[index(layout).to(tensor.device)]
 
 
 def index(array: Sources) -> Tensor:
     """A source array as an index tensor."""
     return torch.from_numpy(np.ascontiguousarray(array))
-

@@ -50,7 +50,10 @@ class Growth:
 
     def units(self) -> dict[str, Sequence[int]]:
         """The new units by axis: the last ones of a width, the new blocks of a depth."""
-        return {name: self.blocks.get(name, range(self.before[name], self.after[name])) for name in self.added}
+        return {
+            name: self.blocks.get(name, range(self.before[name], self.after[name]))
+            for name in self.added
+        }
 
     def json(self) -> dict[str, Any]:
         """Everything but `replaced`, in plain types."""

@@ -15,8 +15,11 @@ from meristem.core.change import Insertion
 class Copies:
     """New units as copies of old ones.
 
-    `parent[j]` is the old unit that new unit j copies; `share` multiplies the fan-out of all units, old ones first;
-    the shares of a unit and its copies sum to 1, so the function is preserved.
+    Attributes:
+        parent: (new units,): the old unit that new unit j copies.
+        share: (all units,): what the fan-out of every unit is multiplied by, old ones
+            first. The shares of a unit and its copies sum to 1, so the function is
+            preserved.
     """
 
     parent: Tensor
@@ -27,8 +30,12 @@ class Copies:
 class Blocks:
     """New blocks of a depth axis.
 
-    A new block starts as a copy of the one it is made after; `values` holds its own tensors where these differ, by its
-    place and their name inside it. `inherits` says that the optimizer's state is copied too.
+    A new block starts as a copy of the one that it is made after.
+
+    Attributes:
+        insertion: Where they stand.
+        values: Tensors of a new block that differ, by its place and their name inside it.
+        inherits: Whether the optimizer's state is copied, too.
     """
 
     insertion: Insertion
@@ -36,22 +43,35 @@ class Blocks:
     inherits: bool = False
 
     def first(self, count: int) -> Blocks:
-        """The first `count` new blocks alone; all of them stand behind the present ones."""
+        """The first `count` new blocks; all of them stand behind the present ones."""
         placed = self.insertion
-        kept = placed.size + count
-        insertion = replace(placed, blocks=placed.blocks[:kept], new=placed.new[:kept])
-        return replace(self, insertion=insertion, values={k: v for k, v in self.values.items() if k[0] < kept})
+        end = placed.size + count
+        insertion = replace(placed, blocks=placed.blocks[:end], new=placed.new[:end])
+        values = {}
+        for (place, name), value in self.values.items():
+            if place < end:
+                values[place, name] = value
+        return replace(self, insertion=insertion, values=values)
 
 
 @dataclass(frozen=True)
-class Proposal:
+class Offer:
     """The weights that a method offers for `count` new units of one axis.
 
-    A strip holds the new entries of one place, unit by unit: shape (units, entries per unit, *the other dimensions of
-    the tensor at their present size). A place without a strip starts by its fill, or as a copy where `copies` is given.
-    New units of a depth axis are `blocks`. `gains` are predicted first-order gains per unit, best first, where the method
-    finds them; where they are measured on a sample, `error` is the standard error of one gain, and `freedom` how many weights
-    of a unit were fitted to that very sample. `flops` is what finding them cost; `note` is for the reader of the log.
+    A strip holds the new entries of one place, unit by unit: (units, entries per unit,
+    *the other dimensions of the tensor at their present size). A place without a strip
+    starts by its fill, or as a copy where `copies` is given.
+
+    Attributes:
+        axis, count: For which axis, and how many units or blocks of it.
+        strips: The new entries, by place.
+        copies: The new units as copies of old ones.
+        blocks: New units of a depth axis.
+        gains: Predicted first-order gains per unit, best first, where the method finds them.
+        error: The standard error of one gain, where gains are measured on a sample.
+        freedom: How many weights of a unit were fitted to that very sample.
+        flops: What finding the weights cost.
+        note: For the reader of the log.
     """
 
     axis: str
@@ -65,55 +85,80 @@ class Proposal:
     flops: int = 0
     note: str = ""
 
-    def best(self, count: int) -> Proposal:
+    def best(self, count: int) -> Offer:
         """The first `count` units, which are the best where the method ranks them."""
         if count == self.count:
             return self
         if self.copies is not None:
-            raise ValueError("a proposal of copies cannot be cut: its shares belong together")
+            raise ValueError(
+                "an offer of copies cannot be cut: its shares belong together"
+            )
         if self.blocks is not None:
-            return replace(self, count=count, blocks=self.blocks.first(count), gains=self.gains[:count])
-        units = count * len(next(iter(self.strips.values()))) // self.count
+            blocks = self.blocks.first(count)
+            return replace(self, count=count, blocks=blocks, gains=self.gains[:count])
+        first = next(iter(self.strips.values()))
+        units = count * len(first) // self.count
         strips = {place: strip[:units] for place, strip in self.strips.items()}
         return replace(self, count=count, strips=strips, gains=self.gains[:units])
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """What care does to the old weights: one factor per tensor, or one per place along the axis."""
+    """What care does to the old weights: factors per tensor, or per place along an axis."""
 
     tensors: Mapping[str, float] = field(default_factory=dict)
     places: Mapping[Place, float] = field(default_factory=dict)
 
+    def __bool__(self) -> bool:
+        return bool(self.tensors or self.places)
+
+    def __add__(self, other: Scaling) -> Scaling:
+        tensors, places = dict(self.tensors), dict(self.places)
+        for name, factor in other.tensors.items():
+            tensors[name] = tensors.get(name, 1.0) * factor
+        for place, factor in other.places.items():
+            places[place] = places.get(place, 1.0) * factor
+        return Scaling(tensors, places)
+
 
 @dataclass(frozen=True)
 class Treatment:
-    """What the rest of the net and the optimizer get at a growth: the sum of the chosen cares."""
+    """What the rest of the net and the optimizer get at a growth.
+
+    Attributes:
+        scaling: What happens to the old weights.
+        warm: Whether new second moments start at the mean of the old ones.
+        reset: Whether the optimizers forget everything.
+    """
 
     scaling: Scaling = field(default_factory=Scaling)
     warm: bool = False
     reset: bool = False
 
     def __add__(self, other: Treatment) -> Treatment:
-        tensors = dict(self.scaling.tensors)
-        for name, factor in other.scaling.tensors.items():
-            tensors[name] = tensors.get(name, 1.0) * factor
-        places = dict(self.scaling.places)
-        for place, factor in other.scaling.places.items():
-            places[place] = places.get(place, 1.0) * factor
-        return Treatment(Scaling(tensors, places), self.warm or other.warm, self.reset or other.reset)
+        return Treatment(
+            self.scaling + other.scaling,
+            self.warm or other.warm,
+            self.reset or other.reset,
+        )
 
 
 @dataclass(frozen=True)
 class Settled:
-    """What a method that trains on the side gives back: every changed tensor in full, and how the new units fared.
+    """What a method that trains on the side gives back.
 
-    `health[moment][axis]` holds figures of the new units; `flops` is what settling cost.
+    Attributes:
+        tensors: Every changed tensor in full, at its new shape.
+        flops: What settling cost.
+        health: By moment and axis, figures of the new units.
+        notes: For the reader of the log, by axis.
     """
 
     tensors: Mapping[str, Tensor]
     flops: int = 0
-    health: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+    health: Mapping[str, Mapping[str, Mapping[str, float]]] = field(
+        default_factory=dict
+    )
     notes: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -121,8 +166,12 @@ class Settled:
 class Share:
     """How many units each axis gets, why, and what finding that out cost.
 
-    `votes[axis]` holds the figures behind the decision, where it was a measured one. Where no axis gets any, `refusal`
-    says why, and `final` that it is not worth asking again.
+    Attributes:
+        counts: Units by axis.
+        votes: By axis, the figures behind the decision, where it was a measured one.
+        flops: What it cost.
+        refusal: Why no axis gets any.
+        final: Whether it is not worth asking again.
     """
 
     counts: dict[str, int]

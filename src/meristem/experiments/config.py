@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 import tomllib
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from meristem.care import CARES
 from meristem.core.errors import MeristemError, nearest
 from meristem.how import METHODS
+from meristem.methods import When, check_part
 from meristem.when import SENN, TRIGGERS, At, Every, duration, moment
 from meristem.where import PLACES
 
@@ -33,43 +43,93 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def named(choice: Choice, known: Mapping[str, Any] | tuple[str, ...], key: str) -> tuple[str, dict[str, Any]]:
+def imported(name: str) -> Any:
+    """What "package.module:attribute" names.
+
+    The current folder counts as a place to import from.
+    """
+    module_name, _, attribute = name.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(f"{module_name!r} cannot be imported: {error}") from None
+    if not hasattr(module, attribute):
+        close = nearest(attribute, dir(module))
+        raise ConfigError(f"module {module_name!r} has no {attribute!r}.{close}")
+    return getattr(module, attribute)
+
+
+def named(
+    choice: Choice, known: Mapping[str, Any] | tuple[str, ...], key: str
+) -> tuple[str, dict[str, Any]]:
     """The name and parameters of a choice; raises where the name is unknown."""
     if isinstance(choice, dict) and len(choice) != 1:
         raise ValueError(f"{key} takes one name; got {', '.join(choice) or 'none'}")
-    name, parameters = (choice, {}) if isinstance(choice, str) else next(iter(choice.items()))
+    name, parameters = (
+        (choice, {}) if isinstance(choice, str) else next(iter(choice.items()))
+    )
     if name not in known:
-        raise ValueError(f"{key} = {name!r} is not known.{nearest(name, known)} Known: {', '.join(known)}")
+        raise ValueError(
+            f"{key} = {name!r} is not known.{nearest(name, known)} Known: {', '.join(known)}"
+        )
     return name, dict(parameters)
 
 
 def built(choice: Choice, known: Mapping[str, Any], key: str) -> Any:
-    """The object that a choice names, made with its parameters; "none" stands for None, which TOML does not have."""
-    name, parameters = named(choice, known, key)
-    kind = known[name]
-    valid = [f.name for f in fields(kind)] if is_dataclass(kind) else []
-    for parameter in parameters:
+    """The object that a choice names, made with its parameters.
+
+    A name is one of the registry, or "package.module:Class" from anywhere. "none" stands
+    for None, which TOML does not have.
+    """
+    name = choice if isinstance(choice, str) else next(iter(choice), "")
+    if ":" in name:
+        kind = imported(name)
+        given = {} if isinstance(choice, str) else dict(choice[name])
+    else:
+        name, given = named(choice, known, key)
+        kind = known[name]
+    valid = [field.name for field in fields(kind)] if is_dataclass(kind) else []
+    parameters = {}
+    for parameter, value in given.items():
         if parameter not in valid:
+            listed = ", ".join(valid) or "none"
             raise ValueError(
-                f"{key}.{name} has no parameter {parameter!r}.{nearest(parameter, valid)} Known: {', '.join(valid) or 'none'}"
+                f"{key}.{name} has no parameter {parameter!r}."
+                f"{nearest(parameter, valid)} Known: {listed}"
             )
-    return kind(**{key: None if value == "none" else value for key, value in parameters.items()})
+        parameters[parameter] = None if value == "none" else value
+    part = kind(**parameters)
+    try:
+        check_part(key, part, known)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+    return part
 
 
-def trigger(choice: Mapping[str, Any], steps: int | None = None) -> Every | At | SENN:
+def trigger(choice: Mapping[str, Any], steps: int | None = None) -> When:
     """A trigger from { every = "2 epochs" }, { at = ["4 epochs", "6 epochs"] }, { at = 0.5 }, a fraction of training, or
     { senn = { budget = 0.05 } }.
 
     Without the `steps` of the whole run a fraction is only checked.
     """
     name, value = next(iter(choice.items()), ("", None))
+    if ":" in name:
+        own: When = built({name: dict(value or {})}, TRIGGERS, "when")
+        return own
     if name not in TRIGGERS or len(choice) != 1:
-        raise ValueError(f"when = {dict(choice)} is not known.{nearest(name, TRIGGERS)} Known: {', '.join(TRIGGERS)}")
+        raise ValueError(
+            f"when = {dict(choice)} is not known.{nearest(name, TRIGGERS)} Known: {', '.join(TRIGGERS)}"
+        )
     if name == "senn":
         try:
             found: SENN = built({name: dict(value or {})}, TRIGGERS, "when")
         except (TypeError, ValueError) as error:
-            raise ValueError(f"when.senn = {value!r}: {error}. hint: {{ senn = {{ budget = 0.05 }} }}") from None
+            raise ValueError(
+                f"when.senn = {value!r}: {error}. hint: {{ senn = {{ budget = 0.05 }} }}"
+            ) from None
         return found
     listed: list[Any] = value if isinstance(value, list) else [value]
     if name == "at" and listed and all(isinstance(one, float) for one in listed):
@@ -112,12 +172,20 @@ class Train(_Strict):
     @classmethod
     def _schedule(cls, value: Choice) -> Choice:
         name, parameters = named(value, SCHEDULES, "schedule")
-        valid = {"constant": ["warmup"], "cosine": ["warmup"], "wsd": ["warmup", "decay"]}[name]
+        valid = {
+            "constant": ["warmup"],
+            "cosine": ["warmup"],
+            "wsd": ["warmup", "decay"],
+        }[name]
         for key, part in parameters.items():
             if key not in valid:
-                raise ValueError(f"schedule.{name} has no parameter {key!r}.{nearest(key, valid)}")
+                raise ValueError(
+                    f"schedule.{name} has no parameter {key!r}.{nearest(key, valid)}"
+                )
             if not 0 <= part < 1:
-                raise ValueError(f"schedule.{name}.{key} is a fraction of training in [0, 1); got {part}")
+                raise ValueError(
+                    f"schedule.{name}.{key} is a fraction of training in [0, 1); got {part}"
+                )
         return value
 
 
@@ -207,7 +275,11 @@ class Experiment(_Strict):
     @property
     def data_options(self) -> tuple[str, DataOptions]:
         """Name and options of the data set."""
-        name, options = (self.data, {}) if isinstance(self.data, str) else next(iter(self.data.items()))
+        name, options = (
+            (self.data, {})
+            if isinstance(self.data, str)
+            else next(iter(self.data.items()))
+        )
         return name, DataOptions.model_validate(options)
 
     @field_validator("data")
@@ -215,7 +287,9 @@ class Experiment(_Strict):
     def _data(cls, value: Choice) -> Choice:
         if isinstance(value, dict):
             if len(value) != 1:
-                raise ValueError(f"data takes one name; got {', '.join(value) or 'none'}")
+                raise ValueError(
+                    f"data takes one name; got {', '.join(value) or 'none'}"
+                )
             for options in value.values():
                 try:
                     DataOptions.model_validate(options)
@@ -223,7 +297,9 @@ class Experiment(_Strict):
                     first = error.errors()[0]
                     key = ".".join(map(str, first["loc"]))
                     known = list(DataOptions.model_fields)
-                    raise ValueError(f"{key}: {first['msg']}.{nearest(key, known)} Known: {', '.join(known)}") from None
+                    raise ValueError(
+                        f"{key}: {first['msg']}.{nearest(key, known)} Known: {', '.join(known)}"
+                    ) from None
         return value
 
     @field_validator("model")
@@ -266,7 +342,9 @@ def checked(table: Mapping[str, Any], source: str = "the configuration") -> Expe
     try:
         experiment = Experiment.model_validate(table)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{source}: {_readable(problem)}" for problem in error.errors())) from None
+        raise ConfigError(
+            "\n".join(f"{source}: {_readable(problem)}" for problem in error.errors())
+        ) from None
     train = experiment.train
     lengths = [train.epochs, train.steps, train.flops, experiment.stages]
     if sum(length is not None for length in lengths) != 1:
@@ -275,18 +353,26 @@ def checked(table: Mapping[str, Any], source: str = "the configuration") -> Expe
         )
     if experiment.stages is not None:
         if experiment.grow is not None:
-            raise ConfigError(f"{source}: [grow] and [stages] are two ways to grow; choose one")
+            raise ConfigError(
+                f"{source}: [grow] and [stages] are two ways to grow; choose one"
+            )
         if not experiment.data_options[1].validation:
             raise ConfigError(
                 f"{source}: [stages] stop early on held-out data. hint: data = {{ name = {{ validation = 0.2 }} }}"
             )
         if experiment.train.schedule != "constant":
-            raise ConfigError(f"{source}: [stages] end by early stopping, so train.schedule can only be 'constant'")
+            raise ConfigError(
+                f"{source}: [stages] end by early stopping, so train.schedule can only be 'constant'"
+            )
     return experiment
 
 
 def _readable(problem: Any) -> str:
-    location = [str(part) for part in problem["loc"] if not str(part).startswith(("dict[", "function-"))]
+    location = [
+        str(part)
+        for part in problem["loc"]
+        if not str(part).startswith(("dict[", "function-"))
+    ]
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
         tables: dict[str, type[BaseModel]] = {

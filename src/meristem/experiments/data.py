@@ -90,7 +90,9 @@ class Data:
 
     def hits(self, output: Tensor, target: Tensor) -> int:
         """How many predictions are right; 0 for regression."""
-        return int((output.argmax(-1) == target).sum()) if self.task != "regression" else 0
+        return (
+            int((output.argmax(-1) == target).sum()) if self.task != "regression" else 0
+        )
 
 
 class Batches:
@@ -99,7 +101,14 @@ class Batches:
     Randomness comes from torch's global stream, or from the generator that `epoch` is given.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, size: int, shuffle: bool = False, black: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        size: int,
+        shuffle: bool = False,
+        black: Tensor | None = None,
+    ) -> None:
         self.x, self.y, self.size, self.shuffle, self.black = x, y, size, shuffle, black
 
     def __len__(self) -> int:
@@ -108,12 +117,26 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.epoch(None)
 
-    def epoch(self, generator: torch.Generator | None, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(
+        self, generator: torch.Generator | None, skip: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass, without its first `skip` batches."""
         count = len(self.x)
-        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
-        corner = torch.randint(2 * PAD + 1, (count, 2), generator=generator) if self.black is not None else None
-        flipped = torch.rand(count, generator=generator) < 0.5 if self.black is not None else None
+        order = (
+            torch.randperm(count, generator=generator)
+            if self.shuffle
+            else torch.arange(count)
+        )
+        corner = (
+            torch.randint(2 * PAD + 1, (count, 2), generator=generator)
+            if self.black is not None
+            else None
+        )
+        flipped = (
+            torch.rand(count, generator=generator) < 0.5
+            if self.black is not None
+            else None
+        )
         for chosen in order.split(self.size)[skip:]:
             x = self.x[chosen]
             if self.black is not None and corner is not None and flipped is not None:
@@ -128,7 +151,12 @@ def crop_and_flip(x: Tensor, black: Tensor, corner: Tensor, flipped: Tensor) -> 
     padded[:, :, PAD : PAD + h, PAD : PAD + w] = x
     rows = (corner[:, :1] + torch.arange(h))[:, None, :, None]
     columns = (corner[:, 1:] + torch.arange(w))[:, None, None, :]
-    cut = padded[torch.arange(n)[:, None, None, None], torch.arange(c)[None, :, None, None], rows, columns]
+    cut = padded[
+        torch.arange(n)[:, None, None, None],
+        torch.arange(c)[None, :, None, None],
+        rows,
+        columns,
+    ]
     return torch.where(flipped[:, None, None, None], cut.flip(-1), cut)
 
 
@@ -154,22 +182,40 @@ def prepared(
         DataError: As for `load`, or an option does not fit the data.
     """
     data = load(name)
-    if (augment or mean is not None or std is not None) and (data.x_train.dim() != 4 or data.scale is None):
-        raise DataError(f"augment, mean and std are for images; data = {name!r} has shape {tuple(data.x_train.shape)}")
+    if (augment or mean is not None or std is not None) and (
+        data.x_train.dim() != 4 or data.scale is None
+    ):
+        raise DataError(
+            f"augment, mean and std are for images; data = {name!r} has shape {tuple(data.x_train.shape)}"
+        )
     if data.scale is not None:
         own = data.scale
-        wanted = [own[i] if g is None else torch.tensor(g).reshape(1, -1, 1, 1) for i, g in enumerate((mean, std))]
+        wanted = [
+            own[i] if g is None else torch.tensor(g).reshape(1, -1, 1, 1)
+            for i, g in enumerate((mean, std))
+        ]
         if mean is not None or std is not None:
             if any(w.shape != own[0].shape for w in wanted):
-                raise DataError(f"mean and std take one number per channel: {own[0].numel()} for data = {name!r}")
-            x_train, x_test = ((x * own[1] + own[0] - wanted[0]) / wanted[1] for x in (data.x_train, data.x_test))
-            data = replace(data, x_train=x_train, x_test=x_test, scale=(wanted[0], wanted[1]))
+                raise DataError(
+                    f"mean and std take one number per channel: {own[0].numel()} for data = {name!r}"
+                )
+            x_train, x_test = (
+                (x * own[1] + own[0] - wanted[0]) / wanted[1]
+                for x in (data.x_train, data.x_test)
+            )
+            data = replace(
+                data, x_train=x_train, x_test=x_test, scale=(wanted[0], wanted[1])
+            )
         if augment:
             data = replace(data, black=(-wanted[0] / wanted[1]).flatten())
     if examples is not None:
         if examples > len(data.x_train):
-            raise DataError(f"examples = {examples} asks for more than the {len(data.x_train)} of data = {name!r}")
-        kept = torch.from_numpy(np.random.default_rng(42).permutation(len(data.x_train))[:examples])
+            raise DataError(
+                f"examples = {examples} asks for more than the {len(data.x_train)} of data = {name!r}"
+            )
+        kept = torch.from_numpy(
+            np.random.default_rng(42).permutation(len(data.x_train))[:examples]
+        )
         data = replace(data, x_train=data.x_train[kept], y_train=data.y_train[kept])
     return _held_out(data, validation) if validation else data
 
@@ -177,19 +223,32 @@ def prepared(
 def _held_out(data: Data, fraction: float) -> Data:
     """`data` with a part of the training examples set aside: the same fraction of every class, at random."""
     generator = np.random.default_rng(42)
-    classes = data.y_train.numpy() if data.task == "classification" else np.zeros(len(data.y_train), dtype=np.int64)
+    classes = (
+        data.y_train.numpy()
+        if data.task == "classification"
+        else np.zeros(len(data.y_train), dtype=np.int64)
+    )
     apart = np.zeros(len(classes), dtype=bool)
     for value in np.unique(classes):
         members = generator.permutation(np.flatnonzero(classes == value))
         apart[members[: round(fraction * len(members))]] = True
     mask = torch.from_numpy(apart)
     if mask.all() or not mask.any():
-        raise DataError(f"validation = {fraction} of {len(mask)} examples leaves nothing to train or to validate on")
+        raise DataError(
+            f"validation = {fraction} of {len(mask)} examples leaves nothing to train or to validate on"
+        )
     held_out = data.x_train[mask], data.y_train[mask]
-    return replace(data, x_train=data.x_train[~mask], y_train=data.y_train[~mask], held_out=held_out)
+    return replace(
+        data,
+        x_train=data.x_train[~mask],
+        y_train=data.y_train[~mask],
+        held_out=held_out,
+    )
 
 
-def load(name: str, sources: Mapping[str, tuple[str, dict[str, str]]] = SOURCES) -> Data:
+def load(
+    name: str, sources: Mapping[str, tuple[str, dict[str, str]]] = SOURCES
+) -> Data:
     """A data set by name: "digits", an image set, "tabular/NAME" or "text/NAME".
 
     Raises:
@@ -207,7 +266,9 @@ def load(name: str, sources: Mapping[str, tuple[str, dict[str, str]]] = SOURCES)
         return _images(name, _npz(Path(root) / f"{stem}.npz"))
     if name not in sources:
         known = ["digits", *sources, *_files_under(root)]
-        raise DataError(f"no data set is called {name!r}.{nearest(name, known)} Known: {', '.join(known)}")
+        raise DataError(
+            f"no data set is called {name!r}.{nearest(name, known)} Known: {', '.join(known)}"
+        )
     return _images(name, _download(name, *sources[name]))
 
 
@@ -215,7 +276,11 @@ def _files_under(root: str | None) -> list[str]:
     if root is None:
         return []
     folder = Path(root)
-    return [f"{p.parent.name}/{p.stem}" for kind in ("text/*.txt", "tabular/*.npz") for p in sorted(folder.glob(kind))]
+    return [
+        f"{p.parent.name}/{p.stem}"
+        for kind in ("text/*.txt", "tabular/*.npz")
+        for p in sorted(folder.glob(kind))
+    ]
 
 
 def _file(root: str | None, relative: str, name: str) -> Path:
@@ -240,19 +305,35 @@ def _digits() -> Data:
 
     bunch = load_digits()
     images = (bunch.images[..., None] * 16).clip(0, 255).astype(np.uint8)
-    parts = train_test_split(images, bunch.target, test_size=0.25, random_state=0, stratify=bunch.target)
-    return _images("digits", dict(zip(("x_train", "x_test", "y_train", "y_test"), parts, strict=True)))
+    parts = train_test_split(
+        images, bunch.target, test_size=0.25, random_state=0, stratify=bunch.target
+    )
+    return _images(
+        "digits",
+        dict(zip(("x_train", "x_test", "y_train", "y_test"), parts, strict=True)),
+    )
 
 
 def _images(name: str, arrays: Arrays) -> Data:
     train = torch.from_numpy(arrays["x_train"]).permute(0, 3, 1, 2).float() / 255
     test = torch.from_numpy(arrays["x_test"]).permute(0, 3, 1, 2).float() / 255
     mean, std = train.mean((0, 2, 3), keepdim=True), train.std((0, 2, 3), keepdim=True)
-    y_train, y_test = (torch.from_numpy(arrays[key].astype(np.int64)) for key in ("y_train", "y_test"))
+    y_train, y_test = (
+        torch.from_numpy(arrays[key].astype(np.int64)) for key in ("y_train", "y_test")
+    )
     classes = int(y_train.max()) + 1
     # Contiguous: a permuted uint8 array becomes a channels-last float tensor, and batches would inherit that.
     x_train, x_test = ((t - mean).div(std).contiguous() for t in (train, test))
-    return Data(name, "classification", x_train, y_train, x_test, y_test, classes, scale=(mean, std))
+    return Data(
+        name,
+        "classification",
+        x_train,
+        y_train,
+        x_test,
+        y_test,
+        classes,
+        scale=(mean, std),
+    )
 
 
 def _tabular(name: str, arrays: Arrays) -> Data:
@@ -262,19 +343,40 @@ def _tabular(name: str, arrays: Arrays) -> Data:
     test = torch.from_numpy(mask)
     if np.issubdtype(y.dtype, np.floating):
         targets = torch.from_numpy((y - y[~mask].mean()) / y[~mask].std()).float()
-        return Data(name, "regression", inputs[~test], targets[~test], inputs[test], targets[test], 1)
+        return Data(
+            name,
+            "regression",
+            inputs[~test],
+            targets[~test],
+            inputs[test],
+            targets[test],
+            1,
+        )
     labels = torch.from_numpy(y.astype(np.int64))
     outputs = int(labels.max()) + 1
-    return Data(name, "classification", inputs[~test], labels[~test], inputs[test], labels[test], outputs)
+    return Data(
+        name,
+        "classification",
+        inputs[~test],
+        labels[~test],
+        inputs[test],
+        labels[test],
+        outputs,
+    )
 
 
-def _table(arrays: Arrays) -> tuple[NDArray[np.float64], NDArray[Any], NDArray[np.bool_]]:
+def _table(
+    arrays: Arrays,
+) -> tuple[NDArray[np.float64], NDArray[Any], NDArray[np.bool_]]:
     """Inputs, targets and the mask of test rows, from the layouts that tabular files have."""
     if "x_num_train" in arrays:
         parts = []
         for part in ("train", "test"):
             codes = arrays[f"x_cat_{part}"]
-            one_hot = [np.eye(int(arrays["x_cat_train"][:, j].max()) + 1)[codes[:, j]] for j in range(codes.shape[1])]
+            one_hot = [
+                np.eye(int(arrays["x_cat_train"][:, j].max()) + 1)[codes[:, j]]
+                for j in range(codes.shape[1])
+            ]
             parts.append(np.concatenate([arrays[f"x_num_{part}"], *one_hot], axis=1))
         y = np.concatenate([arrays["y_train"], arrays["y_test"]])
         mask = np.arange(len(y)) >= len(arrays["y_train"])
@@ -293,7 +395,10 @@ def _text(name: str, path: Path) -> Data:
     code = {character: i for i, character in enumerate(characters)}
     tokens = torch.tensor([code[c] for c in text])
     rows = (len(tokens) - 1) // CONTEXT
-    x, y = tokens[: rows * CONTEXT].view(rows, CONTEXT), tokens[1 : rows * CONTEXT + 1].view(rows, CONTEXT)
+    x, y = (
+        tokens[: rows * CONTEXT].view(rows, CONTEXT),
+        tokens[1 : rows * CONTEXT + 1].view(rows, CONTEXT),
+    )
     cut = int(0.9 * rows)
     return Data(name, "language", x[:cut], y[:cut], x[cut:], y[cut:], len(characters))
 
@@ -301,7 +406,9 @@ def _text(name: str, path: Path) -> Data:
 def _download(name: str, base: str, files: dict[str, str]) -> Arrays:
     import pooch
 
-    fetcher = pooch.create(pooch.os_cache("meristem") / name, base_url=base, registry=files)
+    fetcher = pooch.create(
+        pooch.os_cache("meristem") / name, base_url=base, registry=files
+    )
     try:
         paths = [Path(fetcher.fetch(file)) for file in files]
     except Exception as error:
@@ -312,14 +419,23 @@ def _download(name: str, base: str, files: dict[str, str]) -> Arrays:
     if name.startswith("cifar"):
         return _cifar(paths[0], b"fine_labels" if name == "cifar100" else b"labels")
     x_train, y_train, x_test, y_test = (_idx(path) for path in paths)
-    return {"x_train": x_train[..., None], "y_train": y_train, "x_test": x_test[..., None], "y_test": y_test}
+    return {
+        "x_train": x_train[..., None],
+        "y_train": y_train,
+        "x_test": x_test[..., None],
+        "y_test": y_test,
+    }
 
 
 def _idx(path: Path) -> NDArray[np.uint8]:
     content = gzip.decompress(path.read_bytes())
     rank = content[3]
     shape = np.frombuffer(content, dtype=">u4", count=rank, offset=4)
-    return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * rank).reshape(shape.astype(int)).copy()
+    return (
+        np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * rank)
+        .reshape(shape.astype(int))
+        .copy()
+    )
 
 
 def _cifar(path: Path, key: bytes) -> Arrays:
@@ -328,7 +444,13 @@ def _cifar(path: Path, key: bytes) -> Arrays:
     with tarfile.open(path) as archive:
         for member in sorted(archive.getmembers(), key=lambda m: m.name):
             stem = Path(member.name).name
-            part = "train" if stem.startswith(("data_batch", "train")) else "test" if stem.startswith("test") else None
+            part = (
+                "train"
+                if stem.startswith(("data_batch", "train"))
+                else "test"
+                if stem.startswith("test")
+                else None
+            )
             file = archive.extractfile(member) if part else None
             if part and file is not None:
                 parts[part].append(pickle.load(file, encoding="bytes"))
@@ -336,5 +458,7 @@ def _cifar(path: Path, key: bytes) -> Arrays:
     for part, batches in parts.items():
         pixels = np.concatenate([batch[b"data"] for batch in batches])
         arrays[f"x_{part}"] = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        arrays[f"y_{part}"] = np.concatenate([np.array(batch[key], dtype=np.uint8) for batch in batches])
+        arrays[f"y_{part}"] = np.concatenate(
+            [np.array(batch[key], dtype=np.uint8) for batch in batches]
+        )
     return arrays

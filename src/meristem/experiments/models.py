@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
 from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,16 +12,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from meristem.core.errors import nearest
-from meristem.experiments.config import Choice, ConfigError
+from meristem.experiments.config import Choice, ConfigError, imported
 from meristem.experiments.data import Data
 from meristem.growing import find_axes, grow_
 
 
-def mlp(inputs: int, outputs: int, hidden: list[int], norm: bool = False) -> nn.Sequential:
+def mlp(
+    inputs: int, outputs: int, hidden: list[int], norm: bool = False
+) -> nn.Sequential:
     """Linear layers with ReLU between, on flattened inputs."""
     layers: list[nn.Module] = [nn.Flatten()]
     for width in hidden:
-        layers += [nn.Linear(inputs, width), *([nn.BatchNorm1d(width)] if norm else []), nn.ReLU()]
+        layers += [
+            nn.Linear(inputs, width),
+            *([nn.BatchNorm1d(width)] if norm else []),
+            nn.ReLU(),
+        ]
         inputs = width
     return nn.Sequential(*layers, nn.Linear(inputs, outputs))
 
@@ -76,8 +79,19 @@ def vgg(
     layers: list[tuple[str, nn.Module]] = []
     for b, widths in enumerate(convs, 1):
         for i, width in enumerate(widths, 1):
-            conv = nn.Conv2d(channels, width, 3, 2 if strided and i == 1 else 1, padding=1, bias=False)
-            layers += [(f"conv{b}_{i}", conv), (f"norm{b}_{i}", nn.BatchNorm2d(width)), (f"relu{b}_{i}", nn.ReLU())]
+            conv = nn.Conv2d(
+                channels,
+                width,
+                3,
+                2 if strided and i == 1 else 1,
+                padding=1,
+                bias=False,
+            )
+            layers += [
+                (f"conv{b}_{i}", conv),
+                (f"norm{b}_{i}", nn.BatchNorm2d(width)),
+                (f"relu{b}_{i}", nn.ReLU()),
+            ]
             channels = width
         if not strided:
             layers.append((f"pool{b}", nn.MaxPool2d(2)))
@@ -99,13 +113,20 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.q, self.k, self.v = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, width)
+        self.q, self.k, self.v = (
+            nn.Linear(width, width),
+            nn.Linear(width, width),
+            nn.Linear(width, width),
+        )
         self.out = nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm1(x)
-        q, k, v = (layer(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k, v = (
+            layer(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
+        )
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
         out: Tensor = x + self.down(F.gelu(self.up(self.norm2(x))))
@@ -115,7 +136,15 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A character language model."""
 
-    def __init__(self, vocabulary: int, context: int, width: int, heads: int, hidden: int, depth: int) -> None:
+    def __init__(
+        self,
+        vocabulary: int,
+        context: int,
+        width: int,
+        heads: int,
+        hidden: int,
+        depth: int,
+    ) -> None:
         super().__init__()
         self.token = nn.Embedding(vocabulary, width)
         self.position = nn.Parameter(torch.empty(context, width))
@@ -146,7 +175,9 @@ class PreActBlock(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = x + self.conv2(F.relu(self.norm2(self.conv1(F.relu(self.norm1(x))))))
+        out: Tensor = x + self.conv2(
+            F.relu(self.norm2(self.conv1(F.relu(self.norm1(x)))))
+        )
         return out
 
 
@@ -156,7 +187,9 @@ class ResNet(nn.Module):
     `stride` is the first convolution's: 2 makes every map half as wide and a step four times as cheap.
     """
 
-    def __init__(self, channels: int, outputs: int, width: int, blocks: int, stride: int) -> None:
+    def __init__(
+        self, channels: int, outputs: int, width: int, blocks: int, stride: int
+    ) -> None:
         super().__init__()
         self.stem = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
         self.stage1 = nn.Sequential(*[PreActBlock(width) for _ in range(blocks)])
@@ -180,27 +213,39 @@ def build(choice: Choice, data: Data) -> nn.Module:
     Raises:
         ConfigError: Unknown parameters, or a factory that cannot be imported.
     """
-    name, parameters = (choice, {}) if isinstance(choice, str) else next(iter(choice.items()))
+    name, parameters = (
+        (choice, {}) if isinstance(choice, str) else next(iter(choice.items()))
+    )
     if ":" in name:
-        model = factory(name)(**parameters)
+        model = imported(name)(**parameters)
         if not isinstance(model, nn.Module):
-            raise ConfigError(f"model = {name!r} gives a {type(model).__name__}, not a torch.nn.Module")
+            raise ConfigError(
+                f"model = {name!r} gives a {type(model).__name__}, not a torch.nn.Module"
+            )
         return model
     shape = data.x_train.shape[1:]
     make: Callable[..., nn.Module]
-    kinds: dict[str, Callable[..., nn.Module]] = {"convnet": ConvNet, "vgg": vgg, "resnet": ResNet}
+    kinds: dict[str, Callable[..., nn.Module]] = {
+        "convnet": ConvNet,
+        "vgg": vgg,
+        "resnet": ResNet,
+    }
     fixed: dict[str, Any]
     if name == "mlp":
         make, fixed = mlp, {"inputs": int(shape.numel()), "outputs": data.outputs}
     elif name in kinds:
         if len(shape) != 3:
-            raise ConfigError(f"model = {name!r} needs images; the data have shape {tuple(shape)}")
+            raise ConfigError(
+                f"model = {name!r} needs images; the data have shape {tuple(shape)}"
+            )
         fixed = {"channels": int(shape[0]), "outputs": data.outputs}
         make = kinds[name]
         fixed |= {"size": int(shape[1])} if name == "vgg" else {}
     else:
         if data.task != "language":
-            raise ConfigError("model = 'gpt' needs text; hint: data = 'text/tinyshakespeare'")
+            raise ConfigError(
+                "model = 'gpt' needs text; hint: data = 'text/tinyshakespeare'"
+            )
         make, fixed = GPT, {"vocabulary": data.outputs, "context": int(shape[0])}
     defaults = _DEFAULTS[name]
     for key in parameters:
@@ -211,13 +256,20 @@ def build(choice: Choice, data: Data) -> nn.Module:
     try:
         return make(**fixed, **(defaults | parameters))
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"model.{name} cannot be built with {parameters}: {error}") from None
+        raise ConfigError(
+            f"model.{name} cannot be built with {parameters}: {error}"
+        ) from None
 
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "mlp": {"hidden": [32, 32], "norm": False},
     "convnet": {"width": 16},
-    "vgg": {"convs": [[8], [16]], "hidden": [32, 32], "strided": False, "positive_bias": False},
+    "vgg": {
+        "convs": [[8], [16]],
+        "hidden": [32, 32],
+        "strided": False,
+        "positive_bias": False,
+    },
     "resnet": {"width": 16, "blocks": 1, "stride": 1},
     "gpt": {"width": 96, "heads": 4, "hidden": 384, "depth": 2},
 }
@@ -247,18 +299,3 @@ def sized(model: nn.Module, example: Tensor, sizes: dict[str, int]) -> nn.Module
             if callable(reset):
                 reset()
     return model
-
-
-def factory(name: str) -> Any:
-    """What "package.module:attribute" names; the current folder counts as a place to import from."""
-    module_name, _, attribute = name.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(f"{module_name!r} cannot be imported: {error}") from None
-    if not hasattr(module, attribute):
-        raise ConfigError(f"module {module_name!r} has no {attribute!r}.{nearest(attribute, dir(module))}")
-    return getattr(module, attribute)

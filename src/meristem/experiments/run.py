@@ -39,12 +39,15 @@ from meristem.experiments.config import (
     trigger,
 )
 from meristem.experiments.data import Batches
+from meristem.growable import growable
 from meristem.grower import Grower
-from meristem.growing import find_axes, sizes_of
+from meristem.growing import listed_sizes
 from meristem.how import METHODS
+from meristem.lab.ledger import step_flops
 from meristem.stages import Stages
-from meristem.statistics.flops import step_flops
 from meristem.statistics.health import health
+from meristem.structure import structure_of
+from meristem.structure.undisturbed import undisturbed
 from meristem.where import PLACES
 
 SAVE_SECONDS = 60.0
@@ -79,17 +82,23 @@ class Progress:
 class Run:
     """One experiment in progress."""
 
-    def __init__(self, experiment: Experiment, report: Report = lambda progress: None) -> None:
+    def __init__(
+        self, experiment: Experiment, report: Report = lambda progress: None
+    ) -> None:
         self.experiment, self.report = experiment, report
         self.accelerator = Accelerator(mixed_precision=experiment.train.precision)
         if self.accelerator.num_processes > 1:
-            raise ConfigError("a run takes one process so far; hint: start it without torchrun or accelerate launch")
+            raise ConfigError(
+                "a run takes one process so far; hint: start it without torchrun or accelerate launch"
+            )
         name, options = experiment.data_options
         self.data = datasets.prepared(name, **options.model_dump())
         self.example = self.data.x_train[: min(8, len(self.data.x_train))]
         torch.manual_seed(experiment.seed)
         model = models.build(experiment.model, self.data)
-        self.model = models.sized(model, self.example, experiment.sizes).to(self.accelerator.device)
+        self.model = models.sized(model, self.example, experiment.sizes).to(
+            self.accelerator.device
+        )
         self.example = self.example.to(self.accelerator.device)
         self.optimizer = _optimizer(experiment, self.model.parameters())
         self.batches = self.data.batches(experiment.train.batch_size)
@@ -98,8 +107,12 @@ class Run:
         self.stopping = False
         self.flops_per_example = self._flops_per_example()
         self.progress.steps = self._steps()
-        self.grower = self._grower(experiment.grow) if experiment.grow is not None else None
-        self.stages = self._stages(experiment.stages) if experiment.stages is not None else None
+        self.grower = (
+            self._grower(experiment.grow) if experiment.grow is not None else None
+        )
+        self.stages = (
+            self._stages(experiment.stages) if experiment.stages is not None else None
+        )
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The mean loss of a batch, on the model's device."""
@@ -114,7 +127,10 @@ class Run:
             loss=self.loss,
             data=self.batches,
             when=trigger(grow.when, self.progress.steps),
-            how=[built(one, METHODS, "how") for one in (grow.how if isinstance(grow.how, list) else [grow.how])],
+            how=[
+                built(one, METHODS, "how")
+                for one in (grow.how if isinstance(grow.how, list) else [grow.how])
+            ],
             where=built(grow.where, PLACES, "where"),
             care=[built(one, CARES, "care") for one in grow.care],
             amount=grow.amount,
@@ -154,26 +170,37 @@ class Run:
         self.report(self.progress)
         self.progress.beside = ""
         if self.stopping:
-            raise Interrupted("stopped during a growth, which is dropped; the run goes on from its last checkpoint")
+            raise Interrupted(
+                "stopped during a growth, which is dropped; the run goes on from its last checkpoint"
+            )
 
     def _flops_per_example(self) -> float:
         """Floating-point operations of a training step at the present size, per example."""
-        return step_flops(self.model, self.loss, (self.data.x_train[:8], self.data.y_train[:8]))
+        return step_flops(
+            self.model, self.loss, (self.data.x_train[:8], self.data.y_train[:8])
+        )
 
     def _sizes(self) -> dict[str, int]:
-        return sizes_of(find_axes(self.model, self.example))
+        with undisturbed():
+            return listed_sizes(structure_of(self.model, self.example))
 
     def _steps(self) -> int:
         """Steps of the whole run; with stages, the most that it can take."""
         train = self.experiment.train
         if self.experiment.stages is not None:
-            return (len(self.experiment.stages.amount) + 1) * self.experiment.stages.epochs * len(self.batches)
+            return (
+                (len(self.experiment.stages.amount) + 1)
+                * self.experiment.stages.epochs
+                * len(self.batches)
+            )
         if train.epochs is not None:
             return train.epochs * len(self.batches)
         if train.steps is not None:
             return train.steps
         assert train.flops is not None
-        epochs, rest = divmod(train.flops / self.flops_per_example, len(self.data.x_train))
+        epochs, rest = divmod(
+            train.flops / self.flops_per_example, len(self.data.x_train)
+        )
         return max(1, int(epochs) * len(self.batches) + round(rest / train.batch_size))
 
     def train(self, folder: Path) -> None:
@@ -186,7 +213,10 @@ class Run:
             self._resume(folder)
         self._folder, self._saved = folder, time.perf_counter()
         self._started = time.perf_counter() - self.progress.seconds
-        handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {
+            number: signal.signal(number, self._stop)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
         try:
             if self.stages is not None:
                 self._train_stages(self.stages)
@@ -207,7 +237,9 @@ class Run:
             self._save(self._folder)
             self._saved = time.perf_counter()
         if self.stopping:
-            raise Interrupted(f"stopped at step {self.progress.step} of {self.progress.steps}")
+            raise Interrupted(
+                f"stopped at step {self.progress.step} of {self.progress.steps}"
+            )
 
     def _train_stages(self, stages: Stages) -> None:
         progress = self.progress
@@ -234,19 +266,28 @@ class Run:
         """Batches from the present step on; the order depends on the seed and the epoch alone."""
         while self.progress.step < self.progress.steps:
             epoch, done = divmod(self.progress.step, len(self.batches))
-            generator = torch.Generator().manual_seed(self.experiment.seed * 1_000_003 + epoch)
-            yield from islice(self.batches.epoch(generator, done), self.progress.steps - self.progress.step)
+            generator = torch.Generator().manual_seed(
+                self.experiment.seed * 1_000_003 + epoch
+            )
+            yield from islice(
+                self.batches.epoch(generator, done),
+                self.progress.steps - self.progress.step,
+            )
 
     def _step(self, batch: tuple[Tensor, Tensor]) -> None:
         progress = self.progress
         for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * rate(self.experiment, progress.step / progress.steps)
+            group["lr"] = group["initial_lr"] * rate(
+                self.experiment, progress.step / progress.steps
+            )
         self.model.train()
         loss = self.loss(self.model, batch)
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
         if self.experiment.train.clip is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.experiment.train.clip)
+            self.accelerator.clip_grad_norm_(
+                self.model.parameters(), self.experiment.train.clip
+            )
         self.optimizer.step()
         progress.step += 1
         progress.flops += self.flops_per_example * len(batch[0])
@@ -268,7 +309,12 @@ class Run:
         """Add a point to the curve."""
         progress = self.progress
         accuracy, loss = self.evaluate(self.data.x_test, self.data.y_test)
-        point = {"step": progress.step, "flops": progress.flops, "accuracy": accuracy, "loss": loss}
+        point = {
+            "step": progress.step,
+            "flops": progress.flops,
+            "accuracy": accuracy,
+            "loss": loss,
+        }
         if self.data.held_out is not None:
             point["validation"] = self.evaluate(*self.data.held_out)[1]
         progress.curve.append({**point, "sizes": dict(progress.sizes)})
@@ -279,14 +325,21 @@ class Run:
         plain = Batches(self.data.x_train[:some], self.data.y_train[:some], EVALUATION)
         new = {
             name: range(self.first_sizes[name], axis.size)
-            for name, axis in find_axes(self.model, self.example).items()
-            if axis.kind != "depth" and name in self.first_sizes and axis.size > self.first_sizes[name]
+            for name, axis in growable(structure_of(self.model, self.example)).items()
+            if axis.kind != "depth"
+            and name in self.first_sizes
+            and axis.size > self.first_sizes[name]
         }
         if not math.isfinite(self.progress.curve[-1]["loss"]):
             return {}  # a net that has diverged has no health to look at
-        looks: dict[str, dict[str, range] | None] = {"all": None, **({"new": new} if new else {})}
+        looks: dict[str, dict[str, range] | None] = {
+            "all": None,
+            **({"new": new} if new else {}),
+        }
         return {
-            name: health(self.model, self.example, loss=self.loss, data=plain, units=units)
+            name: health(
+                self.model, self.example, loss=self.loss, data=plain, units=units
+            )
             for name, units in looks.items()
         }
 
@@ -296,7 +349,10 @@ class Run:
         self.model.eval()
         hits, total = 0, 0.0
         for x, y in Batches(inputs, targets, EVALUATION):
-            output, target = self.model(x.to(self.accelerator.device)), y.to(self.accelerator.device)
+            output, target = (
+                self.model(x.to(self.accelerator.device)),
+                y.to(self.accelerator.device),
+            )
             hits += self.data.hits(output, target)
             total += self.data.loss(output, target).item() * len(x)
         accuracy = hits / targets.numel() if self.data.task != "regression" else None
@@ -304,11 +360,17 @@ class Run:
 
     def _save(self, folder: Path) -> None:
         config = json.dumps(self.experiment.model_dump(mode="json"))
-        extra = {"progress": dataclasses.asdict(self.progress), "rng": torch.get_rng_state(), "config": config}
+        extra = {
+            "progress": dataclasses.asdict(self.progress),
+            "rng": torch.get_rng_state(),
+            "config": config,
+        }
         if self.stages is not None:
             extra["stages"] = self.stages.state_dict()
         optimizer = self.stages.optimizer if self.stages is not None else self.optimizer
-        checkpoint.save(folder, self.model, optimizer=optimizer, grower=self.grower, extra=extra)
+        checkpoint.save(
+            folder, self.model, optimizer=optimizer, grower=self.grower, extra=extra
+        )
 
     def _resume(self, folder: Path) -> None:
         extra = checkpoint.load_extra(folder)
@@ -332,7 +394,9 @@ class Run:
             "validation": last.get("validation"),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "widths": self.progress.sizes,
-            "growths": [growth.json() for growth in grower.history] if grower is not None else [],
+            "growths": [growth.json() for growth in grower.history]
+            if grower is not None
+            else [],
             "health": last["health"] if "health" in last else self._health(),
             "training_flops": self.progress.flops,
             "growth_flops": grower.flops if grower is not None else 0,
@@ -357,7 +421,9 @@ class Run:
         }
 
 
-def run(experiment: Experiment, out: Path, name: str, report: Report = lambda progress: None) -> Path:
+def run(
+    experiment: Experiment, out: Path, name: str, report: Report = lambda progress: None
+) -> Path:
     """Run an experiment, or what is left of it; returns the path of its JSON file.
 
     A finished run is not run again. The checkpoint lies beside the result until the run is finished.

@@ -21,7 +21,14 @@ from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from meristem.core.errors import DataError, nearest
-from meristem.experiments.config import OPTIMIZERS, ConfigError, Experiment, checked, named, toml
+from meristem.experiments.config import (
+    OPTIMIZERS,
+    ConfigError,
+    Experiment,
+    checked,
+    named,
+    toml,
+)
 from meristem.experiments.run import Interrupted, run
 
 Baseline = Literal["small", "final", "equal"]
@@ -106,7 +113,10 @@ class Comparison:
                 if baseline == "final" and self.suite.final_of is not None:
                     of = self.suite.final_of
                 of = list(self.suite.methods) if of is None else of
-                rows += [Row(task, TITLES[baseline].format(method), method, baseline) for method in of]
+                rows += [
+                    Row(task, TITLES[baseline].format(method), method, baseline)
+                    for method in of
+                ]
         return rows
 
     def experiment(self, row: Row, seed: int) -> Experiment:
@@ -120,16 +130,26 @@ class Comparison:
             for key in ("grow", "stages"):
                 if key in table:
                     table[key] = table[key] | method
-            return checked(table | {"seed": seed}, f"{self.path}: {row.task}, {row.title}")
+            return checked(
+                table | {"seed": seed}, f"{self.path}: {row.task}, {row.title}"
+            )
         if "stages" in table and row.baseline != "equal":
             table["stages"] |= {"amount": []}
         table.pop("grow", None)
         if row.baseline != "small":
             result = self.done[_method(row), seed]
-            table["sizes"] = {name: size for growth in result["growths"] for name, size in growth["after"].items()}
+            table["sizes"] = {
+                name: size
+                for growth in result["growths"]
+                for name, size in growth["after"].items()
+            }
             if row.baseline == "equal":
                 table.pop("stages", None)
-                table["train"] = {k: v for k, v in table["train"].items() if k not in ("epochs", "steps")}
+                table["train"] = {
+                    k: v
+                    for k, v in table["train"].items()
+                    if k not in ("epochs", "steps")
+                }
                 table["train"]["flops"] = float(result["training_flops"])
         return checked(table | {"seed": seed}, f"{self.path}: {row.task}, {row.title}")
 
@@ -142,10 +162,16 @@ class Comparison:
     def runs(self) -> int:
         """How many runs the suite takes, tuning included."""
         rows = [row for task in self.suite.tasks for row in self.rows(task)]
-        return len(rows) * len(self.suite.seeds) + len(self._to_tune(rows)) * len(self.suite.learning_rates)
+        return len(rows) * len(self.suite.seeds) + len(self._to_tune(rows)) * len(
+            self.suite.learning_rates
+        )
 
     def _to_tune(self, rows: Sequence[Row]) -> list[Row]:
-        return [row for row in rows if self.suite.tuned is None or row.title in self.suite.tuned]
+        return [
+            row
+            for row in rows
+            if self.suite.tuned is None or row.title in self.suite.tuned
+        ]
 
     def finish(self, workers: int, report: Callable[[int, str], None]) -> None:
         """Run all that is not done yet; `report(done, name)` after every run.
@@ -162,30 +188,52 @@ class Comparison:
 
         for rows in self.waves():
             best = self._tuned(rows, workers, told) if self.suite.learning_rates else {}
-            best |= {row: self.suite.rates[row.title] for row in rows if row.title in self.suite.rates}
+            best |= {
+                row: self.suite.rates[row.title]
+                for row in rows
+                if row.title in self.suite.rates
+            }
             jobs = []
             for row in rows:
                 for seed in self.suite.seeds:
                     experiment = self.experiment(row, seed)
                     if row in best:
                         experiment = _with_rate(experiment, best[row])
-                    jobs.append(Job(row, experiment, f"{slug(row.task)}_{slug(row.title)}"))
+                    jobs.append(
+                        Job(row, experiment, f"{slug(row.task)}_{slug(row.title)}")
+                    )
             for job, path in _all(jobs, self.out, workers):
                 assert path is not None
                 self.done[job.row, job.experiment.seed] = json.loads(path.read_text())
                 told(job)
 
-    def _tuned(self, rows: Sequence[Row], workers: int, told: Callable[[Job], None]) -> dict[Row, float]:
+    def _tuned(
+        self, rows: Sequence[Row], workers: int, told: Callable[[Job], None]
+    ) -> dict[Row, float]:
         """The learning rate of each row with the smallest held-out loss, with the first seed."""
         jobs = []
         for row in self._to_tune(rows):
             for rate in self.suite.learning_rates:
-                experiment = _with_rate(_held_out(self.experiment(row, self.suite.seeds[0])), rate)
-                jobs.append(Job(row, experiment, f"{slug(row.task)}_{slug(row.title)}_lr{rate:g}"))
+                experiment = _with_rate(
+                    _held_out(self.experiment(row, self.suite.seeds[0])), rate
+                )
+                jobs.append(
+                    Job(
+                        row,
+                        experiment,
+                        f"{slug(row.task)}_{slug(row.title)}_lr{rate:g}",
+                    )
+                )
         found: dict[Row, list[tuple[float, float]]] = {}
         for job, path in _all(jobs, self.out / "tuning", workers, tuning=True):
-            loss = json.loads(path.read_text())["validation"] if path is not None else math.inf
-            found.setdefault(job.row, []).append((math.inf if math.isnan(loss) else loss, _rate(job.experiment)))
+            loss = (
+                json.loads(path.read_text())["validation"]
+                if path is not None
+                else math.inf
+            )
+            found.setdefault(job.row, []).append(
+                (math.inf if math.isnan(loss) else loss, _rate(job.experiment))
+            )
             told(job)
         return lent(rows, {row: min(pairs)[1] for row, pairs in found.items()})
 
@@ -201,27 +249,49 @@ def read(path: Path, out: Path | None = None) -> Comparison:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        hint = nearest(key, Suite.model_fields) if first["type"] == "extra_forbidden" else ""
-        raise ConfigError(f"{path}: {key}: {first['msg']}.{hint} Known: {', '.join(Suite.model_fields)}") from None
-    comparison = Comparison(path, suite, out if out is not None else path.parent / "results" / path.stem)
+        hint = (
+            nearest(key, Suite.model_fields)
+            if first["type"] == "extra_forbidden"
+            else ""
+        )
+        raise ConfigError(
+            f"{path}: {key}: {first['msg']}.{hint} Known: {', '.join(Suite.model_fields)}"
+        ) from None
+    comparison = Comparison(
+        path, suite, out if out is not None else path.parent / "results" / path.stem
+    )
     titles = {row.title for task in suite.tasks for row in comparison.rows(task)}
     for key in ("baselines_of", "final_of"):
         for method in getattr(suite, key) or []:
             if method not in suite.methods:
-                raise ConfigError(f"{path}: {key} names {method!r}.{nearest(method, suite.methods)}")
+                raise ConfigError(
+                    f"{path}: {key} names {method!r}.{nearest(method, suite.methods)}"
+                )
     for key in ("tuned", "drawn", "rates"):
         for title in getattr(suite, key) or []:
             if title not in titles:
-                raise ConfigError(f"{path}: {key} names {title!r}, which is no row.{nearest(title, titles)}")
+                raise ConfigError(
+                    f"{path}: {key} names {title!r}, which is no row.{nearest(title, titles)}"
+                )
     if suite.reference not in titles:
-        raise ConfigError(f"{path}: reference = {suite.reference!r} is no row.{nearest(suite.reference, titles)}")
+        raise ConfigError(
+            f"{path}: reference = {suite.reference!r} is no row.{nearest(suite.reference, titles)}"
+        )
     for task, table in suite.tasks.items():
         if "grow" not in table and "stages" not in table:
-            raise ConfigError(f"{path}: tasks.{task} says neither [grow] nor [stages]; there is nothing to compare")
-    files = [f"{slug(row.task)}_{slug(row.title)}" for task in suite.tasks for row in comparison.rows(task)]
+            raise ConfigError(
+                f"{path}: tasks.{task} says neither [grow] nor [stages]; there is nothing to compare"
+            )
+    files = [
+        f"{slug(row.task)}_{slug(row.title)}"
+        for task in suite.tasks
+        for row in comparison.rows(task)
+    ]
     twice = [name for name in files if files.count(name) > 1]
     if twice:
-        raise ConfigError(f"{path}: two rows would share the file name {twice[0]!r}. hint: rename a task or a method")
+        raise ConfigError(
+            f"{path}: two rows would share the file name {twice[0]!r}. hint: rename a task or a method"
+        )
     for row in next(comparison.waves()):
         comparison.experiment(row, suite.seeds[0])
     return comparison
@@ -235,7 +305,11 @@ def lent(rows: Sequence[Row], rates: dict[Row, float]) -> dict[Row, float]:
     for row in rows:
         tuned = [other for other in rows if other in rates and other.task == row.task]
         alike = [other for other in tuned if other.baseline == row.baseline]
-        shaped = [other for other in tuned if {other.baseline, row.baseline} == {"final", "equal"}]
+        shaped = [
+            other
+            for other in tuned
+            if {other.baseline, row.baseline} == {"final", "equal"}
+        ]
         if row not in rates and (alike or shaped):
             result[row] = rates[(alike or shaped)[0]]
     return result
@@ -257,7 +331,9 @@ def _rate(experiment: Experiment) -> float:
 
 def _with_rate(experiment: Experiment, rate: float) -> Experiment:
     name, settings = named(experiment.train.optimizer, OPTIMIZERS, "optimizer")
-    train = experiment.train.model_copy(update={"optimizer": {name: settings | {"lr": rate}}})
+    train = experiment.train.model_copy(
+        update={"optimizer": {name: settings | {"lr": rate}}}
+    )
     return experiment.model_copy(update={"train": train})
 
 
@@ -266,11 +342,15 @@ def _held_out(experiment: Experiment) -> Experiment:
     name, options = experiment.data_options
     if options.validation:
         return experiment
-    chosen = options.model_dump(exclude_defaults=True) | {"validation": TUNING_VALIDATION}
+    chosen = options.model_dump(exclude_defaults=True) | {
+        "validation": TUNING_VALIDATION
+    }
     return experiment.model_copy(update={"data": {name: chosen}})
 
 
-def _all(jobs: Sequence[Job], out: Path, workers: int, tuning: bool = False) -> Iterator[tuple[Job, Path | None]]:
+def _all(
+    jobs: Sequence[Job], out: Path, workers: int, tuning: bool = False
+) -> Iterator[tuple[Job, Path | None]]:
     """Every job with the path of its result, as they finish; `workers` at a time in processes of their own.
 
     A job that diverges while tuning has no result; elsewhere its error is raised.
@@ -287,7 +367,9 @@ def _all(jobs: Sequence[Job], out: Path, workers: int, tuning: bool = False) -> 
                 yield futures[future], future.result()
         except (Interrupted, KeyboardInterrupt, BrokenProcessPool):
             pool.shutdown(cancel_futures=True)
-            raise Interrupted("the suite was stopped; what is finished stays finished") from None
+            raise Interrupted(
+                "the suite was stopped; what is finished stays finished"
+            ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

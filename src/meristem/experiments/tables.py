@@ -22,50 +22,89 @@ def markdown(comparison: Comparison) -> str:
     parts = []
     for task in comparison.suite.tasks:
         rows = comparison.rows(task)
-        lines = [f"### {task}", "", "| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
-        lines += ["| " + " | ".join(cells(comparison, row)) + " |" for row in rows if of(comparison, row)]
+        lines = [
+            f"### {task}",
+            "",
+            "| " + " | ".join(HEADER) + " |",
+            "|" + "---|" * len(HEADER),
+        ]
+        lines += [
+            "| " + " | ".join(cells(comparison, row)) + " |"
+            for row in rows
+            if of(comparison, row)
+        ]
         grown = [row for row in rows if row.baseline is None and of(comparison, row)]
-        lines += ["", "Units added, by layer (mean over seeds; one figure per growth):", ""]
-        lines += [f"- {row.title}: {allocation(list(of(comparison, row).values()))}" for row in grown]
+        lines += [
+            "",
+            "Units added, by layer (mean over seeds; one figure per growth):",
+            "",
+        ]
+        lines += [
+            f"- {row.title}: {allocation(list(of(comparison, row).values()))}"
+            for row in grown
+        ]
         if "stages" in comparison.suite.tasks[task]:
             lines += [
                 "",
                 "Test accuracy after each stage, % (mean ± population standard deviation, as the paper has it):",
                 "",
             ]
-            lines += [f"- {row.title}: {by_stage(list(of(comparison, row).values()))}" for row in grown]
+            lines += [
+                f"- {row.title}: {by_stage(list(of(comparison, row).values()))}"
+                for row in grown
+            ]
         parts.append("\n".join(lines))
     first = next(iter(comparison.done.values()), None)
     suite = comparison.suite
-    unit = "loss" if suite.score == "loss" else "points of accuracy (in loss for regression)"
+    unit = (
+        "loss"
+        if suite.score == "loss"
+        else "points of accuracy (in loss for regression)"
+    )
     note = (
         f"Seeds {suite.seeds}. Differences are in {unit}; reference: {suite.reference}. The full cost is that of the final "
         "shape trained for the whole schedule."
     )
     if first is not None:
         hardware, versions = first["hardware"], first["versions"]
-        note += (
-            f" {hardware['device']}, {hardware['name']}, torch {versions['torch']}, meristem {versions['meristem']}."
-        )
+        note += f" {hardware['device']}, {hardware['name']}, torch {versions['torch']}, meristem {versions['meristem']}."
     return "\n\n".join([*parts, note]) + "\n"
 
 
 def of(comparison: Comparison, row: Row) -> dict[int, Result]:
     """The results of one row by seed."""
-    return {seed: comparison.done[row, seed] for seed in comparison.suite.seeds if (row, seed) in comparison.done}
+    return {
+        seed: comparison.done[row, seed]
+        for seed in comparison.suite.seeds
+        if (row, seed) in comparison.done
+    }
 
 
 def cells(comparison: Comparison, row: Row) -> list[str]:
     """One line of the table."""
     runs = of(comparison, row)
     listed = list(runs.values())
-    equal = next((r for r in comparison.rows(row.task) if r.method == row.method and r.baseline == "equal"), None)
-    reference = next(r for r in comparison.rows(row.task) if r.title == comparison.suite.reference)
+    equal = next(
+        (
+            r
+            for r in comparison.rows(row.task)
+            if r.method == row.method and r.baseline == "equal"
+        ),
+        None,
+    )
+    reference = next(
+        r for r in comparison.rows(row.task) if r.title == comparison.suite.reference
+    )
     score = comparison.suite.score
-    flops, growth = fmean(r["training_flops"] for r in listed), fmean(r["growth_flops"] for r in listed)
+    flops, growth = (
+        fmean(r["training_flops"] for r in listed),
+        fmean(r["growth_flops"] for r in listed),
+    )
     return [
         row.title,
-        spread([r["accuracy"] for r in listed], 4) if listed[0]["accuracy"] is not None else "–",
+        spread([r["accuracy"] for r in listed], 4)
+        if listed[0]["accuracy"] is not None
+        else "–",
         spread([r["loss"] for r in listed], 4),
         f"{flops / 1e12:.3g}",
         f"{100 * growth / flops:.0f} %",
@@ -73,7 +112,9 @@ def cells(comparison: Comparison, row: Row) -> list[str]:
         f"{fmean(r['parameters'] for r in listed):,.0f}",
         inactive(listed, "new"),
         inactive(listed, "all"),
-        "–" if row.baseline is not None or equal is None else difference(runs, of(comparison, equal), score),
+        "–"
+        if row.baseline is not None or equal is None
+        else difference(runs, of(comparison, equal), score),
         "–" if row == reference else difference(runs, of(comparison, reference), score),
         f"{fmean(r['seconds'] for r in listed):.0f}",
     ]
@@ -81,8 +122,14 @@ def cells(comparison: Comparison, row: Row) -> list[str]:
 
 def share(comparison: Comparison, row: Row, flops: float) -> str:
     """Training FLOPs as a share of those of the final shape trained in full: the method's own, or the only one there is."""
-    finals = [r for r in comparison.rows(row.task) if r.baseline == "final" and of(comparison, r)]
-    own = [r for r in finals if r.method == row.method] or (finals if len(finals) == 1 else [])
+    finals = [
+        r
+        for r in comparison.rows(row.task)
+        if r.baseline == "final" and of(comparison, r)
+    ]
+    own = [r for r in finals if r.method == row.method] or (
+        finals if len(finals) == 1 else []
+    )
     if not own:
         return "–"
     return f"{100 * flops / fmean(r['training_flops'] for r in of(comparison, own[0]).values()):.0f} %"
@@ -90,17 +137,25 @@ def share(comparison: Comparison, row: Row, flops: float) -> str:
 
 def spread(values: Sequence[float], digits: int) -> str:
     """Mean ± standard deviation."""
-    return f"{fmean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+    return f"{fmean(values):.{digits}f}" + (
+        f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    )
 
 
-def difference(ours: Mapping[int, Result], theirs: Mapping[int, Result], score: str = "accuracy") -> str:
+def difference(
+    ours: Mapping[int, Result], theirs: Mapping[int, Result], score: str = "accuracy"
+) -> str:
     """The mean paired difference with its 95 % confidence interval: points of accuracy, or loss where there is none."""
     from scipy import stats
 
     seeds = sorted(set(ours) & set(theirs))
     if not seeds:
         return "–"
-    key, scale = ("accuracy", 100) if score == "accuracy" and ours[seeds[0]]["accuracy"] is not None else ("loss", 1)
+    key, scale = (
+        ("accuracy", 100)
+        if score == "accuracy" and ours[seeds[0]]["accuracy"] is not None
+        else ("loss", 1)
+    )
     digits = 2 if scale == 100 else 3
     gaps = [scale * (ours[seed][key] - theirs[seed][key]) for seed in seeds]
     if len(gaps) < 2:
@@ -116,34 +171,55 @@ def inactive(runs: Sequence[Result], which: str) -> str:
     if not shares:
         return "–"
     both = [[100 * pair[i] for pair in shares] for i in (0, 1)]
-    return " / ".join(f"{fmean(v):.1f} ± {stdev(v):.1f} %" if len(v) > 1 else f"{v[0]:.1f} %" for v in both)
+    return " / ".join(
+        f"{fmean(v):.1f} ± {stdev(v):.1f} %" if len(v) > 1 else f"{v[0]:.1f} %"
+        for v in both
+    )
 
 
 def shares_of(run: Result, which: str) -> tuple[float, float] | None:
     """The inactive shares of one run, forward and going out, every unit counting alike."""
-    axes = [figures for figures in run["health"].get(which, {}).values() if "inactive_forward" in figures]
+    axes = [
+        figures
+        for figures in run["health"].get(which, {}).values()
+        if "inactive_forward" in figures
+    ]
     units = sum(figures["units"] for figures in axes)
     if not units:
         return None
-    forward = sum(figures["units"] * figures["inactive_forward"] for figures in axes) / units
-    outgoing = sum(figures["units"] * figures.get("inactive_outgoing", 0.0) for figures in axes) / units
+    forward = (
+        sum(figures["units"] * figures["inactive_forward"] for figures in axes) / units
+    )
+    outgoing = (
+        sum(
+            figures["units"] * figures.get("inactive_outgoing", 0.0) for figures in axes
+        )
+        / units
+    )
     return forward, outgoing
 
 
 def by_stage(runs: Sequence[Result]) -> str:
     """Test accuracy at the end of every stage."""
     stages = min(len(run["curve"]) for run in runs)
-    scores = [[100 * run["curve"][i]["accuracy"] for run in runs] for i in range(stages)]
+    scores = [
+        [100 * run["curve"][i]["accuracy"] for run in runs] for i in range(stages)
+    ]
     return ", ".join(f"{fmean(values):.2f} ± {pstdev(values):.2f}" for values in scores)
 
 
 def allocation(runs: Sequence[Result]) -> str:
     """Units that each axis got at each growth."""
     events = min(len(run["growths"]) for run in runs)
-    names = dict.fromkeys(name for run in runs for growth in run["growths"] for name in growth["added"])
+    names = dict.fromkeys(
+        name for run in runs for growth in run["growths"] for name in growth["added"]
+    )
     parts = []
     for name in names:
-        counts = [fmean(run["growths"][i]["added"].get(name, 0) for run in runs) for i in range(events)]
+        counts = [
+            fmean(run["growths"][i]["added"].get(name, 0) for run in runs)
+            for i in range(events)
+        ]
         if any(counts):
             parts.append(f"{name} " + ", ".join(f"{count:.3g}" for count in counts))
     return "; ".join(parts) or "nothing"
@@ -167,7 +243,9 @@ def draw(comparison: Comparison, path: Path) -> None:
     )  # fmt: skip
     for column, task in enumerate(tasks):
         rows = [
-            r for r in comparison.rows(task) if of(comparison, r) and (suite.drawn is None or r.title in suite.drawn)
+            r
+            for r in comparison.rows(task)
+            if of(comparison, r) and (suite.drawn is None or r.title in suite.drawn)
         ]
         _draw_curves(panels[0][column], comparison, rows)
         panels[0][column].set_title(task)
@@ -191,9 +269,19 @@ def _draw_curves(panel: Any, comparison: Comparison, rows: Sequence[Row]) -> Non
         runs = list(of(comparison, row).values())
         key = comparison.suite.score if runs[0]["accuracy"] is not None else "loss"
         points = min(len(run["curve"]) for run in runs)
-        x = [fmean(run["curve"][p]["flops"] for run in runs) / 1e12 for p in range(points)]
+        x = [
+            fmean(run["curve"][p]["flops"] for run in runs) / 1e12
+            for p in range(points)
+        ]
         y = [fmean(run["curve"][p][key] for run in runs) for p in range(points)]
-        panel.plot(x, y, "-" if row.baseline is None else "--", label=row.title, linewidth=1.4, color=_colour(i))
+        panel.plot(
+            x,
+            y,
+            "-" if row.baseline is None else "--",
+            label=row.title,
+            linewidth=1.4,
+            color=_colour(i),
+        )
         panel.plot(x[-1:], y[-1:], "o", color=_colour(i), markersize=5)
         panel.set_ylabel(f"test {key}")
         ends += y[-1:]
@@ -207,8 +295,24 @@ def _draw_inactive(panel: Any, comparison: Comparison, rows: Sequence[Row]) -> N
     for i, row in enumerate(rows):
         runs = list(of(comparison, row).values())
         for which, offset in (("new", -0.2), ("all", 0.2)):
-            shares = [100 * pair[0] for run in runs if (pair := shares_of(run, which)) is not None]
+            shares = [
+                100 * pair[0]
+                for run in runs
+                if (pair := shares_of(run, which)) is not None
+            ]
             if shares:
-                panel.bar(i + offset, fmean(shares), 0.4, color=_colour(i), alpha=1 if which == "new" else 0.4)
+                panel.bar(
+                    i + offset,
+                    fmean(shares),
+                    0.4,
+                    color=_colour(i),
+                    alpha=1 if which == "new" else 0.4,
+                )
     panel.set_ylabel("units never above zero, %\n(full: new units, pale: all)")
-    panel.set_xticks(range(len(rows)), [row.title for row in rows], rotation=60, ha="right", fontsize=7)
+    panel.set_xticks(
+        range(len(rows)),
+        [row.title for row in rows],
+        rotation=60,
+        ha="right",
+        fontsize=7,
+    )

@@ -1,16 +1,17 @@
 """How new units start: one method a file."""
 
+from collections.abc import Mapping
+
 from meristem.how.gradmax import GradMax
 from meristem.how.interpose import Interpose
 from meristem.how.net2net import Net2Net
-from meristem.how.protocol import How, Settles
 from meristem.how.random import Random
 from meristem.how.senn import SENN
 from meristem.how.stack import Stack
 from meristem.how.swe import SWE
 from meristem.how.zero_block import ZeroBlock
 
-METHODS = {
+METHODS: Mapping[str, type] = {
     "random": Random,
     "net2net": Net2Net,
     "gradmax": GradMax,
@@ -27,11 +28,9 @@ __all__ = [
     "SENN",
     "SWE",
     "GradMax",
-    "How",
     "Interpose",
     "Net2Net",
     "Random",
-    "Settles",
     "Stack",
     "ZeroBlock",
 ]

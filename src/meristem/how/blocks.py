@@ -11,97 +11,133 @@ from meristem.core.axis import Axis
 from meristem.core.change import Insertion, Plan
 from meristem.core.errors import GrowthRefused
 from meristem.core.offer import Blocks
-from meristem.statistics.losses import called, measured
+from meristem.lab.laboratory import Lab
+from meristem.structure import resolve, with_insertions
 from meristem.structure.depth import Depth
-from meristem.structure.discover import apply_edits
-from meristem.structure.insertion import insert
-from meristem.structure.planning import resolve, with_insertions
+from meristem.structure.insertion import Made, insert
 from meristem.structure.twin import named_tensors
 from meristem.structure.undisturbed import undisturbed
-from meristem.surgery.verify import comparable, relative_change, run
-from meristem.view import View
+from meristem.surgery.verify import comparable, relative_change, silence
 
 
-def only_runs(view: View, axis: Axis, method: str) -> Depth:
+def only_runs(lab: Lab, axis: Axis, method: str) -> Depth:
     """The depth of an axis whose blocks can be copied.
 
     Raises:
         GrowthRefused: It is a place in a chain.
     """
-    depth = view.structure.depths[axis.name]
-    if depth.form != "run":
+    depth = lab.depth(axis)
+    if not depth.copied:
         raise GrowthRefused(
-            f"{method} copies blocks, and {axis.name!r} is a place in a chain, which has none. hint: how.ZeroBlock() "
-            "inserts an identity layer there"
+            f"{method} copies blocks, and {axis.name!r} is a place in a chain, which has "
+            "none. hint: how.ZeroBlock() inserts an identity layer there"
         )
     return depth
 
 
-def fresh_blocks(view: View, insertion: Insertion) -> dict[tuple[int, str], Tensor]:
-    """Weights as the layers of a new block draw them: every module that has `reset_parameters` calls it, the inner ones
-    first. What has none (a bare scale) starts as in the block that it is made after; what is shared stays.
+def fresh_blocks(lab: Lab, insertion: Insertion) -> dict[tuple[int, str], Tensor]:
+    """Weights as the layers of a new block draw them.
+
+    Every module that has `reset_parameters` calls it, the inner ones first. What has none
+    (a bare scale) starts as in the block that it is made after; what is shared stays.
     """
-    values: dict[tuple[int, str], Tensor] = {}
-    copied = view.copied()
-    present = {id(tensor) for tensor in named_tensors(copied).values()}
+    copied = lab.skeleton()
     known = {id(module) for module in copied.modules()}
+    present = {id(tensor) for tensor in named_tensors(copied).values()}
+    started = _as_parents(lab, insertion)
+    values: dict[tuple[int, str], Tensor] = {}
+    seed = int(torch.randint(2**62, (), generator=lab.generator))
     with undisturbed():
-        torch.manual_seed(int(torch.randint(2**62, (), generator=view.generator)))
-        for place, (_, block) in insert(copied, insertion).items():
+        torch.manual_seed(seed)
+        for place, (_, block) in insert(copied, insertion, started).items():
             for module in reversed(list(block.modules())):
-                reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
-                own = [*module.parameters(), *module.buffers()]
-                if callable(reset) and id(module) not in known and not any(id(t) in present for t in own):
-                    with contextlib.suppress(TypeError):  # one that wants arguments
-                        reset()
-            values |= {(place, n): t.detach() for n, t in named_tensors(block).items() if id(t) not in present}
+                if id(module) not in known:
+                    _reset(module, present)
+            for name, tensor in named_tensors(block).items():
+                if id(tensor) not in present:
+                    values[place, name] = tensor.detach()
     return values
 
 
-def _planned(view: View, axis: Axis, blocks: Blocks) -> Plan:
-    """The plan with the new blocks where they are wanted; re-traced only where that is not behind the present ones.
+def _as_parents(lab: Lab, insertion: Insertion) -> dict[tuple[int, str], Tensor]:
+    """The tensors of the blocks that new ones are made after."""
+    depth = lab.structure.depths[insertion.axis]
+    started: dict[tuple[int, str], Tensor] = {}
+    if not depth.copied:
+        return started
+    for place in insertion.new_places:
+        parent = f"{depth.blocks[insertion.blocks[place]]}."
+        for name in lab.values:
+            if name.startswith(parent):
+                started[place, name.removeprefix(parent)] = lab.values[name]
+    return started
+
+
+def _reset(module: nn.Module, present: set[int]) -> None:
+    """Let a module of a new block draw its weights, unless it shares some."""
+    reset = getattr(module, "reset_parameters", None)
+    reset = reset or getattr(module, "_reset_parameters", None)
+    if not callable(reset):
+        return
+    for tensor in (*module.parameters(), *module.buffers()):
+        if id(tensor) in present:
+            return
+    with contextlib.suppress(TypeError):  # one that wants arguments
+        reset()
+
+
+def _planned(lab: Lab, axis: Axis, blocks: Blocks) -> Plan:
+    """The plan with the new blocks where they are wanted.
+
+    It is re-traced only where that is not behind the present ones.
 
     Raises:
         GrowthRefused: The model cannot take them.
     """
-    plan = resolve(view.structure, {axis.name: sum(blocks.insertion.new)})
+    plan = resolve(lab.structure, {axis.name: sum(blocks.insertion.new)})
     if plan.insertions != (blocks.insertion,):
-        plan = with_insertions(view.structure, plan, [blocks.insertion])
+        plan = with_insertions(lab.structure, plan, [blocks.insertion])
     if plan.refusal is not None:
         raise GrowthRefused(f"{axis.name} cannot grow: {plan.refusal}")
     return plan
 
 
-def stirs(view: View, axis: Axis, blocks: Blocks) -> bool:
+def stirs(lab: Lab, axis: Axis, blocks: Blocks) -> bool:
     """Whether new blocks, as they are, change what the model gives on the example.
 
     Raises:
         GrowthRefused: The model cannot take them.
     """
-    model, example = view.structure.model, view.structure.example
-    plan = _planned(view, axis, blocks)
-    before, after = run(model, view.values, example), run(model, view.values, example, plan, [blocks])
+    before, after, plan = lab.outputs_with(_planned(lab, axis, blocks), blocks)
     return not comparable(before) or relative_change(plan, before, after) > 0
 
 
-def inserted(view: View, axis: Axis, blocks: Blocks) -> tuple[nn.Module, dict[int, tuple[nn.Module, nn.Module]]]:
-    """A copy of the model with the new blocks in their places, and for every place the block before it and itself."""
-    plan = _planned(view, axis, blocks)
-    copied = view.copied().eval()
-    made = insert(copied, blocks.insertion, blocks.values)
-    apply_edits(copied, plan.counts)
-    return copied, made
+def silenced(lab: Lab, insertion: Insertion) -> Blocks:
+    """New blocks as copies that add nothing to the stream; in a chain, identity layers."""
+    depth = lab.structure.depths[insertion.axis]
+    values: dict[tuple[int, str], Tensor] = {}
+    if not depth.copied:
+        return Blocks(insertion)
+    silent = silence(lab.structure, insertion)
+    for place in insertion.new_places:
+        block = depth.blocks[insertion.blocks[place]]
+        for name in silent:
+            values[place, name] = torch.zeros_like(lab.values[f"{block}.{name}"])
+    return Blocks(insertion, values)
 
 
-def gains(view: View, axis: Axis, blocks: Blocks) -> tuple[float, ...]:
-    """For every new block the norm of the gradient that its weights receive on the first growth batch."""
-    copied, made = inserted(view, axis, blocks)
-    copied.zero_grad()
-    loss = measured(lambda: called(view.loss, copied, view.batches[0]))  # type: ignore[arg-type]
-    if not loss.requires_grad:
-        return (0.0,) * len(made)
-    parameters = [[p for p in block.parameters() if p.requires_grad] for _, block in made.values()]
-    listed = [p for own in parameters for p in own]
-    received = torch.autograd.grad(loss, listed, allow_unused=True) if listed else ()
-    squares = {id(p): g.double().square().sum().item() for p, g in zip(listed, received, strict=True) if g is not None}
-    return tuple(sum(squares.get(id(p), 0.0) for p in own) ** 0.5 for own in parameters)
+def inserted(lab: Lab, axis: Axis, blocks: Blocks) -> tuple[nn.Module, Made]:
+    """A copy of the model with the new blocks in their places.
+
+    Returns:
+        The copy, and for every place the block before it and itself.
+    """
+    return lab.with_blocks(_planned(lab, axis, blocks), blocks)
+
+
+def gains(lab: Lab, axis: Axis, blocks: Blocks) -> tuple[float, ...]:
+    """For every new block the norm of the gradient that its weights receive.
+
+    On the first growth batch.
+    """
+    return lab.block_gradients(_planned(lab, axis, blocks), blocks)

@@ -29,11 +29,11 @@ import torch
 from torch import Tensor
 
 from meristem.core.axis import Axis, Kind, Place, Slot
-from meristem.core.errors import DataError, GrowthRefused
-from meristem.core.offer import Proposal
-from meristem.how.draws import flat_size, mean_norm, unflatten
-from meristem.statistics.flops import counting
-from meristem.view import View
+from meristem.core.errors import GrowthRefused
+from meristem.core.offer import Offer
+from meristem.lab.laboratory import Lab
+from meristem.lab.ledger import counting
+from meristem.lab.neutral import flat_size, mean_norm, unflatten
 
 Operator = Callable[[Tensor], Tensor]
 
@@ -88,108 +88,143 @@ class GradMax:
     def preserves(self) -> bool:
         return True
 
-    def propose(self, view: View, axis: Axis, count: int) -> Proposal:
+    def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
         """The `count` best units, the one with the largest predicted gain first."""
-        if not view.batches:
-            raise DataError("GradMax measures gradients: pass loss= and data=")
+        lab.user_loss("GradMax")
         if axis.streamed or axis.end or not axis.places("fan_in"):
-            raise GrowthRefused(f"GradMax has no zero side on axis {axis.name!r}. hint: how.Random grows it")
+            raise GrowthRefused(
+                f"GradMax has no zero side on axis {axis.name!r}. hint: how.Random grows it"
+            )
         with counting() as counter:
-            space = _Space(view, axis, count, self)
-            proposal = space.zero_fan_out() if self.zero == "fan_out" else self._fan_in_first(space)
-        return Proposal(
-            proposal.axis,
+            space = _Space(lab, axis, count, self)
+            offer = (
+                space.zero_fan_out()
+                if self.zero == "fan_out"
+                else self._fan_in_first(space)
+            )
+        return Offer(
+            offer.axis,
             count,
-            proposal.strips,
-            gains=proposal.gains,
+            offer.strips,
+            gains=offer.gains,
             flops=counter.get_total_flops(),
-            note=proposal.note,
+            note=offer.note,
         )
 
-    def _fan_in_first(self, space: _Space) -> Proposal:
-        coarse = torch.finfo(space.like.dtype).eps > 1e-5  # an opening step of rounding size would show
+    def _fan_in_first(self, space: _Space) -> Offer:
+        coarse = (
+            torch.finfo(space.like.dtype).eps > 1e-5
+        )  # an opening step of rounding size would show
         if self.zero == "auto" and (space.axis.norm is not None or coarse):
             return space.zero_fan_out()
-        proposal = space.zero_fan_in()
-        if self.zero == "auto" and max(proposal.gains, default=0.0) == 0.0:
+        offer = space.zero_fan_in()
+        if self.zero == "auto" and max(offer.gains, default=0.0) == 0.0:
             return space.zero_fan_out()
-        return proposal
+        return offer
 
 
 class _Space:
     """The weights of one axis' new units as vectors, and M acting on them."""
 
-    def __init__(self, view: View, axis: Axis, count: int, method: GradMax) -> None:
-        self.view, self.axis, self.count, self.method = view, axis, count, method
+    def __init__(self, lab: Lab, axis: Axis, count: int, method: GradMax) -> None:
+        self.lab, self.axis, self.count, self.method = lab, axis, count, method
         self.units = count // axis.multiple
         self.inward, self.outward = axis.places("fan_in"), axis.places("fan_out")
-        shapes = view.shapes(axis, count)
-        self.width_in, self.width_out = flat_size(shapes, self.inward), flat_size(shapes, self.outward)
+        shapes = lab.shapes(axis, count)
+        self.width_in, self.width_out = (
+            flat_size(shapes, self.inward),
+            flat_size(shapes, self.outward),
+        )
         self.rank = min(self.width_in, self.width_out)
         # A block that spans the whole space is exact after one pass; a smaller one takes several.
         block = self.units + 32
         self.trials = self.rank if self.rank <= 4 * block else 2 * block
-        self.like = view.values[self.inward[0].name]
-        self.batches = list(view.batches)[: method.batches]
+        self.like = lab.values[self.inward[0].name]
+        self.batches = list(lab.batches)[: method.batches]
 
     def strips(self, inward: Tensor, outward: Tensor) -> dict[Place, Tensor]:
         """Strips from one fan-in and one fan-out vector per unit; depthwise kernels are the mean of the present ones."""
-        shapes = self.view.shapes(self.axis, len(inward) * self.axis.multiple)
+        shapes = self.lab.shapes(self.axis, len(inward) * self.axis.multiple)
         carried = {
-            slot.place: self.kernel(slot, shapes[slot]) for slot in self.axis.places("carried") if slot.fill == "draw"
+            slot.place: self.kernel(slot, shapes[slot])
+            for slot in self.axis.places("carried")
+            if slot.fill == "draw"
         }
-        return carried | unflatten(inward, shapes, self.inward) | unflatten(outward, shapes, self.outward)
+        return (
+            carried
+            | unflatten(inward, shapes, self.inward)
+            | unflatten(outward, shapes, self.outward)
+        )
 
     def kernel(self, slot: Slot, shape: tuple[int, ...]) -> Tensor:
         """The mean present kernel of a depthwise convolution on the axis: what new units are carried by."""
-        return self.view.units(slot, self.axis).mean(0, keepdim=True).expand(shape).clone()
+        return (
+            self.lab.units(slot, self.axis).mean(0, keepdim=True).expand(shape).clone()
+        )
 
     def operators(self, offset: float) -> tuple[Operator, Operator]:
         """V -> M V and U -> M^T U for trial vectors in rows, at a pre-activation of `offset`."""
-        widened = self.view.widened(self.axis, self.trials * self.axis.multiple)
-        if offset and not widened.lift(offset):
-            offset = 0.0
+        widened = self.lab.widened(self.axis, self.trials * self.axis.multiple)
         parts = []
-        for batch in self.batches:
-            inward = self.like.new_zeros(self.trials, self.width_in).requires_grad_()
-            outward = self.like.new_zeros(self.trials, self.width_out).requires_grad_()
-            loss = widened.loss(self.strips(inward, outward), batch)
-            to_in, to_out = torch.autograd.grad(loss, (inward, outward), create_graph=True)
-            parts.append((inward, outward, to_in, to_out))
-        if offset:
-            widened.lower()
+        with widened.lifted(offset):
+            for batch in self.batches:
+                inward = self.like.new_zeros(
+                    self.trials, self.width_in
+                ).requires_grad_()
+                outward = self.like.new_zeros(
+                    self.trials, self.width_out
+                ).requires_grad_()
+                loss = widened.loss(self.strips(inward, outward), batch)
+                to_in, to_out = torch.autograd.grad(
+                    loss, (inward, outward), create_graph=True
+                )
+                parts.append((inward, outward, to_in, to_out))
 
         def apply(vectors: Tensor, inwards: bool) -> Tensor:
             total = torch.zeros(1, dtype=torch.float64)
             for inward, outward, to_in, to_out in parts:
                 source, target = (to_out, inward) if inwards else (to_in, outward)
                 if not source.requires_grad:
-                    return vectors.new_zeros(self.trials, self.width_in if inwards else self.width_out)
+                    return vectors.new_zeros(
+                        self.trials, self.width_in if inwards else self.width_out
+                    )
                 product = (source * vectors.to(source)).sum()
-                (part,) = torch.autograd.grad(product, target, retain_graph=True, allow_unused=True)
-                total = total + (torch.zeros_like(target) if part is None else part).detach().double().cpu() / len(
-                    parts
+                (part,) = torch.autograd.grad(
+                    product, target, retain_graph=True, allow_unused=True
                 )
+                total = total + (
+                    torch.zeros_like(target) if part is None else part
+                ).detach().double().cpu() / len(parts)
             return total
 
         return (lambda v: apply(v, True)), (lambda u: apply(u, False))
 
-    def triplets(self, forward: Operator, adjoint: Operator) -> tuple[Tensor, Tensor, Tensor]:
+    def triplets(
+        self, forward: Operator, adjoint: Operator
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Leading singular triplets of M, in rows: fan-in vectors, singular values, fan-out vectors; float64."""
         outward = _orthonormal_rows(self.probes())
         values = torch.zeros(self.trials, dtype=torch.float64)
         for _ in range(self.method.iterations):
             inward = _orthonormal_rows(forward(outward))
-            rotation, new_values, outward = torch.linalg.svd(adjoint(inward), full_matrices=False)
+            rotation, new_values, outward = torch.linalg.svd(
+                adjoint(inward), full_matrices=False
+            )
             inward = rotation.T @ inward
-            energy, new_energy = (v[: self.units].square().sum() for v in (values, new_values))
+            energy, new_energy = (
+                v[: self.units].square().sum() for v in (values, new_values)
+            )
             values = new_values
-            if self.trials == self.rank or bool(new_energy - energy <= self.method.tolerance * new_energy):
+            if self.trials == self.rank or bool(
+                new_energy - energy <= self.method.tolerance * new_energy
+            ):
                 break
         return inward, values, outward
 
     def probes(self) -> Tensor:
-        return self.view.normal((self.trials, self.width_out), torch.zeros(1, dtype=torch.float64))
+        return self.lab.normal(
+            (self.trials, self.width_out), torch.zeros(1, dtype=torch.float64)
+        )
 
     def frame(self) -> tuple[Tensor, Tensor, Tensor, bool]:
         """The k best triplets, random orthonormal directions beyond the rank, and whether the activation is flat at 0."""
@@ -198,23 +233,35 @@ class _Space:
         flat = bool(operators[0](probes).norm() < _FLAT * lifted[0](probes).norm())
         inward, values, outward = self.triplets(*(lifted if flat else operators))
         values = torch.where(values > 1e-10 * values.max(), values, 0.0)
-        outward, inward = _fill(self.view, outward, values, self.units), _fill(self.view, inward, values, self.units)
-        values = torch.nn.functional.pad(values, (0, max(0, self.units - len(values))))[: self.units]
+        outward, inward = (
+            _fill(self.lab, outward, values, self.units),
+            _fill(self.lab, inward, values, self.units),
+        )
+        values = torch.nn.functional.pad(values, (0, max(0, self.units - len(values))))[
+            : self.units
+        ]
         largest = outward.gather(1, outward.abs().argmax(1, keepdim=True)).sign()
         return inward * largest, values, outward * largest, flat
 
-    def zero_fan_in(self) -> Proposal:
+    def zero_fan_in(self) -> Offer:
         """Fan-out along the singular vectors; fan-in zero, or opened by a step of rounding size under a flat activation."""
         inward, values, outward, flat = self.frame()
-        length = self.method.scale * (mean_norm(self.view, self.axis, "fan_out") or 1.0)
+        length = self.method.scale * (mean_norm(self.lab, self.axis, "fan_out") or 1.0)
         fan_out, fan_in = length * outward, torch.zeros_like(inward)
         if flat:
-            step = _KICK * torch.finfo(self.like.dtype).eps * (mean_norm(self.view, self.axis, "fan_in") or 1.0)
+            step = (
+                _KICK
+                * torch.finfo(self.like.dtype).eps
+                * (mean_norm(self.lab, self.axis, "fan_in") or 1.0)
+            )
             sign, fan_in = self.opened(-step * inward, fan_out)
             fan_out = sign * fan_out
         gains = tuple((length * values).tolist())
-        note = f"zero fan-in{', opened by a step of rounding size' if flat else ''}" + self.shortfall(values)
-        return self.proposal(fan_in, fan_out, gains, note)
+        note = (
+            f"zero fan-in{', opened by a step of rounding size' if flat else ''}"
+            + self.shortfall(values)
+        )
+        return self.offer(fan_in, fan_out, gains, note)
 
     def opened(self, inward: Tensor, outward: Tensor) -> tuple[Tensor, Tensor]:
         """Per unit the sign of the fan-out, and the tiny fan-in, that stay open.
@@ -222,7 +269,7 @@ class _Space:
         From either side of the hyperplane and with either sign, the gradients as the activation gates them are followed
         for a few steps, which is where training will take the unit; the way whose weakest gradient is largest wins.
         """
-        widened = self.view.widened(self.axis, self.count)
+        widened = self.lab.widened(self.axis, self.count)
         length = inward.norm(dim=1, keepdim=True).to(self.like)
         best = torch.full_like(length, -1.0)
         best_sign, best_inward = torch.ones_like(length), inward.to(self.like)
@@ -232,13 +279,21 @@ class _Space:
             norms, way = [], []
             for _ in range(4):
                 trial = trial.detach().requires_grad_()
-                loss = widened.loss(self.strips(trial, (sign * outward).to(self.like)), self.batches[0])
+                loss = widened.loss(
+                    self.strips(trial, (sign * outward).to(self.like)), self.batches[0]
+                )
                 gradient = torch.autograd.grad(loss, trial)[0]
                 norm = gradient.norm(dim=1, keepdim=True)
                 norms.append(norm)
                 way.append(trial.detach())
                 travelled = travelled - gradient
-                trial = length * travelled / travelled.norm(dim=1, keepdim=True).clamp_min(torch.finfo(norm.dtype).tiny)
+                trial = (
+                    length
+                    * travelled
+                    / travelled.norm(dim=1, keepdim=True).clamp_min(
+                        torch.finfo(norm.dtype).tiny
+                    )
+                )
             weakest = torch.stack(norms[1:]).amin(0) + 1e-6 * norms[1]
             better = weakest > best
             best = torch.where(better, weakest, best)
@@ -246,24 +301,28 @@ class _Space:
             best_inward = torch.where(better, way[1], best_inward)
         return best_sign.double().cpu(), best_inward.double().cpu()
 
-    def zero_fan_out(self) -> Proposal:
+    def zero_fan_out(self) -> Offer:
         """Fan-in from the singular vectors, improved by projected ascent on the gradient of the zero fan-out."""
         start, values, _, _ = self.frame()
-        length = self.method.scale * (mean_norm(self.view, self.axis, "fan_in") or 1.0)
-        widened = self.view.widened(self.axis, self.count)
+        length = self.method.scale * (mean_norm(self.lab, self.axis, "fan_in") or 1.0)
+        widened = self.lab.widened(self.axis, self.count)
         outward = self.like.new_zeros(self.units, self.width_out).requires_grad_()
 
         def gradient(inward: Tensor, create_graph: bool) -> Tensor:
             strips = self.strips(inward, outward)
             loss = sum(widened.loss(strips, batch) for batch in self.batches)
             assert isinstance(loss, Tensor)
-            return torch.autograd.grad(loss / len(self.batches), outward, create_graph=create_graph)[0]
+            return torch.autograd.grad(
+                loss / len(self.batches), outward, create_graph=create_graph
+            )[0]
 
         flipped = gradient(length * -start.to(self.like), False).norm(dim=1)
         kept = gradient(length * start.to(self.like), False).norm(dim=1)
         sign = torch.where(kept >= flipped, 1.0, -1.0)[:, None]
         inward = (length * sign * start.to(self.like)).requires_grad_()
-        optimizer = torch.optim.Adam([inward], lr=0.1 * length / math.sqrt(self.width_in))
+        optimizer = torch.optim.Adam(
+            [inward], lr=0.1 * length / math.sqrt(self.width_in)
+        )
         best, best_norms = inward.detach().clone(), torch.maximum(kept, flipped)
         for _ in range(self.method.steps):
             objective = gradient(inward, True).square().sum()
@@ -276,17 +335,32 @@ class _Space:
         best = torch.where(better, inward.detach(), best)
         gains = torch.maximum(reached, best_norms)
         order = gains.argsort(descending=True)
-        strips = {place: strip[order] for place, strip in self.strips(best, outward.detach()).items()}
+        strips = {
+            place: strip[order]
+            for place, strip in self.strips(best, outward.detach()).items()
+        }
         note = "zero fan-out" + self.shortfall(values)
-        return Proposal(self.axis.name, self.count, strips, gains=tuple(gains[order].tolist()), note=note)
+        return Offer(
+            self.axis.name,
+            self.count,
+            strips,
+            gains=tuple(gains[order].tolist()),
+            note=note,
+        )
 
     def shortfall(self, values: Tensor) -> str:
         missing = int((values == 0).sum())
-        return f"; the gradient has rank {len(values) - missing}, {missing} units are random" if missing else ""
+        return (
+            f"; the gradient has rank {len(values) - missing}, {missing} units are random"
+            if missing
+            else ""
+        )
 
-    def proposal(self, inward: Tensor, outward: Tensor, gains: tuple[float, ...], note: str) -> Proposal:
+    def offer(
+        self, inward: Tensor, outward: Tensor, gains: tuple[float, ...], note: str
+    ) -> Offer:
         strips = self.strips(inward.to(self.like), outward.to(self.like))
-        return Proposal(self.axis.name, self.count, strips, gains=gains, note=note)
+        return Offer(self.axis.name, self.count, strips, gains=gains, note=note)
 
 
 def _orthonormal_rows(rows: Tensor) -> Tensor:
@@ -294,7 +368,7 @@ def _orthonormal_rows(rows: Tensor) -> Tensor:
     return basis.T
 
 
-def _fill(view: View, rows: Tensor, values: Tensor, count: int) -> Tensor:
+def _fill(lab: Lab, rows: Tensor, values: Tensor, count: int) -> Tensor:
     """The first `count` rows; where their singular value is zero, or there are too few, random unit rows instead.
 
     These are orthogonal among themselves, not to the others: outside the range of M no gradient would reach them.
@@ -303,7 +377,7 @@ def _fill(view: View, rows: Tensor, values: Tensor, count: int) -> Tensor:
     missing = count - len(good)
     if not missing:
         return good
-    extra = view.normal((missing, rows.shape[1]), rows)
+    extra = lab.normal((missing, rows.shape[1]), rows)
     if missing <= rows.shape[1]:
         return torch.cat([good, _orthonormal_rows(extra)])
     return torch.cat([good, extra / extra.norm(dim=1, keepdim=True)])

@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from meristem.core.axis import Axis, Kind
-from meristem.core.offer import Blocks, Proposal
-from meristem.how.blocks import only_runs, stirs
-from meristem.surgery.verify import silenced
-from meristem.view import View
+from meristem.core.offer import Blocks, Offer
+from meristem.how.blocks import only_runs, silenced, stirs
+from meristem.lab.laboratory import Lab
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,9 @@ class Interpose:
     def batches(self) -> int:
         return 0
 
-    def propose(self, view: View, axis: Axis, count: int) -> Proposal:
+    def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
         """Copies; where they do not go round evenly, the first blocks get one more."""
-        depth = only_runs(view, axis, "Interpose")
+        depth = only_runs(lab, axis, "Interpose")
         free = depth.size - depth.fixed
         blocks, new = list(range(depth.fixed)), [False] * depth.fixed
         for i in range(free):
@@ -59,6 +58,6 @@ class Interpose:
             new += [False] + [True] * each
         insertion = depth.with_blocks(blocks, new)
         copies = Blocks(insertion, inherits=not self.zero)
-        if self.zero and stirs(view, axis, copies):
-            copies = silenced(view.structure, insertion)
-        return Proposal(axis.name, count, blocks=copies)
+        if self.zero and stirs(lab, axis, copies):
+            copies = silenced(lab, insertion)
+        return Offer(axis.name, count, blocks=copies)

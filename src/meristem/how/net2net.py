@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from meristem.core.axis import Axis, Kind, Place
-from meristem.core.offer import Copies, Proposal
-from meristem.view import View
+from meristem.core.offer import Copies, Offer
+from meristem.lab.laboratory import Lab
 
 
 @dataclass(frozen=True)
@@ -47,18 +47,26 @@ class Net2Net:
     def batches(self) -> int:
         return 0
 
-    def propose(self, view: View, axis: Axis, count: int) -> Proposal:
+    def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
         """Copies of `count` present units, each unit copied once before any is copied twice."""
         old, new = axis.size // axis.multiple, count // axis.multiple
-        rounds = [torch.randperm(old, generator=view.generator) for _ in range(-(-new // old))]
+        rounds = [
+            torch.randperm(old, generator=lab.generator) for _ in range(-(-new // old))
+        ]
         parent = torch.cat(rounds)[:new]
-        weight = torch.rand(old + new, generator=view.generator, dtype=torch.float64) + 0.5
+        weight = (
+            torch.rand(old + new, generator=lab.generator, dtype=torch.float64) + 0.5
+        )
         family = torch.cat([torch.arange(old), parent])
         total = torch.zeros(old, dtype=torch.float64).index_add(0, family, weight)
         strips = {}
         if self.noise:
-            for slot, shape in view.shapes(axis, count).items():
+            for slot, shape in lab.shapes(axis, count).items():
                 if slot.role == "fan_in":
-                    value = view.values[slot.name]
-                    strips[Place(slot.name, slot.dim)] = view.normal(shape, value) * value.std() * self.noise
-        return Proposal(axis.name, count, strips, copies=Copies(parent, weight / total[family]))
+                    value = lab.values[slot.name]
+                    strips[Place(slot.name, slot.dim)] = (
+                        lab.normal(shape, value) * value.std() * self.noise
+                    )
+        return Offer(
+            axis.name, count, strips, copies=Copies(parent, weight / total[family])
+        )

@@ -1,4 +1,4 @@
-"""SENN's proposals (Mitchell, Menzenbach, Kersting, Mundt, "Self-Expanding Neural Networks", 2024, arXiv 2307.04526).
+"""SENN's offers (Mitchell, Menzenbach, Kersting, Mundt, "Self-Expanding Neural Networks", 2024, arXiv 2307.04526).
 
 A new unit is a random one whose incoming weights have been optimised, by autograd, on what it would add to the score:
 
@@ -29,12 +29,15 @@ from torch import Tensor, nn
 
 from meristem.activations import IDENTITIES, PReLU, Rational
 from meristem.core.axis import Axis, Kind, Place
-from meristem.core.errors import DataError, GrowthRefused
-from meristem.core.offer import Blocks, Proposal
-from meristem.how.blocks import inserted
+from meristem.core.errors import GrowthRefused
+from meristem.core.offer import Blocks, Offer
+from meristem.how.blocks import inserted, silenced
 from meristem.how.search import LOOKS, Search, next_layers, sampling_error, searched
 from meristem.how.zero_block import ZeroBlock
-from meristem.statistics.batches import length
+from meristem.lab.batches import length
+from meristem.lab.laboratory import Lab
+from meristem.lab.ledger import Meter, batch_size
+from meristem.lab.losses import Loss
 from meristem.statistics.curvature import (
     DAMPING,
     Curvature,
@@ -46,11 +49,7 @@ from meristem.statistics.curvature import (
     scored,
     whitened,
 )
-from meristem.statistics.flops import Meter, batch_size
-from meristem.statistics.losses import Loss
-from meristem.structure import Structure, flops, resized
-from meristem.surgery.verify import silenced
-from meristem.view import View
+from meristem.structure import Structure, flops, sized
 
 _OPENED = 8
 """Units that are tried in the width that a layer opens."""
@@ -106,54 +105,72 @@ class SENN:
     def _search(self) -> Search:
         return Search(self.candidates, self.steps, self.batches, self.damping)
 
-    def least(self, view: View, axis: Axis, count: int) -> float:
-        """About the floating-point operations of the smallest proposal for an axis."""
-        if axis.kind == "depth" and view.structure.depths[axis.name].form == "run":
-            return _FEWEST * _block_pass(view, axis, count)
-        if axis.kind == "depth":
-            layer = _inserted(view, axis, self.activation)
+    def least(self, lab: Lab, axis: Axis, count: int) -> float:
+        """About the floating-point operations of the smallest offer for an axis."""
+        if not axis.slots and lab.depth(axis).copied:
+            return _FEWEST * _block_pass(lab, axis, count)
+        if not axis.slots:
+            layer = _inserted(lab, axis, self.activation)
             if layer.opened is None:
-                return _FEWEST * _pass(layer.view)
-            search, opened = self._smallest(view), layer.opened
-            return search.cost(layer.view, opened, _OPENED * opened.multiple) / _UNITS_SHARE
-        return self._smallest(view).cost(view, axis, count)
+                return _FEWEST * _pass(layer.lab)
+            search, opened = self._smallest(lab), layer.opened
+            return (
+                search.cost(layer.lab, opened, _OPENED * opened.multiple) / _UNITS_SHARE
+            )
+        return self._smallest(lab).cost(lab, axis, count)
 
-    def _smallest(self, view: View) -> Search:
-        number = length(view.data) if view.data is not None else len(view.batches)
-        return replace(self._search, batches=min(self.batches, number or self.batches)).least
+    def _smallest(self, lab: Lab) -> Search:
+        number = length(lab.data) if lab.data is not None else len(lab.batches)
+        return replace(
+            self._search, batches=min(self.batches, number or self.batches)
+        ).least
 
-    def propose(self, view: View, axis: Axis, count: int) -> Proposal:
+    def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
         """The best units that were found, or new blocks; `gains` are what each adds to the score, beyond chance."""
-        if view.loss is None or not view.batches:
-            raise DataError("SENN measures a score: pass loss= and data=")
-        if axis.kind != "depth":
-            return searched(view, view.loss, axis, count, self._search)
-        run = view.structure.depths[axis.name].form == "run"
-        return self._block(view, view.loss, axis, count) if run else self._layer(view, view.loss, axis, count)
+        loss = lab.user_loss("SENN")
+        if axis.slots:
+            return searched(lab, loss, axis, count, self._search)
+        if lab.depth(axis).copied:
+            return self._block(lab, loss, axis, count)
+        return self._layer(lab, loss, axis, count)
 
-    def _block(self, view: View, loss: Loss, axis: Axis, count: int) -> Proposal:
+    def _block(self, lab: Lab, loss: Loss, axis: Axis, count: int) -> Offer:
         """Silent blocks of a run; each adds the score of its silent layers."""
-        offered = ZeroBlock().propose(replace(view, loss=None), axis, count)
+        offered = ZeroBlock().propose(lab.silent(), axis, count)
         assert offered.blocks is not None
-        copied, made = inserted(view, axis, offered.blocks)
+        copied, made = inserted(lab, axis, offered.blocks)
         names = {id(module): name for name, module in copied.named_modules()}
         silent: dict[int, set[str]] = {}
-        for place, tensor in silenced(view.structure, offered.blocks.insertion).values:
+        for place, tensor in silenced(lab, offered.blocks.insertion).values:
             module = made[place][1].get_submodule(tensor.rpartition(".")[0])
-            silent.setdefault(place, set()).update({names[id(module)]} if scored(module) else ())
+            silent.setdefault(place, set()).update(
+                {names[id(module)]} if scored(module) else ()
+            )
         watched = sorted(set().union(*silent.values()))
         meter = Meter()
-        number = _affordable(view, self.batches, _block_pass(view, axis, count))
-        first, second = replace(self._search, batches=number).parts(view.batches)[0]
-        parts = [measure(copied, loss, part, watched, meter).layers for part in (first, second)]
+        number = _affordable(lab, self.batches, _block_pass(lab, axis, count))
+        first, second = replace(self._search, batches=number).parts(lab.batches)[0]
+        parts = [
+            measure(copied, loss, part, watched, meter).layers
+            for part in (first, second)
+        ]
         gains, freedom, samples = [], 0.0, 1
         for listed in silent.values():
             # a layer may be used without being called
-            one, other = (Curvature({name: part[name] for name in listed if name in part}) for part in parts)
+            one, other = (
+                Curvature({name: part[name] for name in listed if name in part})
+                for part in parts
+            )
             both = list((one if second is first else one + other).layers.values())
-            freedom = sum(effective(layer.outputs, self.damping) * layer.gradient.shape[1] for layer in both)
+            freedom = sum(
+                effective(layer.outputs, self.damping) * layer.gradient.shape[1]
+                for layer in both
+            )
             samples = max((layer.samples for layer in both), default=1)
-            gains.append(score(one, other, self.damping) - (freedom / samples if second is first else 0.0))
+            gains.append(
+                score(one, other, self.damping)
+                - (freedom / samples if second is first else 0.0)
+            )
         return replace(
             offered,
             gains=tuple(gains),
@@ -162,120 +179,182 @@ class SENN:
             flops=offered.flops + meter.total,
         )
 
-    def _layer(self, view: View, loss: Loss, axis: Axis, count: int) -> Proposal:
+    def _layer(self, lab: Lab, loss: Loss, axis: Axis, count: int) -> Offer:
         """Identity layers of a chain. The first adds what its activation can give at the identity, or what the best new units of
         the width that it opens would give, whichever is the surer; those behind it add nothing yet.
         """
-        blocks = Blocks(replace(view.structure.depths[axis.name].appended(count), activation=self.activation))
-        layer = _inserted(view, axis, self.activation)
+        blocks = Blocks(
+            replace(lab.depth(axis).appended(count), activation=self.activation)
+        )
+        layer = _inserted(lab, axis, self.activation)
         if layer.opened is None:
-            found = [self._coefficients(layer, loss, _affordable(layer.view, self.batches, _pass(layer.view)))]
+            found = [
+                self._coefficients(
+                    layer, loss, _affordable(layer.lab, self.batches, _pass(layer.lab))
+                )
+            ]
         else:
-            units = replace(layer.view, allowance=_UNITS_SHARE * view.allowance)
-            search = self._search.within(units, layer.opened, _OPENED * layer.opened.multiple)
+            units = layer.lab.within(_UNITS_SHARE * lab.allowance)
+            search = self._search.within(
+                units, layer.opened, _OPENED * layer.opened.multiple
+            )
             found = [self._coefficients(layer, loss, search.batches)]
-            with contextlib.suppress(GrowthRefused):  # nothing is seen of what reads the width
+            with contextlib.suppress(
+                GrowthRefused
+            ):  # nothing is seen of what reads the width
                 found.append(self._units(units, loss, layer.opened))
         surest = _surest(found)
-        gains, cost = (surest.gains[0], *[0.0] * (count - 1)), sum(offer.flops for offer in found)
-        return replace(surest, axis=axis.name, count=count, strips={}, blocks=blocks, gains=gains, flops=cost)
+        gains, cost = (
+            (surest.gains[0], *[0.0] * (count - 1)),
+            sum(offer.flops for offer in found),
+        )
+        return replace(
+            surest,
+            axis=axis.name,
+            count=count,
+            strips={},
+            blocks=blocks,
+            gains=gains,
+            flops=cost,
+        )
 
-    def _units(self, view: View, loss: Loss, axis: Axis) -> Proposal:
+    def _units(self, lab: Lab, loss: Loss, axis: Axis) -> Offer:
         """The best new units of a width, as many as are surest together; their gain is one."""
-        offer = searched(view, loss, axis, _OPENED * axis.multiple, self._search)
+        offer = searched(lab, loss, axis, _OPENED * axis.multiple, self._search)
         several = [
-            replace(offer, gains=(sum(offer.gains[:n]),), error=math.sqrt(n) * offer.error, freedom=n * offer.freedom)
+            replace(
+                offer,
+                gains=(sum(offer.gains[:n]),),
+                error=math.sqrt(n) * offer.error,
+                freedom=n * offer.freedom,
+            )
             for n in range(1, len(offer.gains) + 1)
         ]
         return _surest(several)
 
-    def _coefficients(self, layer: _Inserted, loss: Loss, number: int) -> Proposal:
+    def _coefficients(self, layer: _Inserted, loss: Loss, number: int) -> Offer:
         """The score of the coefficients of an inserted activation at the identity on so many batches: of its tangents,
 
             d sigma / d beta = 1 / (1 + x^2),     d sigma / d gamma = x / (1 + x^2)     (rational),
 
         beyond what is linear in the input of the layer before it, which its own weights reach.
         """
-        model, before = layer.view.structure.model, layer.before
-        batches, meter = list(layer.view.batches)[:number], Meter()
+        model, before = layer.model, layer.before
+        batches, meter = list(layer.lab.batches)[:number], Meter()
 
         def rows(batch: Any) -> tuple[Tensor, Tensor, Tensor, int]:
             with Watched(model, [before]) as watched:
                 meter.run(batch, lambda: watched.run(loss, batch))
             read, back, given = watched.rows(before)
             tangents = layer.activation.tangents(given)
-            return read, back.repeat(1, len(tangents)), torch.cat(tangents, 1), watched.used(before)
+            return (
+                read,
+                back.repeat(1, len(tangents)),
+                torch.cat(tangents, 1),
+                watched.used(before),
+            )
 
         looked = [rows(batch) for batch in batches[:LOOKS]]
         reads = torch.cat([read for read, *_ in looked])
         reached = torch.linalg.cholesky(damped(reads.T @ reads, self.damping))
-        explains = torch.cholesky_solve(reads.T @ torch.cat([features for _, _, features, _ in looked]), reached)
+        explains = torch.cholesky_solve(
+            reads.T @ torch.cat([features for _, _, features, _ in looked]), reached
+        )
         gradient, fisher, samples = torch.zeros(()), torch.zeros(()), 0
-        for read, back, features, count in itertools.chain(looked, map(rows, batches[LOOKS:])):
+        for read, back, features, count in itertools.chain(
+            looked, map(rows, batches[LOOKS:])
+        ):
             each = back * (features - read @ explains)
-            each = each[: count * (len(each) // count)].reshape(count, -1, each.shape[1]).sum(1)
-            gradient, fisher, samples = gradient + each.sum(0), fisher + each.T @ each, samples + count
+            each = (
+                each[: count * (len(each) // count)]
+                .reshape(count, -1, each.shape[1])
+                .sum(1)
+            )
+            gradient, fisher, samples = (
+                gradient + each.sum(0),
+                fisher + each.T @ each,
+                samples + count,
+            )
         fisher = fisher / samples
-        found = whitened(damped(fisher, self.damping), gradient[:, None] / samples).square().sum().item()
+        found = (
+            whitened(damped(fisher, self.damping), gradient[:, None] / samples)
+            .square()
+            .sum()
+            .item()
+        )
         free = effective(fisher, self.damping)
         gains = (found - free / samples,)
-        return Proposal("", 1, gains=gains, error=sampling_error(free, samples), freedom=free, flops=meter.total)
+        return Offer(
+            "",
+            1,
+            gains=gains,
+            error=sampling_error(free, samples),
+            freedom=free,
+            flops=meter.total,
+        )
 
 
 @dataclass(frozen=True)
 class _Inserted:
-    """A copy of the model with one identity layer more, in `view`: the activation before it, the layer before that, whose width
+    """A copy of the model with one identity layer more, in `lab`: the activation before it, the layer before that, whose width
     is the axis `opened`, where SENN can grow it.
     """
 
-    view: View
+    model: nn.Module
+    lab: Lab
     activation: Rational | PReLU
     before: str
     opened: Axis | None
 
 
-def _inserted(view: View, axis: Axis, activation: str) -> _Inserted:
-    blocks = Blocks(replace(view.structure.depths[axis.name].appended(1), activation=activation))
-    model, made = inserted(view, axis, blocks)
+def _inserted(lab: Lab, axis: Axis, activation: str) -> _Inserted:
+    blocks = Blocks(replace(lab.depth(axis).appended(1), activation=activation))
+    model, made = inserted(lab, axis, blocks)
     ((_, block),) = made.values()
-    stands = next(module for module in block.children() if isinstance(module, IDENTITIES[activation]))
+    stands = next(
+        module
+        for module in block.children()
+        if isinstance(module, IDENTITIES[activation])
+    )
     assert isinstance(stands, (Rational, PReLU))
     before = _layer_before(model, stands)
-    structure = Structure(model, view.structure.example)
-    looked = View(structure, view.generator, view.loss, view.batches, view.data, allowance=view.allowance)
-    return _Inserted(looked, stands, before, _width(looked, before))
+    structure = Structure(model, lab.structure.example)
+    looked = lab.of(structure)
+    return _Inserted(model, looked, stands, before, _width(looked, before))
 
 
-def _width(view: View, layer: str) -> Axis | None:
+def _width(lab: Lab, layer: str) -> Axis | None:
     """The axis of the units of a layer, where SENN can grow it."""
     place = Place(f"{layer}.weight", 0)
-    for axis in view.structure.axes.values():
+    for axis in lab.structure.axes.values():
         if place in [slot.place for slot in axis.slots]:
             with contextlib.suppress(GrowthRefused):
-                next_layers(view, axis)
+                next_layers(lab, axis)
                 return axis
     return None
 
 
-def _pass(view: View) -> float:
+def _pass(lab: Lab) -> float:
     """Floating-point operations of a growth batch, forward and backward."""
-    return 3 * flops(view.structure) / view.structure.batch * batch_size(view.batches[0])
+    return (
+        3 * flops(lab.structure, {}) / lab.structure.batch * batch_size(lab.batches[0])
+    )
 
 
-def _block_pass(view: View, axis: Axis, count: int) -> float:
+def _block_pass(lab: Lab, axis: Axis, count: int) -> float:
     """The same with `count` more blocks of a run, and the moments of their last projections, which cost about as much again."""
-    more = resized(view.structure, {axis.name: count}).flops
-    return 2 * _pass(view) * more[1] / max(more[0], 1)
+    more = sized(lab.structure, {axis.name: count}).flops
+    return 2 * _pass(lab) * more[1] / max(more[0], 1)
 
 
-def _affordable(view: View, most: int, each: float) -> int:
-    """How many growth batches the allowance of a view pays for, up to `most`."""
-    if view.allowance == math.inf:
+def _affordable(lab: Lab, most: int, each: float) -> int:
+    """How many growth batches the allowance of a lab pays for, up to `most`."""
+    if lab.allowance == math.inf:
         return most
-    return min(most, max(_FEWEST, int(view.allowance / max(each, 1.0))))
+    return min(most, max(_FEWEST, int(lab.allowance / max(each, 1.0))))
 
 
-def _surest(offers: Sequence[Proposal]) -> Proposal:
+def _surest(offers: Sequence[Offer]) -> Offer:
     """The offer whose first gain is largest less two standard errors."""
     return max(offers, key=lambda offer: offer.gains[0] - 2 * offer.error)
 

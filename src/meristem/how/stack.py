@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from meristem.core.axis import Axis, Kind
-from meristem.core.offer import Blocks, Proposal
+from meristem.core.offer import Blocks, Offer
 from meristem.how.blocks import only_runs
-from meristem.view import View
+from meristem.lab.laboratory import Lab
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,11 @@ class Stack:
     def batches(self) -> int:
         return 0
 
-    def propose(self, view: View, axis: Axis, count: int) -> Proposal:
+    def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
         """Copies, round after round; blocks that lead into the run are not repeated."""
-        depth = only_runs(view, axis, "Stack")
+        depth = only_runs(lab, axis, "Stack")
         repeated = [depth.fixed + i % (depth.size - depth.fixed) for i in range(count)]
-        insertion = depth.with_blocks([*range(depth.size), *repeated], [False] * depth.size + [True] * count)
-        return Proposal(axis.name, count, blocks=Blocks(insertion, inherits=True))
+        insertion = depth.with_blocks(
+            [*range(depth.size), *repeated], [False] * depth.size + [True] * count
+        )
+        return Offer(axis.name, count, blocks=Blocks(insertion, inherits=True))

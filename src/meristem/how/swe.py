@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Literal, Protocol
 
@@ -34,13 +35,12 @@ from torch import Tensor, nn
 from meristem.core.axis import Axis, Kind, Slot
 from meristem.core.change import Plan, Sources, index
 from meristem.core.errors import DataError, GrowthRefused
-from meristem.core.offer import Proposal, Settled
-from meristem.how.draws import drawn
-from meristem.sandbox import Sandbox
-from meristem.statistics.flops import counting
+from meristem.core.offer import Offer, Settled
+from meristem.lab.laboratory import Lab, Sandbox
+from meristem.lab.ledger import counting
+from meristem.lab.neutral import neutral
 from meristem.statistics.health import Figures, measure
 from meristem.structure.twin import named_tensors
-from meristem.view import View
 
 _NOISE = 1e-4
 """Standard deviation of the coupling at the start."""
@@ -84,15 +84,21 @@ class SWE:
 
     def __post_init__(self) -> None:
         if self.coupling not in _COUPLINGS:
-            raise ValueError(f'SWE(coupling=...) is "full" or "factored"; got {self.coupling!r}')
+            raise ValueError(
+                f'SWE(coupling=...) is "full" or "factored"; got {self.coupling!r}'
+            )
         if self.optimizer not in ("adam", "sgd"):
-            raise ValueError(f'SWE(optimizer=...) is "adam" or "sgd"; got {self.optimizer!r}')
+            raise ValueError(
+                f'SWE(optimizer=...) is "adam" or "sgd"; got {self.optimizer!r}'
+            )
         for name in ("lr", "coupling_lr", "weight_decay"):
             value = getattr(self, name)
             if value is None and name == "coupling_lr":
                 continue
             if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise ValueError(f"SWE({name}=...) must be a float in [0, inf); got {value}")
+                raise ValueError(
+                    f"SWE({name}=...) must be a float in [0, inf); got {value}"
+                )
 
     @property
     def kinds(self) -> Mapping[Kind, bool]:
@@ -106,40 +112,54 @@ class SWE:
     def batches(self) -> int:
         return 1
 
-    def propose(self, view: View, axis: Axis, count: int) -> Proposal:
+    def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
         """The insertion: fan-in and biases as the layer draws them, zero fan-out."""
         if axis.end:
-            raise GrowthRefused(f"SWE adjusts the layer after; {axis.name!r} is an end. hint: how.Random grows it")
-        return Proposal(axis.name, count, drawn(view, axis, count, "fan_out"))
+            raise GrowthRefused(
+                f"SWE adjusts the layer after; {axis.name!r} is an end. hint: how.Random grows it"
+            )
+        return Offer(axis.name, count, neutral(lab, axis, count, "fan_out"))
 
     def settle(self, sandbox: Sandbox, counts: Mapping[str, int]) -> Settled:
         """Insert, adjust, merge, the deepest axis first; the grown values of everything that has changed."""
         health: dict[str, dict[str, Figures]] = {"insertion": {}, "adjust": {}}
         notes = {}
-        depth = {name: place for place, name in enumerate(sandbox.view.structure.axes)}
+        depth = {name: place for place, name in enumerate(sandbox.lab.axes)}
         for name in sorted(counts, key=lambda name: depth.get(name, -1), reverse=True):
-            axis = sandbox.view.structure.axes.named(name)
-            plan, _ = sandbox.insert([self.propose(sandbox.view, axis, counts[name])])
+            axis = sandbox.lab.axes.named(name)
+            plan, _ = sandbox.insert([self.propose(sandbox.lab, axis, counts[name])])
             adjustment = Adjustment(self, sandbox, plan, axis)
             health["insertion"] |= _health(sandbox, plan, axis)
             losses = adjustment.adjust()
             adjustment.merge()
             health["adjust"] |= _health(sandbox, plan, axis)
             if losses:
-                first, last = (sum(part) / len(part) for part in (losses[:10], losses[-10:]))
+                first, last = (
+                    sum(part) / len(part) for part in (losses[:10], losses[-10:])
+                )
                 notes[name] = (
                     f"adjusted in {len(losses)} steps; loss {first:.4g} in the first ten, {last:.4g} in the last"
                 )
-        tensors = {name: tensor.detach() for name, tensor in named_tensors(sandbox.model).items()}
+        tensors = {
+            name: tensor.detach()
+            for name, tensor in named_tensors(sandbox.model).items()
+        }
         return Settled(tensors, sandbox.meter.total, health, notes)
 
 
 def _health(sandbox: Sandbox, plan: Plan, axis: Axis) -> dict[str, Figures]:
     new = {axis.name: list(range(plan.before[axis.name], plan.after[axis.name]))}
-    view = sandbox.view
-    assert view.loss is not None
+    lab = sandbox.lab
+    assert lab.loss is not None
     with counting() as counter:
-        figures = measure(sandbox.model, [axis], {axis.name: plan.layout[axis.name]}, view.loss, view.batches, new)
+        figures = measure(
+            sandbox.model,
+            [axis],
+            {axis.name: plan.layout[axis.name]},
+            lab.loss,
+            lab.batches,
+            new,
+        )
     sandbox.meter.total += counter.get_total_flops()
     return figures
 
@@ -185,7 +205,9 @@ class FactoredCoupling:
     def __init__(self, rows: Iterator[Tensor], new: int) -> None:
         first = next(rows)
         old = len(first)
-        gained = first.new_zeros(old + new, *first.shape[1:])  # filled in place: one row of D at a time is in memory
+        gained = first.new_zeros(
+            old + new, *first.shape[1:]
+        )  # filled in place: one row of D at a time is in memory
         for j, row in enumerate(chain([first], rows)):
             gained[:old] -= row
             gained[old + j] = row.sum(0)
@@ -235,11 +257,21 @@ class Adjustment:
     def __init__(self, method: SWE, sandbox: Sandbox, plan: Plan, axis: Axis) -> None:
         self.method, self.sandbox, self.plan, self.axis = method, sandbox, plan, axis
         sandbox.model.eval()
-        self.base = {name: tensor.detach() for name, tensor in named_tensors(sandbox.model).items()}
-        self.free = {name: self.base[name].clone().requires_grad_() for name in self._next_layer()}
+        self.base = {
+            name: tensor.detach()
+            for name, tensor in named_tensors(sandbox.model).items()
+        }
+        self.free = {
+            name: self.base[name].clone().requires_grad_()
+            for name in self._next_layer()
+        }
         self.couplings: list[tuple[Slot, Coupling]] = []
         for slot in axis.slots:
-            produces = slot.role != "fan_out" and slot.fill in ("draw", "bias") and not slot.buffer
+            produces = (
+                slot.role != "fan_out"
+                and slot.fill in ("draw", "bias")
+                and not slot.buffer
+            )
             if produces and slot.name in sandbox.trained:
                 self.couplings.append((slot, self._coupling(slot)))
         self.decayed = []
@@ -256,7 +288,9 @@ class Adjustment:
             module_name, _, _ = slot.name.rpartition(".")
             module = self.sandbox.model.get_submodule(module_name)
             bias = f"{module_name}.bias"
-            if next(module.children(), None) is None and isinstance(getattr(module, "bias", None), nn.Parameter):
+            if next(module.children(), None) is None and isinstance(
+                getattr(module, "bias", None), nn.Parameter
+            ):
                 names.append(bias)
         return [name for name in dict.fromkeys(names) if name in self.sandbox.trained]
 
@@ -264,9 +298,15 @@ class Adjustment:
         layout = self.plan.layout[self.axis.name][slot.place]
         value = self.base[slot.name]
         new = self.plan.added[self.axis.name] // self.axis.multiple
-        shape = (len(layout) - new, layout.shape[1], *[n for d, n in enumerate(value.shape) if d != slot.dim])
-        draw = self.sandbox.view.normal
-        return _COUPLINGS[self.method.coupling]((_NOISE * draw(shape, value) for _ in range(new)), new)
+        shape = (
+            len(layout) - new,
+            layout.shape[1],
+            *[n for d, n in enumerate(value.shape) if d != slot.dim],
+        )
+        draw = self.sandbox.lab.normal
+        return _COUPLINGS[self.method.coupling](
+            (_NOISE * draw(shape, value) for _ in range(new)), new
+        )
 
     def effective(self) -> dict[str, Tensor]:
         """The tensors of the coupled forward pass, where they differ from the sandbox's."""
@@ -274,25 +314,36 @@ class Adjustment:
         for slot, coupling in self.couplings:
             value = tensors.get(slot.name, self.base[slot.name])
             layout = self.plan.layout[self.axis.name][slot.place]
-            tensors[slot.name] = value + _spread(coupling.moved(), value, slot.dim, layout)
+            tensors[slot.name] = value + _spread(
+                coupling.moved(), value, slot.dim, layout
+            )
         return tensors
 
     def adjust(self) -> list[float]:
         """Train the coupling and the next layer for one pass over the data; returns the loss of every step."""
-        numbers = [(tensor, factor) for _, coupling in self.couplings for tensor, factor in coupling.numbers()]
+        numbers = [
+            (tensor, factor)
+            for _, coupling in self.couplings
+            for tensor, factor in coupling.numbers()
+        ]
         if not numbers and not self.free:
             return []
         optimizer = self._optimizer(numbers)
         work = _STEP_WORK * sum(tensor.numel() for tensor, _ in numbers)
         losses = []
         for batch in self.sandbox.epoch(f"SWE adjusts {self.axis.name}"):
-            losses.append(self.sandbox.meter.run(batch, lambda: self._step(batch, optimizer), work))  # noqa: B023
+            step = partial(self._step, batch, optimizer)
+            losses.append(self.sandbox.meter.run(batch, step, work))
         return losses
 
     def merge(self) -> None:
         """Write the coupled values into the sandbox's model; the coupling is not needed any more."""
         merged = {name: tensor.detach() for name, tensor in self.effective().items()}
-        odd = [name for name, tensor in merged.items() if not bool(torch.isfinite(tensor).all())]
+        odd = [
+            name
+            for name, tensor in merged.items()
+            if not bool(torch.isfinite(tensor).all())
+        ]
         if odd:
             raise DataError(
                 f"adjusting {self.axis.name} diverged: {odd[0]} is not finite; nothing was grown. hint: a smaller lr"
@@ -306,10 +357,24 @@ class Adjustment:
         method = self.method
         rate = method.lr if method.coupling_lr is None else method.coupling_lr
         adam = method.optimizer == "adam"
-        groups = [{"params": [tensor], "lr": (factor if adam else 1) * rate} for tensor, factor in numbers]
-        groups.append({"params": [*self.free.values(), *(self.base[name] for name in self.decayed)]})
+        groups = [
+            {"params": [tensor], "lr": (factor if adam else 1) * rate}
+            for tensor, factor in numbers
+        ]
+        groups.append(
+            {
+                "params": [
+                    *self.free.values(),
+                    *(self.base[name] for name in self.decayed),
+                ]
+            }
+        )
         kind = torch.optim.Adam if adam else torch.optim.SGD
-        return kind([group for group in groups if group["params"]], lr=method.lr, weight_decay=method.weight_decay)
+        return kind(
+            [group for group in groups if group["params"]],
+            lr=method.lr,
+            weight_decay=method.weight_decay,
+        )
 
     def _step(self, batch: object, optimizer: torch.optim.Optimizer) -> float:
         optimizer.zero_grad()

@@ -12,11 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from meristem.core.axis import Axis, Kind
-from meristem.core.offer import Blocks, Proposal
-from meristem.how.blocks import fresh_blocks, gains, stirs
-from meristem.statistics.flops import counting
-from meristem.surgery.verify import silenced
-from meristem.view import View
+from meristem.core.offer import Blocks, Offer
+from meristem.how.blocks import fresh_blocks, gains, silenced, stirs
+from meristem.lab.laboratory import Lab
+from meristem.lab.ledger import counting
 
 
 @dataclass(frozen=True)
@@ -51,13 +50,23 @@ class ZeroBlock:
     def batches(self) -> int:
         return 0
 
-    def propose(self, view: View, axis: Axis, count: int) -> Proposal:
+    def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
         """Silent blocks. The gain of a block is the norm of the gradient that its weights receive on the first batch."""
-        depth = view.structure.depths[axis.name]
+        depth = lab.depth(axis)
         insertion = depth.appended(count)
         with counting() as counter:
-            blocks = Blocks(insertion, fresh_blocks(view, insertion) if depth.form == "run" else {})
-            if stirs(view, axis, blocks):  # else a scale that is still zero (ReZero) silences it, and learns
-                blocks = Blocks(insertion, {**blocks.values, **silenced(view.structure, insertion).values})
-            found = gains(view, axis, blocks) if view.loss is not None and view.batches else ()
-        return Proposal(axis.name, count, blocks=blocks, gains=found, flops=counter.get_total_flops())
+            blocks = Blocks(insertion)
+            if depth.copied:
+                blocks = Blocks(insertion, fresh_blocks(lab, insertion))
+            # Else a scale that is still zero (ReZero) silences it, and learns.
+            if stirs(lab, axis, blocks):
+                silent = silenced(lab, insertion).values
+                blocks = Blocks(insertion, {**blocks.values, **silent})
+            found = gains(lab, axis, blocks) if lab.measures else ()
+        return Offer(
+            axis.name,
+            count,
+            blocks=blocks,
+            gains=found,
+            flops=counter.get_total_flops(),
+        )

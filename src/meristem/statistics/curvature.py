@@ -25,17 +25,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from meristem.statistics.flops import Meter
-from meristem.statistics.losses import Loss, called, measured
+from meristem.lab.ledger import Meter
+from meristem.lab.losses import Loss, evaluate
+from meristem.structure.layers import channel_of, is_norm, is_plain, layer_of
 from meristem.structure.tracer import tensors
 
 DAMPING = 0.01
 """Added to every factor: this share of its mean diagonal."""
 ENTRIES = 2**22
 """Numbers that a layer reads from one batch, at the most; of more examples, whose patches would not fit, the first are taken."""
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 @dataclass(frozen=True)
@@ -62,12 +61,20 @@ class Factors:
         """The moments over the examples of both."""
         total = self.samples + other.samples
         parts = ("gradient", "inputs", "outputs", "spread")
-        mean = {n: (self.samples * getattr(self, n) + other.samples * getattr(other, n)) / total for n in parts}
+        mean = {
+            n: (self.samples * getattr(self, n) + other.samples * getattr(other, n))
+            / total
+            for n in parts
+        }
         return Factors(**mean, samples=total)
 
     def damped(self, damping: float) -> Factors:
         """The same layer with `damping` times its mean diagonal added to each factor."""
-        return replace(self, inputs=damped(self.inputs, damping), outputs=damped(self.outputs, damping))
+        return replace(
+            self,
+            inputs=damped(self.inputs, damping),
+            outputs=damped(self.outputs, damping),
+        )
 
     @property
     def score(self) -> float:
@@ -86,7 +93,9 @@ class Candidates:
     def damped(self, damping: float, layer: Factors) -> Candidates:
         """Damped as `layer` is: by the same number, since both belong to one matrix."""
         added = damping * mean_diagonal(layer.inputs)
-        eye = torch.eye(len(self.inputs), dtype=self.inputs.dtype, device=self.inputs.device)
+        eye = torch.eye(
+            len(self.inputs), dtype=self.inputs.dtype, device=self.inputs.device
+        )
         return replace(self, inputs=self.inputs + added * eye)
 
 
@@ -94,7 +103,10 @@ def agreement(layer: Factors, first: Tensor, second: Tensor) -> float:
     """Tr[S^-1 dW_1 A^-1 dW_2^T]: the score with the gradients of two sets of examples, free of their sampling error where
     these are independent.
     """
-    left, right = (whitened(layer.outputs, whitened(layer.inputs, one.T).T) for one in (first, second))
+    left, right = (
+        whitened(layer.outputs, whitened(layer.inputs, one.T).T)
+        for one in (first, second)
+    )
     return (left * right).sum().item() / layer.spread
 
 
@@ -150,7 +162,12 @@ def removal(layer: Factors, weight: Tensor, units: Sequence[Tensor]) -> Removal:
     found = []
     for entries in units:
         block = inverse[entries][:, entries]
-        found.append([whitened(block, one[entries]).square().sum() for one in (step, step - wanted.T)])
+        found.append(
+            [
+                whitened(block, one[entries]).square().sum()
+                for one in (step, step - wanted.T)
+            ]
+        )
     freeze, prune = torch.tensor(found, dtype=torch.float64).reshape(-1, 2).T
     return Removal(freeze / layer.spread, prune / layer.spread)
 
@@ -166,7 +183,9 @@ def compensated(inputs: Tensor, weight: Tensor, gone: Tensor) -> Tensor:
     stay = torch.ones(len(inputs), dtype=torch.bool, device=inputs.device)
     stay[gone] = False
     wide = weight.double()
-    taken = torch.cholesky_solve(inputs[stay][:, gone] @ wide[:, gone].T, _root(inputs[stay][:, stay]))
+    taken = torch.cholesky_solve(
+        inputs[stay][:, gone] @ wide[:, gone].T, _root(inputs[stay][:, stay])
+    )
     result = wide.clone()
     result[:, stay] += taken.T
     return result.to(weight)
@@ -200,7 +219,9 @@ class Curvature:
     layers: Mapping[str, Factors]
 
     def __add__(self, other: Curvature) -> Curvature:
-        return Curvature({name: layer + other.layers[name] for name, layer in self.layers.items()})
+        return Curvature(
+            {name: layer + other.layers[name] for name, layer in self.layers.items()}
+        )
 
     def score(self, damping: float = DAMPING) -> float:
         """eta of the whole net."""
@@ -211,7 +232,11 @@ def score(first: Curvature, second: Curvature, damping: float = DAMPING) -> floa
     """eta of the whole net without its sampling error: the gradients of two sets of examples against each other."""
     total = 0.0
     for name, layer in (first + second).layers.items():
-        total += agreement(layer.damped(damping), first.layers[name].gradient, second.layers[name].gradient)
+        total += agreement(
+            layer.damped(damping),
+            first.layers[name].gradient,
+            second.layers[name].gradient,
+        )
     return total
 
 
@@ -228,7 +253,9 @@ def measure(
     can be scored by default; `meter` counts what it costs.
     """
     found: dict[str, Factors] = {}
-    names = [n for n, m in model.named_modules() if scored(m)] if layers is None else layers
+    names = (
+        [n for n, m in model.named_modules() if scored(m)] if layers is None else layers
+    )
     meter = meter if meter is not None else Meter()
 
     def one(batch: Any) -> dict[str, Factors]:
@@ -244,12 +271,10 @@ def measure(
 
 def scored(module: nn.Module) -> bool:
     """Whether the score knows a layer."""
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return module.groups == 1 and not module.transposed
-    if isinstance(module, _NORMS):
+    if is_norm(module):
         tracks = getattr(module, "running_mean", 0) is not None
         return module.weight is not None and tracks
-    return isinstance(module, nn.Linear)
+    return is_plain(module)
 
 
 class Watched:
@@ -268,7 +293,10 @@ class Watched:
 
     def __enter__(self) -> Watched:
         modules = dict(self.model.named_modules())
-        self._hooks = [modules[name].register_forward_hook(self._seen(name), with_kwargs=True) for name in self.names]
+        self._hooks = [
+            modules[name].register_forward_hook(self._seen(name), with_kwargs=True)
+            for name in self.names
+        ]
         self._hooks.append(self.model.register_forward_hook(self._counted))
         return self
 
@@ -277,15 +305,24 @@ class Watched:
             hook.remove()
 
     def _seen(self, name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
+        def hook(
+            _module: nn.Module,
+            args: tuple[Tensor, ...],
+            kwargs: dict[str, Tensor],
+            output: Tensor,
+        ) -> None:
             if output.requires_grad:
                 output.retain_grad()
-                self.calls.setdefault(name, []).append(((*args, *kwargs.values())[0], output))
+                self.calls.setdefault(name, []).append(
+                    ((*args, *kwargs.values())[0], output)
+                )
 
         return hook
 
     def _counted(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        out = next((tensor for tensor in tensors(output) if tensor.dim()), None)  # a loss may stand before the logits
+        out = next(
+            (tensor for tensor in tensors(output) if tensor.dim()), None
+        )  # a loss may stand before the logits
         self.samples += out.numel() // max(_classes(out), 1) if out is not None else 1
 
     def run(self, loss: Loss, batch: Any) -> None:
@@ -294,7 +331,7 @@ class Watched:
         self.model.requires_grad_(True)
         self.model.zero_grad()
         with torch.enable_grad():
-            value = measured(lambda: called(loss, self.model, batch))
+            value = evaluate(loss, self.model, batch)
             if value.requires_grad:
                 value.backward()
         self.model.zero_grad()
@@ -302,12 +339,18 @@ class Watched:
     def factors(self, name: str) -> Factors:
         """The moments of one layer over the batch."""
         module = self.model.get_submodule(name)
-        if isinstance(module, _NORMS):
+        if is_norm(module):
             return self._norm_factors(name, module)
         inputs, gradients, _ = self.rows(name)
         samples = self.used(name)
-        moments = gradients.T @ inputs / samples, inputs.T @ inputs / samples, gradients.T @ gradients / len(inputs)
-        return Factors(*moments, samples, _spread(inputs, gradients, *moments[1:], samples))
+        moments = (
+            gradients.T @ inputs / samples,
+            inputs.T @ inputs / samples,
+            gradients.T @ gradients / len(inputs),
+        )
+        return Factors(
+            *moments, samples, _spread(inputs, gradients, *moments[1:], samples)
+        )
 
     def used(self, name: str) -> int:
         """The examples behind the rows of a layer."""
@@ -323,41 +366,63 @@ class Watched:
         parts = []
         for read, given in self.calls[name]:
             first = leading(module, read, given)
-            back = given.grad[:first] if given.grad is not None else torch.zeros_like(given[:first])
+            back = (
+                given.grad[:first]
+                if given.grad is not None
+                else torch.zeros_like(given[:first])
+            )
             parts.append((
                 with_bias(module, patches(module, read[:first].detach()).double()),
                 self.samples * flat(module, back).double(),
                 flat(module, given[:first].detach()).double(),
             ))  # fmt: skip
-        inputs, gradients, outputs = (torch.cat(part) for part in zip(*parts, strict=True))
+        inputs, gradients, outputs = (
+            torch.cat(part) for part in zip(*parts, strict=True)
+        )
         return inputs, gradients, outputs
 
     def _norm_factors(self, name: str, module: Any) -> Factors:
         """Scale and shift of a norm: few enough for the Fisher matrix of whole examples."""
         rows: Tensor | None = None
         for read, given in self.calls[name]:
-            gradient = (given.grad if given.grad is not None else torch.zeros_like(given)).double()
-            parts = [gradient * _normalised(module, read.detach()).double()]
+            gradient = (
+                given.grad if given.grad is not None else torch.zeros_like(given)
+            ).double()
+            normalised = layer_of(module).normalised(module, read.detach())  # type: ignore[union-attr,misc]
+            parts = [gradient * normalised.double()]
             parts += [gradient] if getattr(module, "bias", None) is not None else []
-            dims = [_channel(module, given)] if not isinstance(module, (nn.LayerNorm, nn.RMSNorm)) else None
             shape = module.weight.shape
-            over = [part.movedim(dims[0], -1) if dims else part for part in parts]
-            per_row = torch.cat([part.reshape(len(given), -1, shape.numel()).sum(1) for part in over], 1)
-            rows = per_row if rows is None or len(rows) != len(per_row) else rows + per_row
+            # Batch and group norms scale the channels, the second dimension.
+            over = parts
+            if not hasattr(module, "normalized_shape"):
+                over = [part.movedim(1, -1) for part in parts]
+            per_row = torch.cat(
+                [part.reshape(len(given), -1, shape.numel()).sum(1) for part in over], 1
+            )
+            rows = (
+                per_row if rows is None or len(rows) != len(per_row) else rows + per_row
+            )
         assert rows is not None
         rows = self.samples * rows
         mean = rows.sum(0, keepdim=True) / self.samples
-        return Factors(mean, rows.T @ rows / self.samples, rows.new_ones(1, 1), self.samples)
+        return Factors(
+            mean, rows.T @ rows / self.samples, rows.new_ones(1, 1), self.samples
+        )
 
 
-def _spread(inputs: Tensor, gradients: Tensor, within: Tensor, outward: Tensor, samples: int) -> float:
+def _spread(
+    inputs: Tensor, gradients: Tensor, within: Tensor, outward: Tensor, samples: int
+) -> float:
     """The mean score of single examples, in degrees of freedom; every example has equally many rows."""
     read, back = (
-        whitened(damped(moment, DAMPING), rows.T).T for moment, rows in ((within, inputs), (outward, gradients))
+        whitened(damped(moment, DAMPING), rows.T).T
+        for moment, rows in ((within, inputs), (outward, gradients))
     )
     if len(read) > samples:
         rows = len(read) // samples
-        read, back = (part[: samples * rows].reshape(samples, rows, -1) for part in (read, back))
+        read, back = (
+            part[: samples * rows].reshape(samples, rows, -1) for part in (read, back)
+        )
         mean = torch.bmm(back.transpose(1, 2), read).square().sum().item() / samples
     else:
         mean = (read.square().sum(1) * back.square().sum(1)).mean().item()
@@ -366,50 +431,40 @@ def _spread(inputs: Tensor, gradients: Tensor, within: Tensor, outward: Tensor, 
 
 
 def patches(module: nn.Module, read: Tensor) -> Tensor:
-    """What every output position of a layer reads, in rows: (rows, inputs), or (rows, channels x kernel)."""
-    if isinstance(module, nn.Linear):
-        return read.reshape(-1, read.shape[-1])
-    assert isinstance(module, nn.modules.conv._ConvNd)
-    dims = len(module.kernel_size)
-    size = math.prod(module.kernel_size)
-    channels = read.shape[1]
-    if size == 1 and all(s == 1 for s in module.stride) and module.padding in ((0,) * dims, "valid", "same"):
-        return read.movedim(1, -1).reshape(-1, channels)
-    one_hot = torch.eye(size, dtype=read.dtype, device=read.device).reshape(size, 1, *module.kernel_size)
-    padding: Any = module.padding
-    if module.padding_mode != "zeros":
-        read = F.pad(read, module._reversed_padding_repeated_twice, mode=module.padding_mode)
-        padding = 0
-    convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
-    unfolded = convolve(
-        read, one_hot.repeat(channels, *[1] * (dims + 1)), None, module.stride, padding, module.dilation, channels
-    )
-    rows: Tensor = unfolded.movedim(1, -1).reshape(-1, channels * size)
-    return rows
+    """What every output position of a layer reads, in rows.
+
+    Returns:
+        (rows, inputs), or (rows, channels x kernel).
+    """
+    layer = layer_of(module)
+    assert layer is not None
+    assert layer.patches is not None
+    return layer.patches(module, read)
 
 
 def flat(module: nn.Module, given: Tensor) -> Tensor:
     """What a layer gives (or its gradient) in rows, as `patches` has them: (rows, outputs)."""
-    return given.movedim(_channel(module, given), -1).reshape(-1, given.shape[_channel(module, given)])
+    return given.movedim(channel_of(module, given), -1).reshape(
+        -1, given.shape[channel_of(module, given)]
+    )
 
 
 def with_bias(module: nn.Module, rows: Tensor) -> Tensor:
     """Rows with a 1 appended where the layer has a bias."""
-    return torch.cat([rows, rows.new_ones(len(rows), 1)], 1) if module.bias is not None else rows
+    return (
+        torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+        if module.bias is not None
+        else rows
+    )
 
 
 def leading(module: nn.Module, read: Tensor, given: Tensor) -> int:
     """How many examples of a batch, the first ones, are looked at."""
-    if isinstance(module, nn.Linear):
-        each = read.numel() // len(read)
-    else:
-        assert isinstance(module, nn.modules.conv._ConvNd)
-        each = given[0, 0].numel() * read.shape[1] * math.prod(module.kernel_size)
+    kernel = getattr(module, "kernel_size", ())
+    each = read.numel() // len(read)
+    if kernel:  # every output position reads a patch
+        each = given[0, 0].numel() * read.shape[1] * math.prod(kernel)
     return max(1, min(len(read), ENTRIES // each))
-
-
-def _channel(module: nn.Module, given: Tensor) -> int:
-    return given.dim() - 1 if isinstance(module, nn.Linear) else 1
 
 
 def _classes(output: Tensor) -> int:
@@ -417,25 +472,20 @@ def _classes(output: Tensor) -> int:
     return output.shape[1 if output.dim() > 3 else -1] if output.dim() > 1 else 1
 
 
-def _normalised(module: Any, read: Tensor) -> Tensor:
-    """What an affine norm scales and shifts."""
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return F.batch_norm(read, module.running_mean, module.running_var, eps=module.eps)
-    if isinstance(module, nn.GroupNorm):
-        return F.group_norm(read, module.num_groups, eps=module.eps)
-    if isinstance(module, nn.RMSNorm):
-        return F.rms_norm(read, module.normalized_shape, eps=module.eps)
-    return F.layer_norm(read, module.normalized_shape, eps=module.eps)
-
-
 def mean_diagonal(matrix: Tensor) -> float:
     """The mean diagonal entry; never zero, so that a factor without any entry can be damped too."""
-    return max(matrix.diagonal().mean().item(), torch.finfo(torch.float64).tiny) if len(matrix) else 0.0
+    return (
+        max(matrix.diagonal().mean().item(), torch.finfo(torch.float64).tiny)
+        if len(matrix)
+        else 0.0
+    )
 
 
 def damped(matrix: Tensor, damping: float) -> Tensor:
     """The matrix with `damping` times its mean diagonal added."""
-    return matrix + damping * mean_diagonal(matrix) * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    return matrix + damping * mean_diagonal(matrix) * torch.eye(
+        len(matrix), dtype=matrix.dtype, device=matrix.device
+    )
 
 
 def effective(matrix: Tensor, damping: float) -> float:
@@ -456,4 +506,7 @@ def whitened(matrix: Tensor, columns: Tensor) -> Tensor:
 
 
 def _norm(layer: Factors, residual: Tensor, inputs: Tensor) -> float:
-    return whitened(layer.outputs, whitened(inputs, residual.T).T).square().sum().item() / layer.spread
+    return (
+        whitened(layer.outputs, whitened(inputs, residual.T).T).square().sum().item()
+        / layer.spread
+    )

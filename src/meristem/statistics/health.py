@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from itertools import chain, islice
 from statistics import fmean
 from typing import Any
@@ -16,12 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from meristem.core.axis import Axis, Place, matches
 from meristem.core.change import Sources, by_unit
 from meristem.core.errors import GrowthRefused
-from meristem.statistics.batches import first_call, one_pass
-from meristem.statistics.losses import Loss, called, measured
-from meristem.structure import Structure
+from meristem.lab.batches import first_call, one_pass
+from meristem.lab.losses import Loss, evaluate
+from meristem.structure import Structure, apart, structure_of
 from meristem.structure.tracer import tensors as tensors_in
 from meristem.structure.twin import named_tensors, twin
 from meristem.structure.undisturbed import undisturbed
+from meristem.surgery.verify import live_values
 
 Figures = dict[str, float]
 
@@ -91,16 +94,21 @@ def health(
         0.25
     """
     if batches is not None and batches < 1:
-        raise ValueError(f"batches must be an int in [1, inf), or None for all; got {batches}")
-    with undisturbed(), closing(one_pass(data, torch.Generator().manual_seed(0))) as passing:
+        raise ValueError(
+            f"batches must be an int in [1, inf), or None for all; got {batches}"
+        )
+    generator = torch.Generator().manual_seed(0)
+    with undisturbed(), closing(one_pass(data, generator)) as passing:
         first = next(passing)
         if example is None:
             example = first_call(model, loss, first)
-        structure = Structure(model, example)
+        structure = structure_of(model, example)
         if units is not None:
-            chosen = [_checked(structure.axes.named(name), units[name]) for name in units]
+            chosen = []
+            for name, listed in units.items():
+                chosen.append(_checked(structure.axes.named(name), listed))
         else:
-            chosen = [axis for name, axis in structure.axes.items() if matches(name, axes)]
+            chosen = [a for name, a in structure.axes.items() if matches(name, axes)]
         rest = passing if batches is None else islice(passing, batches - 1)
         return look(structure, chosen, loss, chain([first], rest), units)
 
@@ -113,24 +121,32 @@ def look(
     units: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Figures]:
     """The figures of `health` for widths and depths of a model that has been traced."""
-    widths = [axis for axis in axes if axis.kind != "depth"]
-    deep = [axis for axis in axes if axis.kind == "depth"]
-    copied = twin(structure.model, lambda _, tensor: tensor.detach().clone())
+    counted, blocks = apart(axes)
+    held = live_values(structure.model)
+    copied = twin(structure.model, lambda name, _: held[name])
     figures: dict[str, Figures] = {}
-    read = list(batches) if widths and deep else batches
-    if widths:
-        layouts = {axis.name: structure.layout(axis.name) for axis in widths}
-        chosen = {axis.name: units[axis.name] for axis in widths} if units is not None else None
-        figures |= measure(copied, widths, layouts, loss, read, chosen)
-    if deep:
-        places = {axis.name: units[axis.name] if units is not None else range(axis.size) for axis in deep}
+    read = list(batches) if counted and blocks else batches
+    if counted:
+        layouts = {axis.name: structure.layout(axis.name) for axis in counted}
+        chosen = None
+        if units is not None:
+            chosen = {axis.name: units[axis.name] for axis in counted}
+        figures |= measure(copied, counted, layouts, loss, read, chosen)
+    if blocks:
+        places: dict[str, Sequence[int]] = {}
+        for axis in blocks:
+            every = range(axis.size)
+            places[axis.name] = units[axis.name] if units is not None else every
         figures |= measure_blocks(structure, copied, places, loss, read)
     return figures
 
 
 def _checked(axis: Axis, units: Any) -> Axis:
-    if not isinstance(units, Iterable) or any(not 0 <= int(unit) < axis.size for unit in units):
-        raise GrowthRefused(f"axis {axis.name!r} has units 0..{axis.size - 1}; got {units!r}")
+    iterable = isinstance(units, Iterable)
+    if not iterable or any(not 0 <= int(unit) < axis.size for unit in units):
+        raise GrowthRefused(
+            f"axis {axis.name!r} has units 0..{axis.size - 1}; got {units!r}"
+        )
     return axis
 
 
@@ -142,98 +158,192 @@ def measure(
     batches: Iterable[Any],
     units: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Figures]:
-    """The figures of `health` on a copy whose gradients may be written. `layouts` tells where the units of an axis lie."""
+    """The figures of `health` on a copy whose gradients may be written.
+
+    Only the tensors of the axes get gradients. `layouts` tells where the units lie.
+    """
     copied.eval()
-    copied.zero_grad()
     tensors = named_tensors(copied)
-    required = {name: tensors[name].requires_grad for name in tensors}
     reader = _Reader(axes, layouts, tensors)
-    try:
-        for axis in axes:
-            for slot in axis.slots:
-                if tensors[slot.name].is_floating_point():
-                    tensors[slot.name].requires_grad_(not slot.buffer)
+    with _gradients_of(copied, _looked_at(axes, tensors)):
         for batch in batches:
             with reader:
-                value = measured(lambda: called(loss, copied, batch))  # noqa: B023
+                value = evaluate(loss, copied, batch)
             if value.requires_grad:  # else the loss reaches nothing that is looked at
                 value.backward()
-        return {
-            axis.name: _figures(axis, layouts[axis.name], tensors, reader, units[axis.name] if units else None)
-            for axis in axes
-        }
+        figures = {}
+        for axis in axes:
+            chosen = units[axis.name] if units else None
+            layout = layouts[axis.name]
+            figures[axis.name] = _figures(axis, layout, tensors, reader, chosen)
+        return figures
+
+
+def _looked_at(axes: Sequence[Axis], tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    found = []
+    for axis in axes:
+        for slot in axis.slots:
+            if tensors[slot.name].is_floating_point() and not slot.buffer:
+                found.append(tensors[slot.name])
+    return found
+
+
+@contextlib.contextmanager
+def _gradients_of(copied: nn.Module, chosen: Sequence[Tensor]) -> Iterator[None]:
+    """Let only the chosen tensors of a copy have gradients, and clean up."""
+    parameters = list(copied.parameters())
+    required = [parameter.requires_grad for parameter in parameters]
+    copied.requires_grad_(False)
+    copied.zero_grad()
+    for tensor in chosen:
+        tensor.requires_grad_()
+    try:
+        yield
     finally:
         copied.zero_grad()
-        for name, flag in required.items():
-            tensors[name].requires_grad_(flag)
+        for parameter, flag in zip(parameters, required, strict=True):
+            parameter.requires_grad_(flag)
 
 
 def measure_blocks(
-    structure: Structure, copied: nn.Module, places: Mapping[str, Sequence[int]], loss: Loss, batches: Iterable[Any]
+    structure: Structure,
+    copied: nn.Module,
+    places: Mapping[str, Sequence[int]],
+    loss: Loss,
+    batches: Iterable[Any],
 ) -> dict[str, Figures]:
-    """Figures of some blocks of depth axes, on a copy whose gradients may be written. `structure` is the copy's or its like.
+    """Figures of some blocks of depth axes, on a copy whose gradients may be written.
 
-    - `contribution`: ||y - x|| / ||x|| over what goes into the block and comes out, the mean over batches and these blocks.
+    `structure` is the copy's or its like.
+
+    - `contribution`: ||y - x|| / ||x|| over what goes into the block and comes out, the mean
+      over batches and these blocks.
     - `gradient_ratio`: the mean gradient norm of these blocks over that of the others.
     - `dead`: the share of these blocks whose weights receive no gradient from any batch.
     """
     copied.eval()
-    copied.zero_grad()
-    moved: dict[str, list[float]] = {}
-
-    def watch(name: str) -> Any:
-        def seen(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            (out, *_), inward = tensors_in(output), tensors_in((args, kwargs))
-            stream = next((tensor for tensor in inward if tensor.shape == out.shape), None)
-            if stream is not None and bool(stream.any()):
-                change = (out.detach().double() - stream.detach().double()).norm() / stream.detach().double().norm()
-                moved.setdefault(name, []).append(change.item())
-
-        return seen
-
-    named = {axis: [structure.depths[axis].blocks[place] for place in found] for axis, found in places.items()}
-    hooks = [
-        copied.get_submodule(name).register_forward_hook(watch(name), with_kwargs=True)
-        for names in named.values()
-        for name in names
-    ]
-    try:
+    named = {}
+    for axis, chosen in places.items():
+        blocks = structure.depths[axis].blocks
+        named[axis] = [blocks[place] for place in chosen]
+    looked = [name for axis in named for name in structure.depths[axis].blocks]
+    watch = _BlockWatch(copied, [name for names in named.values() for name in names])
+    trained = []
+    for name in looked:
+        for parameter in copied.get_submodule(name).parameters():
+            if parameter.is_floating_point() and parameter.requires_grad:
+                trained.append(parameter)
+    with watch, _gradients_of(copied, trained), _Norms(trained) as norms:
         for batch in batches:
-            value = measured(lambda: called(loss, copied, batch))  # noqa: B023
+            value = evaluate(loss, copied, batch)
             if value.requires_grad:
                 value.backward()
-        result: dict[str, Figures] = {}
-        for axis, names in named.items():
-            norms = {block: _gradient_norm(copied.get_submodule(block)) for block in structure.depths[axis].blocks}
-            ours = [norms[name] for name in names]
-            others = [norm for block, norm in norms.items() if block not in names]
-            figures: Figures = {"units": float(len(names)), "dead": sum(norm == 0 for norm in ours) / len(ours)}
-            contributions = [fmean(moved[name]) for name in names if name in moved]
-            if contributions:
-                figures["contribution"] = fmean(contributions)
-            if others and sum(others) > 0:
-                figures["gradient_ratio"] = fmean(ours) / fmean(others)
-            result[axis] = figures
-        return result
-    finally:
-        for hook in hooks:
+            norms.next_batch()
+        by_block = {name: norms.of(copied.get_submodule(name)) for name in looked}
+    result: dict[str, Figures] = {}
+    for axis, names in named.items():
+        blocks = structure.depths[axis].blocks
+        ours = [by_block[name] for name in names]
+        others = [by_block[name] for name in blocks if name not in names]
+        figures: Figures = {"units": float(len(names))}
+        figures["dead"] = sum(norm == 0 for norm in ours) / len(ours)
+        contributions = [fmean(watch.moved[n]) for n in names if n in watch.moved]
+        if contributions:
+            figures["contribution"] = fmean(contributions)
+        if others and sum(others) > 0:
+            figures["gradient_ratio"] = fmean(ours) / fmean(others)
+        result[axis] = figures
+    return result
+
+
+class _BlockWatch:
+    """Sees how far blocks move the stream, while it is entered."""
+
+    def __init__(self, copied: nn.Module, names: Sequence[str]) -> None:
+        self.moved: dict[str, list[float]] = {}
+        self._blocks = [(name, copied.get_submodule(name)) for name in names]
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> _BlockWatch:
+        for name, block in self._blocks:
+            seen = partial(self._seen, name)
+            self._hooks.append(block.register_forward_hook(seen, with_kwargs=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
             hook.remove()
-        copied.zero_grad()
+
+    def _seen(
+        self, name: str, _block: nn.Module, args: Any, kwargs: Any, out: Any
+    ) -> None:
+        given = tensors_in(out)[0].detach().double()
+        for tensor in tensors_in((args, kwargs)):
+            if tensor.shape == given.shape:
+                stream = tensor.detach().double()
+                if bool(stream.any()):
+                    change = (given - stream).norm() / stream.norm()
+                    self.moved.setdefault(name, []).append(change.item())
+                return
 
 
-def _gradient_norm(module: nn.Module) -> float:
-    gradients = [g for p in module.parameters() if (g := dense_gradient(p)) is not None]
-    return math.sqrt(sum(g.double().square().sum().item() for g in gradients))
+class _Norms:
+    """Squared gradient norms of parameters, batch by batch; no gradient outlives its use."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = {id(p): p for p in parameters}
+        self._squares: dict[int, float] = {}
+        self._batches = 0
+
+    def __enter__(self) -> _Norms:
+        self._hooks = []
+        for parameter in self._parameters.values():
+            hook = parameter.register_post_accumulate_grad_hook(self._received)
+            self._hooks.append(hook)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _received(self, parameter: Tensor) -> None:
+        gradient = dense_gradient(parameter)
+        if gradient is not None:
+            square = gradient.double().square().sum().item()
+            key = id(parameter)
+            self._squares[key] = self._squares.get(key, 0.0) + square
+        parameter.grad = None
+
+    def next_batch(self) -> None:
+        self._batches += 1
+
+    def of(self, block: nn.Module) -> float:
+        """The root mean square, over the batches, of a block's gradient norm."""
+        total = sum(self._squares.get(id(p), 0.0) for p in block.parameters())
+        return math.sqrt(total / max(self._batches, 1))
 
 
 def _figures(
-    axis: Axis, layout: Mapping[Place, Sources], tensors: Mapping[str, Tensor], reader: _Reader, units: Any
+    axis: Axis,
+    layout: Mapping[Place, Sources],
+    tensors: Mapping[str, Tensor],
+    reader: _Reader,
+    units: Any,
 ) -> Figures:
-    strips = {slot.place: by_unit(tensors[slot.name].detach(), slot.dim, layout[slot.place]) for slot in axis.slots}
+    strips = {
+        slot.place: by_unit(tensors[slot.name].detach(), slot.dim, layout[slot.place])
+        for slot in axis.slots
+    }
     count = len(next(iter(strips.values())))
-    looked_at = sorted({int(u) // axis.multiple for u in units}) if units is not None else list(range(count))
+    looked_at = (
+        sorted({int(u) // axis.multiple for u in units})
+        if units is not None
+        else list(range(count))
+    )
     picked = torch.tensor(looked_at, dtype=torch.long)
-    others = torch.tensor([u for u in range(count) if u not in set(looked_at)], dtype=torch.long)
+    others = torch.tensor(
+        [u for u in range(count) if u not in set(looked_at)], dtype=torch.long
+    )
     figures: Figures = {"units": float(len(picked))}
     if not len(picked):
         return figures
@@ -241,7 +351,14 @@ def _figures(
     for slot in axis.slots:
         gradient = dense_gradient(tensors[slot.name])
         if gradient is not None:
-            reached += by_unit(gradient, slot.dim, layout[slot.place]).flatten(1).abs().amax(1).float().cpu()
+            reached += (
+                by_unit(gradient, slot.dim, layout[slot.place])
+                .flatten(1)
+                .abs()
+                .amax(1)
+                .float()
+                .cpu()
+            )
     figures["dead"] = _share(reached[picked] == 0)
     if axis.name in reader.largest:
         size = reader.mean[axis.name] / max(reader.passes[axis.name], 1)
@@ -256,19 +373,33 @@ def _figures(
     if units is not None and len(others) and inward:
         gradients = [dense_gradient(tensors[s.name]) for s in inward]
         norms = _norm(
-            [by_unit(g, s.dim, layout[s.place]) for g, s in zip(gradients, inward, strict=True) if g is not None]
+            [
+                by_unit(g, s.dim, layout[s.place])
+                for g, s in zip(gradients, inward, strict=True)
+                if g is not None
+            ]
         )
         if norms is not None and norms[others].mean() > 0:
-            figures["gradient_ratio"] = (norms[picked].mean() / norms[others].mean()).item()
-        vectors = torch.cat([strips[slot.place].flatten(1).double().cpu() for slot in inward], 1)
-        vectors = vectors / vectors.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+            figures["gradient_ratio"] = (
+                norms[picked].mean() / norms[others].mean()
+            ).item()
+        vectors = torch.cat(
+            [strips[slot.place].flatten(1).double().cpu() for slot in inward], 1
+        )
+        vectors = vectors / vectors.norm(dim=1, keepdim=True).clamp_min(
+            torch.finfo(torch.float64).tiny
+        )
         figures["cosine"] = (vectors[picked] @ vectors[others].T).amax(1).mean().item()
     return figures
 
 
 def dense_gradient(tensor: Tensor) -> Tensor | None:
     """The gradient of a tensor; that of an embedding may be sparse."""
-    return tensor.grad.to_dense() if tensor.grad is not None and tensor.grad.is_sparse else tensor.grad
+    return (
+        tensor.grad.to_dense()
+        if tensor.grad is not None and tensor.grad.is_sparse
+        else tensor.grad
+    )
 
 
 def _norm(strips: Sequence[Tensor]) -> Tensor | None:
@@ -284,7 +415,10 @@ class _Reader(TorchDispatchMode):
     """Watches what the fan-out weights of some axes are multiplied with: the values that the next layers read."""
 
     def __init__(
-        self, axes: Sequence[Axis], layouts: Mapping[str, Mapping[Place, Sources]], tensors: Mapping[str, Tensor]
+        self,
+        axes: Sequence[Axis],
+        layouts: Mapping[str, Mapping[Place, Sources]],
+        tensors: Mapping[str, Tensor],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.largest: dict[str, Tensor] = {}
@@ -304,7 +438,9 @@ class _Reader(TorchDispatchMode):
                 )
                 self._watched.setdefault(_address(weight), []).append(entry)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in _CONTRACTIONS:
             left, left_dim, right, right_dim = _CONTRACTIONS[func]
@@ -312,7 +448,10 @@ class _Reader(TorchDispatchMode):
             self._seen(args[right], right_dim, args[left], left_dim)
         elif func is torch.ops.aten.convolution.default and args[8] == 1:
             self._seen(args[0], 1, args[1], 0 if args[6] else 1)
-        elif func is torch.ops.aten._to_copy.default and _address(args[0]) in self._watched:
+        elif (
+            func is torch.ops.aten._to_copy.default
+            and _address(args[0]) in self._watched
+        ):
             # A weight in another precision (autocast): followed under its new address, kept alive so that it stays its own.
             self._watched[_address(result)] = self._watched[_address(args[0])]
             self._alive.append(result)
@@ -320,13 +459,21 @@ class _Reader(TorchDispatchMode):
 
     def _seen(self, value: Tensor, dim: int, weight: Tensor, weight_dim: int) -> None:
         for axis, _, size, stride, layout in self._watched.get(_address(weight), ()):
-            if weight.shape[weight_dim] != size or weight.stride(weight_dim) != stride or value.shape[dim] != size:
+            if (
+                weight.shape[weight_dim] != size
+                or weight.stride(weight_dim) != stride
+                or value.shape[dim] != size
+            ):
                 continue
             rows = value.detach().movedim(dim, -1).flatten(0, -2)
             where = torch.from_numpy(layout.copy())
             largest = rows.amax(0).float().cpu()[where].amax(1)
             mean = rows.abs().mean(0, dtype=torch.float32).cpu()[where].mean(1)
-            self.largest[axis] = torch.maximum(self.largest[axis], largest) if axis in self.largest else largest
+            self.largest[axis] = (
+                torch.maximum(self.largest[axis], largest)
+                if axis in self.largest
+                else largest
+            )
             self.mean[axis] = self.mean[axis] + mean if axis in self.mean else mean
             self.passes[axis] = self.passes.get(axis, 0) + 1
 

@@ -1,6 +1,18 @@
 """What can grow: labels for every tensor dimension of a traced model, axes, and plans."""
 
-from meristem.structure.discover import Structure
-from meristem.structure.planning import clash, flops, products, resized, resolve, with_insertions
+from meristem.structure.discover import Structure, known_example, structure_of
+from meristem.structure.kinds import apart, flops
+from meristem.structure.planning import clash, products, resolve, sized, with_insertions
 
-__all__ = ["Structure", "clash", "flops", "products", "resized", "resolve", "with_insertions"]
+__all__ = [
+    "Structure",
+    "apart",
+    "clash",
+    "flops",
+    "known_example",
+    "products",
+    "resolve",
+    "sized",
+    "structure_of",
+    "with_insertions",
+]

@@ -49,7 +49,11 @@ class Label:
         root = self.root
         if root.kind == "atom":
             return str(root.size)
-        return "(" + {"product": "*", "sum": "+"}[root.kind].join(map(repr, root.parts)) + ")"
+        return (
+            "("
+            + {"product": "*", "sum": "+"}[root.kind].join(map(repr, root.parts))
+            + ")"
+        )
 
 
 UNIT = Label(1, "a broadcast dimension of size 1")
@@ -89,7 +93,9 @@ def mark_end(label: Label, end: str) -> None:
             atom.end = end
 
 
-def _refine(label: Label, kind: Literal["product", "sum"], parts: Sequence[Label]) -> None:
+def _refine(
+    label: Label, kind: Literal["product", "sum"], parts: Sequence[Label]
+) -> None:
     root = label.root
     root.kind, root.parts = kind, list(parts)
     for part in parts:
@@ -144,7 +150,9 @@ def split_product(label: Label, outer: int) -> tuple[Label, Label]:
     if outer == root.size:
         return root, UNIT
     if root.size % outer:
-        raise Conflict(f"a dimension of size {root.size} cannot be cut into {outer} equal parts")
+        raise Conflict(
+            f"a dimension of size {root.size} cannot be cut into {outer} equal parts"
+        )
     if root.kind == "atom":
         first, second = Label(outer), Label(root.size // outer)
         _refine(root, "product", [first, second])
@@ -239,7 +247,9 @@ def unify(first: Label, second: Label) -> None:
 
 def _unify_structure(a: Label, b: Label) -> None:
     if a.kind == b.kind == "product":
-        _zip_parts(a, b, "product", split_product, lambda label, size: label.size % size == 0)
+        _zip_parts(
+            a, b, "product", split_product, lambda label, size: label.size % size == 0
+        )
     elif a.kind == b.kind == "sum":
         _zip_parts(a, b, "sum", split_sum, lambda label, size: True)
     else:
@@ -328,12 +338,17 @@ def sources(label: Label, changes: Changes) -> Sources:
     parts = [(part.root.size, sources(part, changes)) for part in root.parts]
     if root.kind == "sum":
         offsets = np.cumsum([0] + [old for old, _ in parts])
-        shifted = [np.where(new < 0, -1, new + start) for start, (_, new) in zip(offsets, parts, strict=False)]
+        shifted = [
+            np.where(new < 0, -1, new + start)
+            for start, (_, new) in zip(offsets, parts, strict=False)
+        ]
         return np.concatenate(shifted)
     result = np.zeros(1, dtype=np.int64)
     for old, new in parts:
         combined = result[:, None] * old + new[None, :]
-        result = np.where((result[:, None] < 0) | (new[None, :] < 0), -1, combined).ravel()
+        result = np.where(
+            (result[:, None] < 0) | (new[None, :] < 0), -1, combined
+        ).ravel()
     return result
 
 

@@ -1,23 +1,32 @@
-"""Module attributes that mirror a size: found by re-tracing a grown twin until every operation has its planned shape."""
+"""Module attributes that mirror a size.
+
+They are found by re-tracing a grown twin until every operation has its planned shape.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from meristem.core.change import AttributeChange, Plan
 from meristem.structure.discover import Structure
-from meristem.structure.labels import Changes, size
+from meristem.structure.labels import Label, size
+from meristem.structure.layers import Shape, layer_of
 from meristem.structure.tracer import ModuleStack
 from meristem.structure.twin import fake_mode, looking
 
 TRIALS = 60
 """Largest number of re-traces that the search for one plan's attributes may cost."""
+_LONGEST = 200
+"""Characters of an error that are told on."""
+
+Expected = Sequence[tuple[str, Sequence[Shape | None]]]
+"""The operations in order, with the shapes that they should give; None for any."""
 
 
 class Deviation(Exception):
@@ -27,31 +36,42 @@ class Deviation(Exception):
 class _Checker(TorchDispatchMode):
     """Compares every operation of a re-trace with its planned output shapes."""
 
-    def __init__(self, expected: list[tuple[str, list[tuple[int, ...]]]]) -> None:
+    def __init__(self, expected: Expected) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.expected = expected
         self.reached = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func.namespace != "aten":
             return result
-        shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-        if not shapes:
-            return result
-        name = func._schema.name.split("::")[1]
+        shapes = []
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                shapes.append(tuple(leaf.shape))
+        if shapes:
+            self._compare(func._schema.name.split("::")[1], shapes)
+        return result
+
+    def _compare(self, name: str, shapes: list[Shape]) -> None:
         if self.reached >= len(self.expected):
             raise Deviation(f"the grown model runs an extra operation {name!r}")
         planned_name, planned = self.expected[self.reached]
-        if (name, shapes) != (planned_name, planned):
-            raise Deviation(f"{name!r} gives {shapes}, planned was {planned_name!r} with {planned}")
+        fits = name == planned_name and len(shapes) == len(planned)
+        for shape, wanted in zip(shapes, planned, strict=False):
+            fits = fits and wanted in (None, shape)
+        if not fits:
+            raise Deviation(
+                f"{name!r} gives {shapes}, planned was {planned_name!r} with {planned}"
+            )
         self.reached += 1
-        return result
 
 
 @dataclass(frozen=True)
 class _Attempt:
-    """How far a re-trace got, what stopped it (None: nothing), and the modules that were running."""
+    """How far a re-trace got, what stopped it, and the modules that were running."""
 
     reached: int
     problem: str | None
@@ -59,134 +79,158 @@ class _Attempt:
 
 
 def attributes_for(
-    structure: Structure, plan: Plan, changes: Changes
+    structure: Structure, plan: Plan
 ) -> tuple[tuple[AttributeChange, ...], str | None]:
-    """The attribute changes that make a re-trace follow the plan, and None; or what was tried, and the refusal."""
-    shapes = {change.name: change.after for change in plan.tensors}
-    expected = [
-        (name, [tuple(size(x, changes) for x in dims) for dims in outputs]) for name, outputs in structure.trace.laws
-    ]
-    resized = _resized(structure, changes)
-    edits = list(leaf_attributes(structure, shapes, changes))
-    trials = 0
+    """The attribute changes that make a re-trace follow a sized plan.
 
-    def attempt(trial: list[AttributeChange]) -> _Attempt:
-        nonlocal trials
-        trials += 1
-        return _retrace(structure, shapes, trial, expected)
-
-    best = attempt(edits)
-    while best.problem is not None and trials < TRIALS:
-        improved = None
-        for edit in _candidates(structure, best.running, resized, edits):
-            if trials >= TRIALS:
-                break
-            result = attempt([*edits, edit])
-            if result.problem is None or result.reached > (improved[0] if improved else best).reached:
-                improved = (result, edit)
-            if result.problem is None:
-                break
+    Returns:
+        The changes and None; or what was tried, and the refusal.
+    """
+    search = _Search(structure, plan)
+    edits = list(leaf_attributes(structure, plan))
+    best = search.attempt(edits)
+    while best.problem is not None:
+        improved = search.improve(edits, best)
         if improved is None:
             break
-        best = improved[0]
-        edits.append(improved[1])
+        best, edit = improved
+        edits.append(edit)
     if best.problem is None:
         return tuple(edits), None
     place = best.running[-1] if best.running else ""
-    return tuple(edits), f"{place or 'the model'} does not follow the new size: {best.problem}"
+    problem = f"{place or 'the model'} does not follow the new size: {best.problem}"
+    return tuple(edits), problem
 
 
-def leaf_attributes(
-    structure: Structure, shapes: dict[str, tuple[int, ...]], changes: Changes
-) -> Iterator[AttributeChange]:
+class _Search:
+    """The re-traces of one plan."""
+
+    def __init__(self, structure: Structure, plan: Plan) -> None:
+        self._structure, self._plan = structure, plan
+        self._shapes = {change.name: change.after for change in plan.tensors}
+        self._expected = _planned_shapes(structure, plan)
+        self._resized = _resized(structure, plan)
+        self._left = TRIALS
+
+    def improve(
+        self, edits: list[AttributeChange], best: _Attempt
+    ) -> tuple[_Attempt, AttributeChange] | None:
+        """The one further edit with which a re-trace gets farthest, and how far."""
+        improved = None
+        reached = best.reached
+        for edit in self._candidates(best.running, edits):
+            if not self._left:
+                return improved
+            result = self.attempt([*edits, edit])
+            if result.problem is None:
+                return result, edit
+            if result.reached > reached:
+                improved, reached = (result, edit), result.reached
+        return improved
+
+    def attempt(self, edits: Sequence[AttributeChange]) -> _Attempt:
+        self._left -= 1
+        structure = self._structure
+        mode = fake_mode(structure.fake)
+        copied = structure.twin_of_shape(self._shapes, edits, mode).eval()
+        args, kwargs = structure.example_for(mode)
+        stack = ModuleStack(copied)
+        stack.close()
+        checker = _Checker(self._expected)
+        try:
+            with looking(mode), checker:
+                copied(*args, **kwargs)
+        except Exception as error:
+            return _Attempt(checker.reached, first_line(error), tuple(stack.running))
+        if checker.reached != len(self._expected):
+            problem = "the grown model runs fewer operations"
+            return _Attempt(checker.reached, problem)
+        return _Attempt(checker.reached, None)
+
+    def _candidates(
+        self, running: Sequence[str], done: Sequence[AttributeChange]
+    ) -> Iterator[AttributeChange]:
+        """Attributes of the running modules, innermost first, that may mirror a size.
+
+        These are integers, and tuples of integers, that equal a size that changed.
+        """
+        taken = {(edit.module, edit.attribute) for edit in done}
+        for name in dict.fromkeys(reversed(running)):
+            module = self._structure.model.get_submodule(name)
+            for attribute, value in vars(module).items():
+                if attribute.startswith("_") or (name, attribute) in taken:
+                    continue
+                for new in self._replacements(value):
+                    yield AttributeChange(name, attribute, value, new)
+
+    def _replacements(self, value: Any) -> Iterator[Any]:
+        resized = self._resized
+        if isinstance(value, int) and not isinstance(value, bool):
+            yield from sorted(resized.get(value, ()))
+        elif _are_sizes(value) and any(entry in resized for entry in value):
+            new = []
+            for entry in value:
+                new.append(min(resized[entry]) if entry in resized else entry)
+            yield type(value)(new)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in a line."""
+    text = str(error)
+    return text.splitlines()[0][:_LONGEST] if text else type(error).__name__
+
+
+def _planned_shapes(structure: Structure, plan: Plan) -> Expected:
+    expected = []
+    for law in structure.trace.laws:
+        shapes: list[Shape | None] = []
+        for labels in law.outputs:
+            if labels is None:
+                shapes.append(None)
+            else:
+                shapes.append(tuple(size(label, plan.changes) for label in labels))
+        expected.append((law.name, shapes))
+    return expected
+
+
+def leaf_attributes(structure: Structure, plan: Plan) -> Iterator[AttributeChange]:
     """The attributes of torch's own layers that follow from the shapes of their weights."""
+    shapes = {change.name: change.after for change in plan.tensors}
     for module_name, module in structure.model.named_modules():
-        weight = (module_name + "." if module_name else "") + "weight"
-        shape = shapes.get(weight)
-        if shape is None:
-            shape = shapes.get((module_name + "." if module_name else "") + "running_mean")
+        layer = layer_of(module)
+        if layer is None:
+            continue
+        prefix = f"{module_name}." if module_name else ""
+        shape = shapes.get(f"{prefix}weight") or shapes.get(f"{prefix}running_mean")
         if shape is None:
             continue
-        group = structure.trace.groups.get(weight)
-        for attribute, value in _mirrored(module, shape, size(group, changes) if group is not None else 1).items():
-            if getattr(module, attribute) != value:
-                yield AttributeChange(module_name, attribute, getattr(module, attribute), value)
+        group = structure.trace.groups.get(f"{prefix}weight")
+        groups = size(group, plan.changes) if group is not None else 1
+        for attribute, value in layer.mirrored(module, shape, groups).items():
+            present = getattr(module, attribute)
+            if present != value:
+                yield AttributeChange(module_name, attribute, present, value)
 
 
-def _mirrored(module: nn.Module, shape: tuple[int, ...], groups: int) -> dict[str, Any]:
-    if isinstance(module, nn.Linear):
-        return {"out_features": shape[0], "in_features": shape[1]}
-    if isinstance(module, nn.Bilinear):
-        return {"out_features": shape[0], "in1_features": shape[1], "in2_features": shape[2]}
-    if isinstance(module, nn.modules.conv._ConvNd):
-        into, outof = (shape[0], shape[1] * groups) if module.transposed else (shape[1] * groups, shape[0])
-        return {"in_channels": into, "out_channels": outof, "groups": groups}
-    if isinstance(module, nn.modules.batchnorm._NormBase):
-        return {"num_features": shape[0]}
-    if isinstance(module, nn.GroupNorm):
-        return {"num_channels": shape[0], "num_groups": groups}
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        return {"normalized_shape": tuple(shape)}
-    if isinstance(module, nn.Embedding):
-        return {"num_embeddings": shape[0], "embedding_dim": shape[1]}
-    if isinstance(module, nn.PReLU):
-        return {"num_parameters": shape[0]}
-    return {}
-
-
-def _resized(structure: Structure, changes: Changes) -> dict[int, set[int]]:
+def _resized(structure: Structure, plan: Plan) -> dict[int, set[int]]:
     """Old size -> new sizes, over every dimension that the trace saw change."""
+    labels: set[Label] = set()
+    for dims in structure.labels.values():
+        labels.update(label.root for label in dims)
+    for law in structure.trace.laws:
+        for outputs in law.outputs:
+            labels.update(label.root for label in outputs or ())
+    for label in list(labels):
+        labels.update(part.root for part in label.parts)
     table: dict[int, set[int]] = {}
-    labels = [label for dims in structure.labels.values() for label in dims]
-    labels += [label for _, outputs in structure.trace.laws for dims in outputs for label in dims]
-    for label in {label.root for label in labels}:
-        new = size(label, changes)
+    for label in labels:
+        new = size(label, plan.changes)
         if new != label.size:
             table.setdefault(label.size, set()).add(new)
-        for part in label.parts:
-            if size(part, changes) != part.root.size:
-                table.setdefault(part.root.size, set()).add(size(part, changes))
     return table
 
 
-def _candidates(
-    structure: Structure, running: tuple[str, ...], resized: dict[int, set[int]], done: list[AttributeChange]
-) -> Iterator[AttributeChange]:
-    """Integers, and tuples of integers, of the running modules (innermost first) that equal a size that changed."""
-    taken = {(edit.module, edit.attribute) for edit in done}
-    for name in dict.fromkeys(reversed(running)):
-        for attribute, value in vars(structure.model.get_submodule(name)).items():
-            if attribute.startswith("_") or (name, attribute) in taken or isinstance(value, bool):
-                continue
-            if isinstance(value, int) and value in resized:
-                for new in sorted(resized[value]):
-                    yield AttributeChange(name, attribute, value, new)
-            elif _sizes(value) and any(i in resized for i in value):
-                new_values = type(value)(min(resized[i]) if i in resized else i for i in value)
-                yield AttributeChange(name, attribute, value, new_values)
-
-
-def _sizes(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and bool(value) and all(type(i) is int for i in value)
-
-
-def _retrace(
-    structure: Structure,
-    shapes: dict[str, tuple[int, ...]],
-    edits: list[AttributeChange],
-    expected: list[tuple[str, list[tuple[int, ...]]]],
-) -> _Attempt:
-    mode = fake_mode(structure.fake)
-    copied = structure.twin_of_shape(shapes, edits, mode).eval()
-    args, kwargs = structure.example_for(mode)
-    stack = ModuleStack(copied)
-    checker = _Checker(expected)
-    try:
-        with looking(mode), checker:
-            copied(*args, **kwargs)
-    except Exception as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return _Attempt(checker.reached, first_line[:200], tuple(stack.running))
-    if checker.reached != len(expected):
-        return _Attempt(checker.reached, "the grown model runs fewer operations")
-    return _Attempt(checker.reached, None)
+def _are_sizes(value: Any) -> bool:
+    if not isinstance(value, (tuple, list)) or not value:
+        return False
+    return all(type(entry) is int for entry in value)

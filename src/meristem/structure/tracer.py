@@ -1,4 +1,7 @@
-"""One labelled forward pass: a dispatch mode that gives every tensor dimension a label and every operation a shape law."""
+"""One labelled forward pass.
+
+A dispatch mode gives every tensor dimension a label, and every operation a shape law.
+"""
 
 from __future__ import annotations
 
@@ -11,37 +14,38 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from meristem.core.axis import Fill
 from meristem.structure.labels import UNIT, Conflict, Label, freeze, fresh, mix, unify
 
-Fill = Literal["draw", "bias", "zero", "one", "mean"]
-
-
-_RECTIFIED = {"relu", "relu_", "sigmoid", "softmax", "exp"}
-_SIGN_KEPT = {
-    "view", "reshape", "_unsafe_view", "flatten", "permute", "transpose", "t", "clone", "contiguous", "mean", "sum", "add",
-    "mul", "cat", "max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "max_pool1d", "max_pool3d_with_indices",
-    "dropout", "native_dropout", "expand", "unsqueeze", "squeeze", "select", "slice", "alias", "detach",
-}  # fmt: skip
-"""Operations whose output is nowhere negative: always, or where their inputs are not."""
+Origin = frozenset[tuple[str, int]]
+"""The (parameter, dimension) pairs that a dimension views."""
 
 
 class Dim(NamedTuple):
-    """One dimension of a traced tensor: its label, and the (parameter, dimension) pairs that it views."""
+    """One dimension of a traced tensor: its label, and what of the parameters it views."""
 
     label: Label
-    origin: frozenset[tuple[str, int]] = frozenset()
+    origin: Origin = frozenset()
 
 
 @dataclass
 class Traced:
-    """What the trace knows of one tensor; `weight` says that it was computed from parameters alone, `positive` that no
-    entry can be below zero; `readers` are the operations that took it in.
+    """What the trace knows of one tensor.
+
+    Attributes:
+        dims: Its dimensions.
+        weight: Whether it was computed from parameters alone.
+        positive: Whether no entry can be below zero.
+        readers: The operations that took it in.
+        lawful: Whether its shape follows from its labels. The log-sum-exp that a fused
+            attention kernel gives has a shape of the kernel's own.
     """
 
     dims: list[Dim]
     weight: bool = False
     positive: bool = False
     readers: list[str] = field(default_factory=list)
+    lawful: bool = True
 
     def parameters(self) -> set[str]:
         return {name for dim in self.dims for name, _ in dim.origin}
@@ -49,18 +53,38 @@ class Traced:
 
 @dataclass(frozen=True)
 class Norm:
-    """A layer norm or RMS norm over one dimension, by the module that holds its weights and eps."""
+    """A layer norm or RMS norm over one dimension, by the module that holds its weights."""
 
     module: str
     kind: Literal["layer_norm", "rms_norm"]
     label: Label
 
 
+class Law(NamedTuple):
+    """The shapes that an operation gives; None for an output whose shape is its own."""
+
+    name: str
+    outputs: list[list[Label] | None]
+
+
 @dataclass
 class Trace:
-    """Everything that one forward pass told: shape laws of the operations, roles of the parameters, costs."""
+    """Everything that one forward pass told.
 
-    laws: list[tuple[str, list[list[Label]]]] = field(default_factory=list)
+    Attributes:
+        laws: The operations in order, with the shapes that they give.
+        consumed, produced: Parameter dimensions that are summed over, and along which
+            units are made.
+        order: When a parameter was first read.
+        fills: How new entries of a parameter start.
+        macs: The multiply-adds of every contraction, as the labels to multiply.
+        norms: The layer and RMS norms.
+        groups: The label of the groups of a convolution or group norm, by its weight.
+        heads: Labels that number the products of a batched product.
+        batch_norms: The labels of what batch norms normalise.
+    """
+
+    laws: list[Law] = field(default_factory=list)
     consumed: set[tuple[str, int]] = field(default_factory=set)
     produced: set[tuple[str, int]] = field(default_factory=set)
     order: dict[str, int] = field(default_factory=dict)
@@ -74,7 +98,7 @@ class Trace:
 
 @dataclass
 class Call:
-    """One operation as a rule sees it: its name, its arguments by schema name, its tensors."""
+    """One operation as a rule sees it: its arguments by schema name, its tensors."""
 
     func: Any
     name: str
@@ -89,55 +113,72 @@ class Call:
 
 
 def tensors(tree: Any) -> list[Tensor]:
-    """Every tensor in a nest of containers, model outputs and plain objects that hold tensors included."""
+    """Every tensor in a nest of containers, model outputs and objects that hold tensors."""
     leaves: list[Tensor] = []
     for leaf in pytree.tree_leaves(tree):
         if isinstance(leaf, Tensor):
             leaves.append(leaf)
         elif hasattr(leaf, "__dict__") and not isinstance(leaf, (nn.Module, type)):
-            leaves += [value for value in vars(leaf).values() if isinstance(value, Tensor)]
+            for value in vars(leaf).values():
+                if isinstance(value, Tensor):
+                    leaves.append(value)
     return leaves
+
+
+class Stretch(NamedTuple):
+    """What a call of a module caused: from so many laws and multiply-adds to so many."""
+
+    laws: tuple[int, int] = (0, 0)
+    macs: tuple[int, int] = (0, 0)
 
 
 @dataclass
 class Pass:
-    """One call of a module: the tensors that went in and came out, and the stretch of `Trace.macs` that it caused."""
+    """One call of a module: what went in and came out, and the operations it ran."""
 
     name: str
     inputs: list[Tensor]
     outputs: list[Tensor] = field(default_factory=list)
-    costs: tuple[int, int] = (0, 0)
+    stretch: Stretch = field(default_factory=Stretch)
 
 
 class ModuleStack:
-    """The names of the modules that are running, outermost first; what a failing forward was doing stays readable.
+    """The modules that are running; what a failing forward was doing stays readable.
 
-    `passes` lists every call in the order in which they began, up to `close`.
+    Attributes:
+        running: Their names, outermost first.
+        passes: Every call in the order in which they began, up to `close`.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.running: list[str] = []
         self.passes: list[Pass] = []
-        self.counted: Callable[[], int] = lambda: 0
+        self.counted: Callable[[], tuple[int, int]] = lambda: (0, 0)
         self.recording = True
         self._open: list[Pass] = []
         self.modules = dict(model.named_modules())
         for name, module in self.modules.items():
-            module.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True)
+            enter = partial(self._enter, name)
+            module.register_forward_pre_hook(enter, with_kwargs=True)
             module.register_forward_hook(self._leave)
 
     def _enter(self, name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
         self.running.append(name)
         if self.recording:
-            entered = Pass(name, tensors((args, kwargs)), costs=(self.counted(), 0))
+            laws, macs = self.counted()
+            begun = Stretch((laws, laws), (macs, macs))
+            entered = Pass(name, tensors((args, kwargs)), stretch=begun)
             self.passes.append(entered)
             self._open.append(entered)
 
     def _leave(self, _module: nn.Module, _args: Any, output: Any) -> None:
         self.running.pop()
         if self.recording:
-            left = self._open.pop()
-            left.outputs, left.costs = tensors(output), (left.costs[0], self.counted())
+            ended = self._open.pop()
+            laws, macs = self.counted()
+            first_law, first_mac = ended.stretch.laws[0], ended.stretch.macs[0]
+            ended.outputs = tensors(output)
+            ended.stretch = Stretch((first_law, laws), (first_mac, macs))
 
     def close(self) -> None:
         """Record no more, and let go of the tensors."""
@@ -150,68 +191,118 @@ class ModuleStack:
 
 
 Rule = Callable[["Tracer", Call], list[Traced] | None]
-"""Gives the labels of a call's outputs, or None where it does not know the operation."""
+"""The labels of a call's outputs, or None where it does not know the operation."""
+Sign = Literal["any", "kept", "positive"]
+"""Whether the output is nowhere below zero: never sure, as its inputs are, or always."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One kind of operation: what it does to labels, and to signs."""
+
+    rule: Rule
+    sign: Sign = "any"
 
 
 class Tracer(TorchDispatchMode):
-    """Labels dimensions while a model runs. Operations without a rule freeze what they touch and say so."""
+    """Labels dimensions while a model runs.
 
-    def __init__(self, stack: ModuleStack, rule: Rule) -> None:
+    Operations that `known` has no row for freeze what they touch, and say so.
+    """
+
+    def __init__(
+        self, stack: ModuleStack, known: Callable[[Call], Operation | None]
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.stack, self.rule = stack, rule
+        self.stack, self.known = stack, known
         self.trace = Trace()
         self.recording = True
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def counted(self) -> tuple[int, int]:
+        """How many laws and multiply-adds there are so far."""
+        return len(self.trace.laws), len(self.trace.macs)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func.namespace != "aten":
             return result
-        outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        outputs = []
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                outputs.append(leaf)
         if outputs:
-            self._label(func, args, kwargs or {}, outputs)
+            self._label(self._call(func, args, kwargs or {}, outputs))
         return result
 
-    def _label(self, func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> None:
+    def _call(self, func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> Call:
         schema = func._schema.arguments
         arguments = {a.name: a.default_value for a in schema if a.has_default_value()}
         arguments.update(zip([a.name for a in schema], args, strict=False))
         arguments.update(kwargs)
-        inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        for tensor in inputs:
+        inputs = []
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                inputs.append(leaf)
+        name = func._schema.name.split("::")[1]
+        return Call(func, name, arguments, inputs, outputs)
+
+    def _label(self, call: Call) -> None:
+        for tensor in call.inputs:
             for name in self.of(tensor).parameters():
                 self.trace.order.setdefault(name, len(self.trace.order))
-        call = Call(func, func._schema.name.split("::")[1], arguments, inputs, outputs)
-        try:
-            traced = self.rule(self, call)
-        except Conflict as conflict:
-            traced = self._freeze_all(call, f"{self.place()}: {conflict}")
-        if traced is None:
-            traced = self._freeze_all(call, f"{self.place()}: no rule for the operation {call.name!r}")
-        scaled = [v for v in arguments.values() if isinstance(v, (int, float))] if call.name in ("add", "mul") else []
-        kept = call.name in _SIGN_KEPT and min(scaled, default=0) >= 0
-        positive = call.name in _RECTIFIED or (kept and all(self.of(tensor).positive for tensor in inputs))
-        for tensor in inputs:
+        operation = self.known(call)
+        traced = self._ruled(operation, call)
+        positive = operation is not None and self._positive(operation, call)
+        for tensor in call.inputs:
             self.of(tensor).readers.append(call.name)
-        for tensor, known in zip(outputs, traced, strict=True):
+        for tensor, known in zip(call.outputs, traced, strict=True):
             known.positive = positive
             tensor._meristem = known  # type: ignore[attr-defined]
         if self.recording:
-            self.trace.laws.append((call.name, [[d.label for d in known.dims] for known in traced]))
+            outputs: list[list[Label] | None] = []
+            for known in traced:
+                labels = [dim.label for dim in known.dims]
+                outputs.append(labels if known.lawful else None)
+            self.trace.laws.append(Law(call.name, outputs))
+
+    def _ruled(self, operation: Operation | None, call: Call) -> list[Traced]:
+        try:
+            traced = operation.rule(self, call) if operation is not None else None
+        except Conflict as conflict:
+            return self._freeze_all(call, f"{self.place()}: {conflict}")
+        if traced is None:
+            reason = f"{self.place()}: no rule for the operation {call.name!r}"
+            return self._freeze_all(call, reason)
+        return traced
+
+    def _positive(self, operation: Operation, call: Call) -> bool:
+        if operation.sign != "kept":
+            return operation.sign == "positive"
+        if call.name in ("add", "mul"):
+            for value in call.arguments.values():
+                if isinstance(value, (int, float)) and value < 0:
+                    return False
+        return all(self.of(tensor).positive for tensor in call.inputs)
 
     def _freeze_all(self, call: Call, reason: str) -> list[Traced]:
         for tensor in call.inputs:
             for dim in self.dims(tensor):
                 freeze(dim.label, reason)
-        return [Traced([Dim(fresh(n, reason)) for n in tensor.shape]) for tensor in call.outputs]
+        frozen = []
+        for tensor in call.outputs:
+            frozen.append(Traced([Dim(fresh(n, reason)) for n in tensor.shape]))
+        return frozen
 
     def place(self) -> str:
         return self.stack.innermost or "the model"
 
     def of(self, tensor: Tensor) -> Traced:
-        """What is known of `tensor`; a tensor that no traced operation made is a constant of the code."""
+        """What is known of a tensor; one that no traced operation made is a constant."""
         known: Traced | None = getattr(tensor, "_meristem", None)
         if known is None:
-            known = Traced([Dim(fresh(n, "a constant tensor of the model's code")) for n in tensor.shape])
+            known = opaque(tensor, "a constant tensor of the model's code")
             tensor._meristem = known  # type: ignore[attr-defined]
         return known
 
@@ -219,14 +310,17 @@ class Tracer(TorchDispatchMode):
         return self.of(tensor).dims
 
     def contract(self, first: Dim, second: Dim) -> None:
-        """Record a sum over products of two dimensions: a weight's side becomes fan-out, two data sides mix."""
+        """Record a sum over products of two dimensions.
+
+        A weight's side becomes fan-out; two data sides mix.
+        """
         unify(first.label, second.label)
         self.trace.consumed |= first.origin | second.origin
         if not first.origin and not second.origin:
             mix(first.label, f"{self.place()} multiplies two computed tensors along it")
 
     def count(self, factors: list[Label]) -> None:
-        """Record the multiply-adds of a contraction: the product of the sizes of `factors`."""
+        """Record the multiply-adds of a contraction: the product of the factors' sizes."""
         if self.recording:
             self.trace.macs.append(factors)
 
@@ -236,8 +330,13 @@ class Tracer(TorchDispatchMode):
             self.trace.produced |= dim.origin
 
     def fill(self, tensor: Tensor | None, fill: Fill) -> None:
-        """Say how new entries of the parameters behind `tensor` start; the first word counts."""
-        for name in self.of(tensor).parameters() if tensor is not None else ():
+        """Say how new entries of the parameters behind a tensor start.
+
+        The first word counts.
+        """
+        if tensor is None:
+            return
+        for name in self.of(tensor).parameters():
             self.trace.fills.setdefault(name, fill)
 
     def broadcast(self, inputs: list[Tensor], output: Tensor) -> Traced:
@@ -245,8 +344,9 @@ class Tracer(TorchDispatchMode):
         rank = output.dim()
         result: list[Dim | None] = [None] * rank
         for tensor in inputs:
+            lead = rank - tensor.dim()
             for j, dim in enumerate(self.dims(tensor)):
-                position = rank - tensor.dim() + j
+                position = lead + j
                 if position < 0 or tensor.shape[j] != output.shape[position]:
                     if dim.label is not UNIT:
                         freeze(dim.label, f"{self.place()} broadcasts it")
@@ -258,5 +358,13 @@ class Tracer(TorchDispatchMode):
                     unify(present.label, dim.label)
                     result[position] = Dim(present.label, present.origin | dim.origin)
         weight = bool(inputs) and all(self.of(tensor).weight for tensor in inputs)
-        dims = [d if d is not None else Dim(fresh(n)) for d, n in zip(result, output.shape, strict=True)]
-        return Traced(dims if weight else [Dim(d.label) for d in dims], weight)
+        dims = []
+        for known, size in zip(result, output.shape, strict=True):
+            dim = known if known is not None else Dim(fresh(size))
+            dims.append(dim if weight else Dim(dim.label))
+        return Traced(dims, weight)
+
+
+def opaque(tensor: Tensor, reason: str) -> Traced:
+    """What is known of a tensor that must keep its shape."""
+    return Traced([Dim(fresh(size, reason)) for size in tensor.shape])

@@ -6,7 +6,8 @@ import contextlib
 import copy
 import logging
 import operator
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,31 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from meristem.core.change import AttributeChange
 from meristem.core.errors import DiscoveryError
+
+_WRITABLE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""The models whose modules may be changed: twins, and what surgery has opened."""
+
+
+def check_writable(model: nn.Module) -> None:
+    """Raise unless a model is a twin, or surgery is at work on it."""
+    if model not in _WRITABLE:
+        raise AssertionError(
+            "only surgery changes a model; everything else works on twins"
+        )
+
+
+@contextlib.contextmanager
+def opened(model: nn.Module) -> Iterator[None]:
+    """Let a user's model be changed. Surgery alone may ask for that; a test holds it."""
+    twin_already = model in _WRITABLE
+    _WRITABLE.add(model)
+    try:
+        yield
+    finally:
+        if not twin_already:
+            _WRITABLE.discard(model)
 
 
 class Example(NamedTuple):
@@ -36,7 +61,9 @@ def as_example(example: Any) -> Example:
     if isinstance(example, tuple):
         return Example(example, {})
     if example is None:
-        raise TypeError("an example input is needed: a tensor, a tuple of arguments or a dict of keyword arguments")
+        raise TypeError(
+            "an example input is needed: a tensor, a tuple of arguments or a dict of keyword arguments"
+        )
     return Example((example,), {})
 
 
@@ -51,23 +78,44 @@ def twin(model: nn.Module, convert: Convert) -> nn.Module:
     for name, tensor in named_tensors(model).items():
         new = convert(name, tensor)
         if isinstance(tensor, nn.Parameter) and not isinstance(new, nn.Parameter):
-            new = nn.Parameter(new, requires_grad=tensor.requires_grad and new.is_floating_point())
+            new = nn.Parameter(
+                new, requires_grad=tensor.requires_grad and new.is_floating_point()
+            )
         memo[id(tensor)] = new
-    return _copied(model, memo)
+    copied = _copied(model, memo)
+    _WRITABLE.add(copied)
+    return copied
 
 
-def copy_part(model: nn.Module, part: nn.Module) -> nn.Module:
-    """A deep copy of one module; what it shares with the rest of the model (weights, modules, a config) stays shared."""
+def copy_part(
+    model: nn.Module, part: nn.Module, given: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """A deep copy of one module, which holds the `given` tensors, else copies of its own.
+
+    What it shares with the rest of the model (weights, modules, a config) stays shared.
+    """
     memo: dict[int, Any] = {}
     for module in modules_without(model, part):
         memo[id(module)] = module
-        for value in (*vars(module).values(), *module.parameters(False), *module.buffers(False)):
-            if isinstance(value, Tensor) or (hasattr(value, "__dict__") and not isinstance(value, nn.Module)):
+        held = [
+            *vars(module).values(),
+            *module.parameters(False),
+            *module.buffers(False),
+        ]
+        for value in held:
+            is_config = hasattr(value, "__dict__") and not isinstance(value, nn.Module)
+            if isinstance(value, Tensor) or is_config:
                 memo[id(value)] = value
-    for tensor in named_tensors(part).values():
-        new = tensor.detach().clone()
-        own = nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
-        memo.setdefault(id(tensor), own)
+    for name, tensor in named_tensors(part).items():
+        if id(tensor) in memo:
+            continue
+        new = (given or {}).get(name)
+        if new is None:
+            new = tensor.detach().clone()
+        new = new.to(device=tensor.device, dtype=tensor.dtype)
+        if isinstance(tensor, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = new
     return _copied(part, memo)
 
 
@@ -83,12 +131,15 @@ def modules_without(model: nn.Module, *parts: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
-def set_attribute(model: nn.Module, module: str, attribute: str, value: Any) -> Callable[[], None]:
+def set_attribute(
+    model: nn.Module, module: str, attribute: str, value: Any
+) -> Callable[[], None]:
     """Set an attribute of a module, or "config.n_layer" in a plain object that it holds; returns what undoes it.
 
     The object itself may be the user's, and other models may be built from it: every module of this model that holds it
     gets a changed copy.
     """
+    check_writable(model)
     holder = model.get_submodule(module)
     outer, _, inner = attribute.rpartition(".")
     if not outer:
@@ -97,8 +148,12 @@ def set_attribute(model: nn.Module, module: str, attribute: str, value: Any) -> 
         return lambda: setattr(holder, attribute, old)
     present = getattr(holder, outer)
     changed = copy.copy(present)
-    object.__setattr__(changed, inner, value)  # also where the class is frozen: the copy is ours
-    held = [(m, key) for m in model.modules() for key, v in vars(m).items() if v is present]
+    object.__setattr__(
+        changed, inner, value
+    )  # also where the class is frozen: the copy is ours
+    held = [
+        (m, key) for m in model.modules() for key, v in vars(m).items() if v is present
+    ]
     for one, key in held:
         one.__dict__[key] = changed
 
@@ -109,6 +164,12 @@ def set_attribute(model: nn.Module, module: str, attribute: str, value: Any) -> 
     return undo
 
 
+def apply_edits(model: nn.Module, edits: Sequence[AttributeChange]) -> None:
+    """Set module attributes."""
+    for edit in edits:
+        set_attribute(model, edit.module, edit.attribute, edit.after)
+
+
 def get_attribute(model: nn.Module, module: str, attribute: str) -> Any:
     """The attribute that `set_attribute` would set."""
     return operator.attrgetter(attribute)(model.get_submodule(module))
@@ -117,9 +178,16 @@ def get_attribute(model: nn.Module, module: str, attribute: str) -> Any:
 def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for module in model.modules():
         for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo:
+            if (
+                isinstance(value, Tensor)
+                and not value.is_leaf
+                and id(value) not in memo
+            ):
                 memo[id(value)] = value.detach()
-    hooks = [(module, name, list(getattr(module, name).items())) for module, name in _hooked(model)]
+    hooks = [
+        (module, name, list(getattr(module, name).items()))
+        for module, name in _hooked(model)
+    ]
     for _, _, own in hooks:
         for _, hook in own:
             if not _belongs_to_torch(hook):
@@ -140,7 +208,12 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 def _hooked(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     for module in model.modules():
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        for name in (
+            "_forward_hooks",
+            "_forward_pre_hooks",
+            "_backward_hooks",
+            "_backward_pre_hooks",
+        ):
             if getattr(module, name):
                 yield module, name
 
@@ -163,7 +236,9 @@ def looking(mode: FakeTensorMode | None) -> Iterator[None]:
     """Run a twin without gradients, without fused attention kernels, under the fake mode if there is one."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    log = logging.getLogger("torch._subclasses.fake_tensor")  # tells of every shape that does not fit: we try those
+    log = logging.getLogger(
+        "torch._subclasses.fake_tensor"
+    )  # tells of every shape that does not fit: we try those
     level = log.level
     log.setLevel(logging.CRITICAL)
     try:
@@ -176,4 +251,6 @@ def looking(mode: FakeTensorMode | None) -> Iterator[None]:
 
 def map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """`tree` with every tensor replaced."""
-    return pytree.tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+    return pytree.tree_map(
+        lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree
+    )

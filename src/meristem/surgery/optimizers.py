@@ -12,24 +12,47 @@ from torch.optim import Optimizer
 from meristem.core.axis import Axis
 from meristem.core.change import Plan, TensorChange, index
 from meristem.core.errors import OptimizerError
-from meristem.core.offer import Proposal
-from meristem.surgery.tensors import carry, copied_slots, new_units, shared, sources_with_copies
+from meristem.core.offer import Offer
+from meristem.surgery.tensors import (
+    carry,
+    copied_slots,
+    new_units,
+    shared,
+    sources_with_copies,
+)
 
 Moment = Literal["first", "second"]
 
 STATE_RULES: dict[type[Optimizer], dict[str, Moment]] = {
     torch.optim.SGD: {"momentum_buffer": "first"},
-    torch.optim.Adam: {"exp_avg": "first", "exp_avg_sq": "second", "max_exp_avg_sq": "second"},
-    torch.optim.AdamW: {"exp_avg": "first", "exp_avg_sq": "second", "max_exp_avg_sq": "second"},
+    torch.optim.Adam: {
+        "exp_avg": "first",
+        "exp_avg_sq": "second",
+        "max_exp_avg_sq": "second",
+    },
+    torch.optim.AdamW: {
+        "exp_avg": "first",
+        "exp_avg_sq": "second",
+        "max_exp_avg_sq": "second",
+    },
 }
 """Which state tensors follow their parameter, by optimizer class: "first" moments scale like a gradient, "second" moments
 like its square. Add a row for an optimizer of your own; scalars (`step`) need none."""
 
 
-def check_ownership(optimizers: Sequence[Optimizer], trainable: Mapping[str, Tensor]) -> None:
+def check_ownership(
+    optimizers: Sequence[Optimizer], trainable: Mapping[str, Tensor]
+) -> None:
     """Raise unless every trainable parameter that changes belongs to one of the optimizers."""
-    owned = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    missing = [name for name, parameter in trainable.items() if id(parameter) not in owned]
+    owned = {
+        id(p)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    missing = [
+        name for name, parameter in trainable.items() if id(parameter) not in owned
+    ]
     if missing and optimizers:
         raise OptimizerError(
             f"the optimizer does not hold {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}, which would grow. "
@@ -41,7 +64,11 @@ def check_separable(optimizers: Sequence[Optimizer]) -> None:
     """Raise where an optimizer keeps state over all its parameters together, which new ones cannot join."""
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
-            wrong = [k for k, v in state.items() if isinstance(v, Tensor) and v.dim() and v.shape != parameter.shape]
+            wrong = [
+                k
+                for k, v in state.items()
+                if isinstance(v, Tensor) and v.dim() and v.shape != parameter.shape
+            ]
             if wrong:
                 raise OptimizerError(
                     f"{type(optimizer).__name__} state {wrong[0]!r} does not have its parameter's shape; no rule says how it "
@@ -51,7 +78,7 @@ def check_separable(optimizers: Sequence[Optimizer]) -> None:
 
 def grown_state(
     optimizer: Optimizer, parameter: Tensor, change: TensorChange, plan: Plan, axes: Sequence[Axis],
-    proposals: Sequence[Proposal], warm: bool,
+    offers: Sequence[Offer], warm: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """The state of one parameter at its new size; `warm` starts new second moments at the mean of the old ones."""
     result: dict[str, Any] = {}
@@ -65,7 +92,7 @@ def grown_state(
                 f"{type(optimizer).__name__} state {key!r} of {change.name} has shape {tuple(value.shape)}, not the "
                 f"parameter's {change.before}; no rule covers it"
             )
-        result[key] = _grown_moment(value, moment, change, plan, axes, proposals, warm)
+        result[key] = _grown_moment(value, moment, change, plan, axes, offers, warm)
     return result
 
 
@@ -83,21 +110,39 @@ def rule_for(optimizer: Optimizer, key: str) -> Moment:
 
 def _grown_moment(
     value: Tensor, moment: Moment, change: TensorChange, plan: Plan, axes: Sequence[Axis],
-    proposals: Sequence[Proposal], warm: bool,
+    offers: Sequence[Offer], warm: bool,
 ) -> Tensor:  # fmt: skip
     """One state tensor at its new size. A copy's fan-in keeps (a m, a^2 v) for its share a, its fan-out (m, v)."""
-    copied = copied_slots(axes, {proposal.axis: proposal for proposal in proposals}, change.name)
+    copied = copied_slots(axes, {offer.axis: offer for offer in offers}, change.name)
     grown = carry(value, sources_with_copies(plan, change, copied))
     if warm and moment == "second":
-        grown = _warmed(grown, value.mean(), change, plan, axes, {axis.name for axis, _, _ in copied})
+        grown = _warmed(
+            grown,
+            value.mean(),
+            change,
+            plan,
+            axes,
+            {axis.name for axis, _, _ in copied},
+        )
     for axis, slot, copies in copied:
         if slot.role != "fan_out":
-            grown = shared(grown, plan, axis, slot, copies.share if moment == "first" else copies.share.square())
+            grown = shared(
+                grown,
+                plan,
+                axis,
+                slot,
+                copies.share if moment == "first" else copies.share.square(),
+            )
     return grown
 
 
 def _warmed(
-    grown: Tensor, level: Tensor, change: TensorChange, plan: Plan, axes: Sequence[Axis], copied: set[str]
+    grown: Tensor,
+    level: Tensor,
+    change: TensorChange,
+    plan: Plan,
+    axes: Sequence[Axis],
+    copied: set[str],
 ) -> Tensor:
     """`grown` with every new entry that is not a copy set to `level`."""
     for axis in axes:
@@ -105,6 +150,8 @@ def _warmed(
             continue
         for slot in axis.slots:
             if slot.name == change.name:
-                where = index(new_units(plan, axis.name, slot.place).ravel()).to(grown.device)
+                where = index(new_units(plan, axis.name, slot.place).ravel()).to(
+                    grown.device
+                )
                 grown = grown.index_fill(slot.dim, where, level.item())
     return grown

@@ -1,236 +1,403 @@
-"""Two checks before a growth: is the edit right (random float64 weights), and is the function kept (the real ones)?"""
+"""Two checks before a growth: is the edit right, and is the function kept?
+
+The first runs on random weights in float64, since real ones (layer scales of 1e-6, zero
+initialisations) would hide a wrong edit; the second on the real ones.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from meristem.core.axis import Axis, Place
-from meristem.core.change import Insertion, Plan, index
+from meristem.core.axis import Axis, Place, Slot
+from meristem.core.change import NO_CHANGE, Insertion, Plan, Sources, index
 from meristem.core.errors import GrowthRefused, VerificationError
-from meristem.core.offer import Blocks, Proposal, Scaling
+from meristem.core.offer import Blocks, Offer, Scaling
 from meristem.structure import Structure, resolve
-from meristem.structure.discover import apply_edits
 from meristem.structure.insertion import insert
 from meristem.structure.tracer import tensors
-from meristem.structure.twin import Example, looking, map_tensors, named_tensors, twin
+from meristem.structure.twin import (
+    Example,
+    apply_edits,
+    looking,
+    map_tensors,
+    named_tensors,
+    twin,
+)
 from meristem.structure.undisturbed import undisturbed
+from meristem.surgery import lazy
 from meristem.surgery.tensors import grown_tensors, new_units
 
 STRUCTURAL_TOLERANCE = 1e-9
-"""Largest relative output change of a function-preserving edit on random float64 weights."""
+"""Largest relative output change of a function-preserving edit in float64."""
+_COARSE_TOLERANCE = 1e-4
+"""The same where the model's code insists on its own precision."""
+_STEEP = 0.3
+"""Share of a block's whole effect that a hundredth of its weights may have; behind a norm
+a hundredth moves as much as all of them."""
+
+Values = Mapping[str, Tensor]
 
 
-def check_edit(structure: Structure, plan: Plan, axes: Sequence[Axis], deepen: bool = True) -> None:
-    """Raise unless the planned edit preserves the function on random float64 weights.
+@dataclass(frozen=True)
+class Probe:
+    """A run of the ungrown model against which edits are checked.
 
-    Grown units get random fan-in and zero fan-out, new blocks (left out where `deepen` is false, as for methods that do
-    not preserve the function) random weights and a silent end; units that are dropped get a zero fan-out before they go.
-    Real weights would hide wrong edits (layer scale of 1e-6, zero initialisations), so they are not used here.
+    Attributes:
+        values: The tensors it ran on.
+        example: The call.
+        before: Its outputs.
+        tolerance: Largest relative change that counts as none.
+    """
+
+    values: dict[str, Tensor]
+    example: Example
+    before: list[Tensor]
+    tolerance: float
+
+
+def probe_of(structure: Structure) -> Probe:
+    """The first of several ways to run the model with which a change would show.
+
+    Random weights in float64; the real weights in float64, where random ones give no number
+    (a root of a negative); random weights in the model's own precision, where its code
+    insists on that.
+
+    Raises:
+        VerificationError: None of them runs and gives floating-point numbers.
+    """
+    reason = "its outputs hold no floating-point number"
+    for probe in _ways(structure):
+        try:
+            before = run(structure.model, probe.values, probe.example)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            continue
+        if comparable(before):
+            return replace(probe, before=before)
+    raise VerificationError(
+        f"what a growth of {type(structure.model).__name__} does to its outputs could not be "
+        f"checked: {reason}; nothing was changed"
+    )
+
+
+def _ways(structure: Structure) -> Iterator[Probe]:
+    double = _doubled(structure.example)
+    random = random_tensors(structure.model, torch.float64)
+    yield Probe(random, double, [], STRUCTURAL_TOLERANCE)
+    real = {name: lazy.doubled(v) for name, v in live_values(structure.model).items()}
+    yield Probe(real, double, [], STRUCTURAL_TOLERANCE)
+    own = random_tensors(structure.model, None)
+    yield Probe(own, structure.example, [], _COARSE_TOLERANCE)
+
+
+def check_edit(
+    structure: Structure, plan: Plan, axes: Sequence[Axis], deepen: bool = True
+) -> None:
+    """Raise unless the planned edit preserves the function on random weights.
+
+    Grown units get random fan-in and zero fan-out, new blocks random weights and a silent
+    end; units that are dropped get a zero fan-out before they go.
+
+    Args:
+        structure: The traced model.
+        plan: The edit.
+        axes: The axes that change.
+        deepen: Whether new blocks take part; methods that do not preserve the function
+            need not.
     """
     for insertion in plan.insertions:
-        if any(insertion.new):
-            with contextlib.nullcontext() if deepen else contextlib.suppress(VerificationError):
-                silence(structure, insertion)
-    generator = torch.Generator().manual_seed(0)
-    old = _random_tensors(structure.model, generator)
-    proposals = []
+        _check_read(structure, insertion, deepen)
     insertions = plan.insertions if deepen else ()
     if any(len(insertion.blocks) < insertion.size for insertion in insertions):
         insertions = ()  # what the model computes without a block is the user's choice
-    for axis in axes:
-        if axis.kind == "depth":
-            continue
-        if plan.after[axis.name] > plan.before[axis.name]:
-            proposals.append(probe(plan, axis, old, generator))
-        elif axis.streamed:
-            return
-        else:
-            _silence_dropped(plan, axis, old)
-    grown = {**old, **grown_tensors(old, plan, axes, proposals, Scaling())}
-    example = _doubled(structure.example)
-    try:
-        before = run(structure.model, old, example)
-        probes = [silenced(structure, insertion) for insertion in insertions]
-        after = run(structure.model, grown, example, replace(plan, counts=plan.counts if insertions else ()), probes)
-    except Exception:
-        return  # code that insists on float32 is left to the check on the real weights
-    if not comparable(before):
-        return  # so is a root of random weights
-    change = relative_change(plan, before, after)
-    if not change <= STRUCTURAL_TOLERANCE:
-        if insertions and plan.tensors:
-            check_edit(structure, plan, axes, deepen=False)
-        if insertions:
-            follows = ", ".join(f"{edit.module or 'model'}.{edit.attribute}" for edit in plan.counts)
-            if math.isinf(change):
-                raise VerificationError(
-                    f"with a new block of {', '.join(i.axis for i in insertions)} the model gives other outputs, or outputs of "
-                    "other shapes (one for every block?), which cannot be compared; nothing was changed. hint: a method that does "
-                    "not preserve the function, as how.Stack(), grows it"
-                )
-            raise VerificationError(
-                f"no new block of {', '.join(i.axis for i in insertions)} leaves the function as it is: the outputs would "
-                f"change by {change:.1e} of the largest one{f', with {follows} changed too' if follows else ''}; nothing was "
-                "changed. hint: a method that does not preserve the function, as how.Stack(), grows it"
-            )
-        raise VerificationError(
-            f"growing {', '.join(plan.after)} would change what the model computes, by {change:.1e} of its largest output "
-            "on random weights; nothing was changed"
+    if not plan.tensors and not insertions:
+        return
+    drops = any(count < 0 for count in plan.added.values())
+    if drops and any(axis.streamed for axis in axes):
+        return  # a norm over the axis sees every unit that goes
+    probe = probe_of(structure)
+    grown = _grown(plan, axes, probe.values)
+    if drops:
+        silent = _silenced_units(plan, axes, probe.values)
+        probe = replace(
+            probe,
+            values=silent,
+            before=run(structure.model, silent, probe.example),
         )
+        grown = _grown(plan, axes, silent)
+    blocks = [silent_blocks(structure, one, probe.values) for one in insertions]
+    followed = plan if insertions else replace(plan, counts=())
+    after = run(structure.model, grown, probe.example, followed, blocks)
+    change = relative_change(plan, probe.before, after)
+    if change <= probe.tolerance:
+        return
+    if insertions and plan.tensors:
+        check_edit(structure, plan, axes, deepen=False)
+    if insertions:
+        raise VerificationError(_deepened(plan, insertions, change))
+    raise VerificationError(
+        f"growing {', '.join(plan.after)} would change what the model computes, by "
+        f"{change:.1e} of its largest output on random weights; nothing was changed"
+    )
 
 
-def probe(plan: Plan, axis: Axis, values: Mapping[str, Tensor], generator: torch.Generator) -> Proposal:
-    """New units that preserve the function by the rule of their axis, random wherever they may be."""
+def _check_read(structure: Structure, insertion: Insertion, deepen: bool) -> None:
+    """Raise where nothing reads new blocks, or where they cannot be silent but should."""
+    if not any(insertion.new):
+        return
+    try:
+        silence(structure, insertion)
+    except VerificationError:
+        if deepen:
+            raise
+
+
+def _deepened(plan: Plan, insertions: Sequence[Insertion], change: float) -> str:
+    """What is said where new blocks change the function."""
+    names = ", ".join(insertion.axis for insertion in insertions)
+    remedy = (
+        "hint: a method that does not preserve the function, as how.Stack(), grows it"
+    )
+    if math.isinf(change):
+        return (
+            f"with a new block of {names} the model gives other outputs, or outputs of "
+            "other shapes (one for every block?), which cannot be compared; nothing was "
+            f"changed. {remedy}"
+        )
+    follows = [f"{edit.module or 'model'}.{edit.attribute}" for edit in plan.counts]
+    beside = f", with {', '.join(follows)} changed too" if follows else ""
+    return (
+        f"no new block of {names} leaves the function as it is: the outputs would change "
+        f"by {change:.1e} of the largest one{beside}; nothing was changed. {remedy}"
+    )
+
+
+def _grown(plan: Plan, axes: Sequence[Axis], values: Values) -> dict[str, Tensor]:
+    """Values grown by new units that preserve the function, random wherever they may be."""
+    plan, axes = lazy.on_factors(plan, axes, values)
+    parts = lazy.split(values)
+    generator = torch.Generator().manual_seed(0)
+    offers = []
+    for axis in axes:
+        if plan.added[axis.name] > 0 and axis.slots:
+            offers.append(neutral_units(plan, axis, parts, generator))
+    grown = grown_tensors(parts, plan, axes, offers, Scaling())
+    return {**values, **lazy.joined(grown, parts)}
+
+
+def neutral_units(
+    plan: Plan, axis: Axis, values: Values, generator: torch.Generator
+) -> Offer:
+    """New units that preserve the function by the rule of their axis, else random."""
     strips: dict[Place, Tensor] = {}
     for slot in axis.slots:
         where = new_units(plan, axis.name, slot.place)
         old = values[slot.name]
-        shape = [*where.shape, *[n for d, n in enumerate(old.shape) if d != slot.dim]]
-        strip = torch.randn(shape, generator=generator, dtype=torch.float64).to(old.device)
-        if axis.streamed:
-            reads = slot.role == "fan_out" and not slot.tied
-            strips |= {slot.place: strip} if reads else stream_strip(axis, slot.name, slot.dim, old, where)
-        elif slot.role == "fan_out":
+        rest = [size for d, size in enumerate(old.shape) if d != slot.dim]
+        drawn = torch.randn(
+            (*where.shape, *rest), generator=generator, dtype=torch.float64
+        )
+        strip = drawn.to(device=old.device, dtype=old.dtype)
+        reads = slot.role == "fan_out" and not slot.tied
+        if axis.streamed and not reads:
+            strips |= stream_strip(axis, slot, old, where)
+        elif slot.role == "fan_out" and not axis.streamed:
             strips[slot.place] = torch.zeros_like(strip)
+        elif slot.name.endswith("running_var"):
+            strips[slot.place] = strip.abs() + 0.5
         else:
-            strips[slot.place] = strip.abs() + 0.5 if slot.name.endswith("running_var") else strip
-    return Proposal(axis.name, plan.added[axis.name], strips)
+            strips[slot.place] = strip
+    return Offer(axis.name, plan.added[axis.name], strips)
 
 
-def stream_strip(axis: Axis, name: str, dim: int, old: Tensor, where: np.ndarray[Any, Any]) -> dict[Place, Tensor]:
-    """What a producer into a normalised stream gives its new units: the mean of the old ones, zero under an RMS norm.
+def stream_strip(
+    axis: Axis, slot: Slot, old: Tensor, where: Sources
+) -> dict[Place, Tensor]:
+    """What a producer into a normalised stream gives its new units.
 
-    The norm's own weights are left to their fill.
+    The mean of the old ones, zero under an RMS norm. The norm's own weights are left to
+    their fill.
     """
-    slot = next(slot for slot in axis.slots if slot.place == Place(name, dim))
     if slot.role == "carried" and slot.fill in ("one", "zero"):
         return {}
-    shape = [*where.shape, *[n for d, n in enumerate(old.shape) if d != dim]]
+    rest = [size for d, size in enumerate(old.shape) if d != slot.dim]
+    shape = [*where.shape, *rest]
     if axis.norm == "rms_norm":
         return {slot.place: old.new_zeros(shape)}
-    return {slot.place: old.mean(dim, keepdim=True).movedim(dim, 0)[None].expand(shape).clone()}
+    mean = old.mean(slot.dim, keepdim=True).movedim(slot.dim, 0)
+    return {slot.place: mean[None].expand(shape).clone()}
 
 
-def _random_tensors(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-    """Random float64 values for every tensor of a model; variances are positive."""
-    values = {name: _random_tensor(tensor, generator) for name, tensor in named_tensors(model).items()}
-    variances = {f"{n}.running_var" if n else "running_var" for n, _ in model.named_modules()}
-    return {name: value.abs() + 0.5 if name in variances else value for name, value in values.items()}
+def _silenced_units(
+    plan: Plan, axes: Sequence[Axis], values: Values
+) -> dict[str, Tensor]:
+    """Values in which nothing reads the units that are dropped."""
+    plan, axes = lazy.on_factors(plan, axes, values)
+    parts = lazy.split(values)
+    silent: dict[str, Tensor] = {}
+    for axis in axes:
+        for slot in axis.places("fan_out"):
+            change = plan.change(slot.name)
+            present = np.arange(change.before[slot.dim])
+            dropped = index(np.setdiff1d(present, change.sources[slot.dim]))
+            old = silent.get(slot.name, parts[slot.name])
+            where = dropped.to(old.device)
+            silent[slot.name] = old.index_fill(slot.dim, where, 0.0)
+    return {**values, **lazy.joined(silent, parts)}
+
+
+def random_tensors(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Random values for every tensor of a model, always the same; variances are positive.
+
+    Args:
+        model: The model.
+        dtype: Of the floating-point values; their own where None is given.
+    """
+    generator = torch.Generator().manual_seed(0)
+    values = {}
+    for name, tensor in named_tensors(model).items():
+        value = _random_tensor(tensor, dtype or tensor.dtype, generator)
+        if name.rpartition(".")[2] == "running_var":
+            value = value.abs() + 0.5
+        values[name] = value
+    return values
+
+
+def _random_tensor(
+    tensor: Tensor, dtype: torch.dtype, generator: torch.Generator
+) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor.detach().clone()
+    if isinstance(tensor, nn.Parameter) and tensor.dim() > 1:
+        return lazy.random_matrix(tensor, generator, dtype)
+    noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+    noise = noise.to(device=tensor.device, dtype=dtype)
+    if isinstance(tensor, nn.Parameter):
+        return 1 + 0.5 * noise
+    return tensor.detach().to(dtype) + 0.1 * noise
 
 
 def _doubled(example: Example) -> Example:
-    doubled: Example = map_tensors(example, lambda t: t.double() if t.is_floating_point() else t)
+    doubled: Example = map_tensors(
+        example, lambda t: t.double() if t.is_floating_point() else t
+    )
     return doubled
 
 
-def _random_tensor(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    if not tensor.is_floating_point():
-        return tensor.detach().clone()
-    noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-    if not isinstance(tensor, nn.Parameter):
-        return tensor.detach().double() + 0.1 * noise.to(tensor.device)
-    fan = max(1, tensor.numel() // max(tensor.shape[0], 1)) if tensor.dim() > 1 else 1
-    return (noise / fan**0.5 if tensor.dim() > 1 else 1 + 0.5 * noise).to(tensor.device)
-
-
-def _silence_dropped(plan: Plan, axis: Axis, values: dict[str, Tensor]) -> None:
-    for slot in axis.places("fan_out"):
-        change = plan.change(slot.name)
-        kept = change.sources[slot.dim]
-        dropped = np.setdiff1d(np.arange(change.before[slot.dim]), kept)
-        values[slot.name] = values[slot.name].index_fill(slot.dim, index(dropped).to(values[slot.name].device), 0.0)
-
-
-def silenced(structure: Structure, insertion: Insertion) -> Blocks:
+def silent_blocks(structure: Structure, insertion: Insertion, values: Values) -> Blocks:
     """New blocks as copies that add nothing to the stream; in a chain, identity layers."""
-    values: dict[tuple[int, str], Tensor] = {}
-    if insertion.form == "run":
-        depth = structure.depths[insertion.axis]
-        silent = silence(structure, insertion)
-        for place, (block, new) in enumerate(zip(insertion.blocks, insertion.new, strict=True)):
-            if new:
-                tensors_of = named_tensors(structure.model.get_submodule(depth.blocks[block]))
-                values |= {(place, name): torch.zeros_like(tensors_of[name].detach()) for name in silent}
-    return Blocks(insertion, values)
+    depth = structure.depths[insertion.axis]
+    placed: dict[tuple[int, str], Tensor] = {}
+    if not depth.copied:
+        return Blocks(insertion)
+    silent = silence(structure, insertion)
+    for place in insertion.new_places:
+        block = depth.blocks[insertion.blocks[place]]
+        for name in silent:
+            placed[place, name] = lazy.zeros(values[f"{block}.{name}"])
+    return Blocks(insertion, placed)
 
 
 def silence(structure: Structure, insertion: Insertion) -> tuple[str, ...]:
-    """The tensors of a new block of a run that are zero where it adds nothing, under their names inside it; tried once for every
-    run, on random float64 weights.
+    """The tensors of a new block that are zero where it adds nothing to the stream.
 
-    The labels tell which tensors add to the stream. Of these as few as possible are zero, since a product of two zeros never
-    learns. Where a norm without a class of torch's own reads the zeros, its slope there is a thousandfold: then it is the
-    block's own scales and shifts that are tried.
+    They are given under their names inside the block. Tried once for every run, on random
+    weights. The labels tell which tensors add to the stream. Of these as few as possible
+    are zero, since a product of two zeros never learns. Where a norm without a class of
+    torch's own reads the zeros, its slope there is a thousandfold: then it is the block's
+    own scales and shifts that are tried.
 
     Raises:
         GrowthRefused: Nothing would read what a new block gives.
         VerificationError: Only a zero in front of a norm silences the block.
     """
-    if insertion.form != "run":
+    if not structure.depths[insertion.axis].copied:
         return ()
     if insertion.axis not in structure.silences:
-        structure.silences[insertion.axis] = _silence(structure, insertion.axis)
+        found = _Silencing(structure, insertion.axis).tensors()
+        structure.silences[insertion.axis] = found
     return structure.silences[insertion.axis]
 
 
-def _silence(structure: Structure, axis: str) -> tuple[str, ...]:
-    depth = structure.depths[axis]
-    labelled, block = depth.silent[-1], depth.blocks[-1]
-    plan = resolve(structure, {axis: 1})
-    if plan.refusal is not None:
+class _Silencing:
+    """The search for the fewest tensors that silence a new block of one run."""
+
+    def __init__(self, structure: Structure, axis: str) -> None:
+        self._structure, self._axis = structure, axis
+        self._depth = structure.depths[axis]
+        self._block = self._depth.blocks[-1]
+        self._plan = resolve(structure, {axis: 1})
+
+    def tensors(self) -> tuple[str, ...]:
+        labelled = self._depth.silent[-1]
+        if not self._plan:
+            return labelled
+        self._probe = probe_of(self._structure)
+        whole = self._moved(())
+        if whole == 0:
+            raise GrowthRefused(
+                f"what a new block of {self._axis} gives would not reach the output: the "
+                "model reads its blocks by their numbers, or a fixed number of them"
+            )
+        block = self._structure.model.get_submodule(self._block)
+        vectors = [name for name, p in block.named_parameters() if p.dim() == 1]
+        steep = False
+        for names in (list(labelled), vectors):
+            if not names or self._moved(names) > self._probe.tolerance:
+                continue
+            fewest = self._fewest(names)
+            if self._moved(fewest, 0.01) <= _STEEP * whole:
+                return tuple(fewest)
+            steep = True
+        if steep:
+            raise VerificationError(
+                f"a new block of {self._axis} could only be silenced in front of a norm, "
+                "where the first step would undo it; nothing was changed. hint: a method "
+                "that does not preserve the function, as how.Stack(), grows it"
+            )
         return labelled
-    values = _random_tensors(structure.model, torch.Generator().manual_seed(0))
-    example = _doubled(structure.example)
 
-    def outputs(blocks: Sequence[Blocks] = ()) -> list[Tensor]:
-        return run(structure.model, values, example, plan if blocks else None, blocks)
-
-    def moved(names: Sequence[str], scale: float = 0.0) -> float:
-        placed = {(depth.size, name): scale * values[f"{block}.{name}"] for name in names}
-        return relative_change(plan, before, outputs([Blocks(plan.insertions[0], placed)]))
-
-    try:
-        before = outputs()
-        whole = moved(())
-    except Exception:
-        return labelled  # code that insists on float32
-    if not comparable(before):
-        return labelled  # a root of random weights, or classes for outputs
-    if whole == 0:
-        raise GrowthRefused(
-            f"what a new block of {axis} gives would not reach the output: the model reads its blocks by their numbers, or a "
-            "fixed number of them"
-        )
-    steep = False
-    vectors = [n for n, p in structure.model.get_submodule(block).named_parameters() if p.dim() == 1]
-    for names in (list(labelled), vectors):
-        if not names or moved(names) > STRUCTURAL_TOLERANCE:
-            continue
-        for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):
+    def _fewest(self, names: list[str]) -> list[str]:
+        owners = dict.fromkeys(name.rpartition(".")[0] for name in names)
+        for owner in owners:
             fewer = [name for name in names if name.rpartition(".")[0] != owner]
-            names = fewer if moved(fewer) <= STRUCTURAL_TOLERANCE else names
-        if moved(names, 0.01) <= 0.3 * whole:  # behind a norm a hundredth of the weights moves as much as all of them
-            return tuple(names)
-        steep = True
-    if steep:
-        raise VerificationError(
-            f"a new block of {axis} could only be silenced in front of a norm, where the first step would undo it; nothing was "
-            "changed. hint: a method that does not preserve the function, as how.Stack(), grows it"
-        )
-    return labelled
+            if self._moved(fewer) <= self._probe.tolerance:
+                names = fewer
+        return names
+
+    def _moved(self, names: Sequence[str], scale: float = 0.0) -> float:
+        """How far the outputs move with a new block, some tensors of which are scaled."""
+        probe = self._probe
+        placed = {}
+        for name in names:
+            value = probe.values[f"{self._block}.{name}"]
+            small = lazy.scaled(value, scale) if scale else lazy.zeros(value)
+            placed[self._depth.size, name] = small
+        blocks = [Blocks(self._plan.insertions[0], placed)]
+        model = self._structure.model
+        after = run(model, probe.values, probe.example, self._plan, blocks)
+        return relative_change(self._plan, probe.before, after)
 
 
-def grown_twin(model: nn.Module, values: Mapping[str, Tensor], plan: Plan, blocks: Sequence[Blocks] = ()) -> nn.Module:
-    """A twin that holds `values` (at their grown shapes) and the new blocks."""
-    copied = twin(model, lambda name, _: values[name].detach().clone())
+def live_values(model: nn.Module) -> dict[str, Tensor]:
+    """A model's own tensors, to be read; buffers, which a forward may write, are copied."""
+    values = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for name, buffer in model.named_buffers():
+        values[name] = buffer.detach().clone()
+    return values
+
+
+def grown_twin(
+    model: nn.Module, values: Values, plan: Plan, blocks: Sequence[Blocks] = ()
+) -> nn.Module:
+    """A twin that holds the very tensors of `values` and of the new blocks."""
+    copied = twin(model, lambda name, _: values[name].detach())
     apply_edits(copied, plan.attributes)
     for one in blocks:
         insert(copied, one.insertion, one.values)
@@ -240,57 +407,75 @@ def grown_twin(model: nn.Module, values: Mapping[str, Tensor], plan: Plan, block
 
 def run(
     model: nn.Module,
-    values: Mapping[str, Tensor],
+    values: Values,
     example: Example,
-    plan: Plan | None = None,
+    plan: Plan = NO_CHANGE,
     blocks: Sequence[Blocks] = (),
 ) -> list[Tensor]:
-    """The output tensors of a twin that holds `values`, grown by a plan or not, in eval mode, on the example; random layers
-    are seeded alike.
+    """The output tensors of a twin on the example, in eval mode.
+
+    It holds `values`, and is grown by a plan; random layers are seeded alike.
     """
-    copied = grown_twin(model, values, plan if plan is not None else Plan({}, {}), blocks).eval()
-    if any(value.dtype == torch.float64 for value in values.values()):
-        copied.double()
+    copied = grown_twin(model, values, plan, blocks).eval()
+    # Tensors that are no parameters and no buffers stand in the model's own precision.
     with undisturbed(), looking(None):
         torch.manual_seed(0)
         args, kwargs = map_tensors(example, lambda t: t.detach().clone())
         return tensors(copied(*args, **kwargs))
 
 
-def relative_change(plan: Plan, before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+def relative_change(
+    plan: Plan, before: Sequence[Tensor], after: Sequence[Tensor]
+) -> float:
     """The largest difference of an old output entry, relative to the largest old output."""
-    if len(before) != len(after) or len(before) != len(plan.outputs):
-        return float("inf")
+    outputs = plan.outputs or _same_outputs(before)
+    if len(before) != len(after) or len(before) != len(outputs):
+        return math.inf
     worst, scale = 0.0, 0.0
-    for old, new, kept_by_dim in zip(before, after, plan.outputs, strict=True):
+    for old, new, kept_by_dim in zip(before, after, outputs, strict=True):
         if tuple(new.shape) != tuple(len(source) for source in kept_by_dim):
-            return float("inf")
+            return math.inf
         for d, source in enumerate(kept_by_dim):
             kept = np.flatnonzero(source >= 0)
             if len(kept) != new.shape[d]:
                 new = new.index_select(d, index(kept).to(new.device))
-        finite = torch.isfinite(old.double())
-        if not bool(torch.isfinite(new.double())[finite].all()):
-            return float("inf")
+        exact, grown = old.double(), new.double()
+        finite = torch.isfinite(exact)
+        if not bool(torch.isfinite(grown)[finite].all()):
+            return math.inf
         if old.is_floating_point() and bool(finite.any()):
-            worst = max(worst, (new.double() - old.double())[finite].abs().max().item())
-            scale = max(scale, old.double()[finite].abs().max().item())
+            worst = max(worst, (grown - exact)[finite].abs().max().item())
+            scale = max(scale, exact[finite].abs().max().item())
     return worst / scale if scale else worst
+
+
+def _same_outputs(outputs: Sequence[Tensor]) -> list[tuple[Sources, ...]]:
+    return [tuple(np.arange(size) for size in out.shape) for out in outputs]
 
 
 def comparable(outputs: Sequence[Tensor]) -> bool:
     """Whether outputs hold a finite real number, by which a change would show."""
-    return any(out.is_floating_point() and bool(torch.isfinite(out).any()) for out in outputs)
+    for out in outputs:
+        if out.is_floating_point() and bool(torch.isfinite(out).any()):
+            return True
+    return False
 
 
-def rounding_gap(structure: Structure, values: Mapping[str, Tensor], before: Sequence[Tensor]) -> float:
-    """How far the ungrown model's own outputs lie from a float64 evaluation, relative to the largest output."""
-    doubled = {name: value.double() if value.is_floating_point() else value for name, value in values.items()}
+def rounding_gap(structure: Structure, before: Sequence[Tensor]) -> float:
+    """How far the ungrown model's outputs lie from its own in float64, relative.
+
+    Zero where the model does not run in float64.
+    """
+    values = {}
+    for name, value in live_values(structure.model).items():
+        values[name] = lazy.doubled(value)
     try:
-        exact = run(structure.model, doubled, _doubled(structure.example))
+        exact = run(structure.model, values, _doubled(structure.example))
     except Exception:
-        return 0.0
-    floats = [(a, b) for a, b in zip(before, exact, strict=True) if a.is_floating_point() and a.numel()]
-    scale = max((a.double().abs().max().item() for a, _ in floats), default=0.0)
-    gap = max(((a.double() - b.double()).abs().max().item() for a, b in floats), default=0.0)
+        return 0.0  # the strictest that can be asked
+    gap, scale = 0.0, 0.0
+    for out, wanted in zip(before, exact, strict=True):
+        if out.is_floating_point() and out.numel():
+            gap = max(gap, (out.double() - wanted.double()).abs().max().item())
+            scale = max(scale, out.double().abs().max().item())
     return gap / scale if scale else gap

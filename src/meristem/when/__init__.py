@@ -5,67 +5,45 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
+
+from meristem.methods import Clock
 
 _DURATION = re.compile(r"\s*(\d+)\s*(steps?|epochs?)\s*")
-
-
-@dataclass(frozen=True)
-class Clock:
-    """Where training stands after an optimizer step: counts so far, and whether an epoch has just ended.
-
-    `refusals` counts the last checks in a row at which nothing was worth growing, and `checked_step` and `checked_epoch` say when
-    the last one was. In floating-point operations, `trained` is what the training steps cost and `least` what the next check
-    costs at least (both known only where the trigger `Rations`), `growing` what all growths and checks cost, and `latest` the
-    last one.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    epoch_ended: bool = False
-    growths: int = 0
-    refusals: int = 0
-    checked_step: int = 0
-    checked_epoch: int = 0
-    trained: float = 0.0
-    growing: float = 0.0
-    latest: float = 0.0
-    least: float = 0.0
-
-
-class When(Protocol):
-    """A trigger."""
-
-    def due(self, clock: Clock) -> bool: ...
-
-
-@runtime_checkable
-class Rations(When, Protocol):
-    """A trigger that also says how many floating-point operations a check may cost now."""
-
-    def allowance(self, clock: Clock) -> float: ...
 
 
 def duration(text: object) -> tuple[int, Literal["steps", "epochs"]]:
     """The number and unit of "500 steps" or "2 epochs"."""
     match = _DURATION.fullmatch(text) if isinstance(text, str) else None
     if match is None or int(match[1]) < 1:
-        raise ValueError(f'a duration carries its unit, as in "500 steps" or "2 epochs"; got {text!r}')
+        raise ValueError(
+            f'a duration carries its unit, as in "500 steps" or "2 epochs"; got {text!r}'
+        )
     return int(match[1]), "steps" if match[2].startswith("step") else "epochs"
 
 
 def moment(fraction: float, total: int) -> int:
     """The step (or epoch) at a fraction of training, `total` of which there are."""
-    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
-        raise ValueError(f"a growth moment is a fraction of training in (0, 1); got {fraction!r}")
+    if (
+        isinstance(fraction, bool)
+        or not isinstance(fraction, (int, float))
+        or not 0 < fraction < 1
+    ):
+        raise ValueError(
+            f"a growth moment is a fraction of training in (0, 1); got {fraction!r}"
+        )
     if round(fraction * total) < 1:
-        raise ValueError(f"{fraction} of {total} is before the first; hint: train longer, or grow later")
+        raise ValueError(
+            f"{fraction} of {total} is before the first; hint: train longer, or grow later"
+        )
     return round(fraction * total)
 
 
 def _one_unit(name: str, steps: object, epochs: object) -> None:
     if (not steps) == (not epochs):
-        raise ValueError(f"{name} needs either steps= or epochs=; got steps={steps!r}, epochs={epochs!r}")
+        raise ValueError(
+            f"{name} needs either steps= or epochs=; got steps={steps!r}, epochs={epochs!r}"
+        )
 
 
 @dataclass(frozen=True)
@@ -92,7 +70,9 @@ class Every:
         _one_unit("Every", self.steps, self.epochs)
         period = self.steps or self.epochs or 0
         if period < 1:
-            raise ValueError(f"the period of Every must be an int in [1, inf); got {period}")
+            raise ValueError(
+                f"the period of Every must be an int in [1, inf); got {period}"
+            )
 
     def due(self, clock: Clock) -> bool:
         """Whether to grow now."""
@@ -122,11 +102,17 @@ class At:
         object.__setattr__(self, "epochs", tuple(self.epochs))
         wrong = [n for n in (*self.steps, *self.epochs) if n < 1]
         if wrong:
-            raise ValueError(f"the moments of At must be ints in [1, inf); got {wrong[0]}")
+            raise ValueError(
+                f"the moments of At must be ints in [1, inf); got {wrong[0]}"
+            )
 
     def due(self, clock: Clock) -> bool:
         """Whether to grow now."""
-        return clock.step in self.steps if self.steps else clock.epoch_ended and clock.epoch in self.epochs
+        return (
+            clock.step in self.steps
+            if self.steps
+            else clock.epoch_ended and clock.epoch in self.epochs
+        )
 
 
 @dataclass(frozen=True)
@@ -157,9 +143,13 @@ class SENN:
 
     def __post_init__(self) -> None:
         if isinstance(self.budget, bool) or not 0 < self.budget < 1:
-            raise ValueError(f"the budget of when.SENN is a share of training in (0, 1); got {self.budget!r}")
+            raise ValueError(
+                f"the budget of when.SENN is a share of training in (0, 1); got {self.budget!r}"
+            )
         if isinstance(self.credit, bool) or not 0 <= self.credit < math.inf:
-            raise ValueError(f"the credit of when.SENN is a number of operations in [0, inf); got {self.credit!r}")
+            raise ValueError(
+                f"the credit of when.SENN is a number of operations in [0, inf); got {self.credit!r}"
+            )
         duration(self.every)
 
     def allowance(self, clock: Clock) -> float:
@@ -171,7 +161,11 @@ class SENN:
         """Whether to check now."""
         number, unit = duration(self.every)
         steps = unit == "steps"
-        waited = clock.step - clock.checked_step if steps else clock.epoch - clock.checked_epoch
+        waited = (
+            clock.step - clock.checked_step
+            if steps
+            else clock.epoch - clock.checked_epoch
+        )
         if waited < number * 2**clock.refusals or not (steps or clock.epoch_ended):
             return False
         return self.allowance(clock) >= clock.least

@@ -5,11 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from meristem.core.offer import Share
-from meristem.where.choice import Choice, Where, rounded, taken
+from meristem.methods import Choice, Where
+from meristem.where.counts import rounded, taken
 from meristem.where.senn import SENN
 from meristem.where.svod import SVoD
 
-__all__ = ["PLACES", "SENN", "ByGain", "Choice", "Proportional", "RoundRobin", "SVoD", "Uniform", "Where"]
+__all__ = [
+    "PLACES",
+    "SENN",
+    "ByGain",
+    "Choice",
+    "Proportional",
+    "RoundRobin",
+    "SVoD",
+    "Uniform",
+    "Where",
+]
 
 
 @dataclass(frozen=True)
@@ -32,7 +43,9 @@ class Uniform:
     def share(self, choice: Choice) -> Share:
         """Equal counts."""
         each = choice.total / len(choice.axes)
-        return rounded(choice.axes, {axis.name: each for axis in choice.axes}, choice.total)
+        return rounded(
+            choice.axes, {axis.name: each for axis in choice.axes}, choice.total
+        )
 
 
 @dataclass(frozen=True)
@@ -109,13 +122,13 @@ class ByGain:
         """Counts by gain, taken greedily."""
         ranked = []
         for axis in choice.axes:
-            proposal = choice.proposals[axis.name]
-            if not proposal.gains:
+            offer = choice.offers[axis.name]
+            if not offer.gains:
                 raise ValueError(
                     "where.ByGain needs a method that predicts gains. hint: how.GradMax does for widths, how.ZeroBlock for depths"
                 )
             cost = choice.flops_per_unit[axis.name] if self.per_flop else 1.0
-            ranked += [(gain / cost, axis) for gain in proposal.gains]
+            ranked += [(gain / cost, axis) for gain in offer.gains]
         return Share(taken(ranked, choice.total))
 
 

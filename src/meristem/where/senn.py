@@ -11,11 +11,17 @@ from typing import Literal
 
 from meristem.core.errors import DataError
 from meristem.core.offer import Share
-from meristem.statistics.batches import length
-from meristem.statistics.curvature import DAMPING, Watched, largest_number, measure, score
-from meristem.statistics.flops import batch_size, counting
-from meristem.view import View
-from meristem.where.choice import Choice
+from meristem.lab.batches import length
+from meristem.lab.laboratory import Lab
+from meristem.lab.ledger import batch_size, counting
+from meristem.methods import Choice
+from meristem.statistics.curvature import (
+    DAMPING,
+    Watched,
+    largest_number,
+    measure,
+    score,
+)
 
 _SURE = 3
 """Standard errors by which a gain must exceed chance."""
@@ -60,11 +66,21 @@ class SENN:
         for name in ("alpha", "tau"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} of where.SENN must be a number in (0, inf), or None; got {value!r}")
-        if isinstance(self.patience, bool) or not isinstance(self.patience, int) or self.patience < 1:
-            raise ValueError(f"patience must be an int in [1, inf); got {self.patience!r}")
+                raise ValueError(
+                    f"{name} of where.SENN must be a number in (0, inf), or None; got {value!r}"
+                )
+        if (
+            isinstance(self.patience, bool)
+            or not isinstance(self.patience, int)
+            or self.patience < 1
+        ):
+            raise ValueError(
+                f"patience must be an int in [1, inf); got {self.patience!r}"
+            )
         if self.per not in ("parameter", "flop", "growth"):
-            raise ValueError(f"per of where.SENN must be 'parameter', 'flop' or 'growth'; got {self.per!r}")
+            raise ValueError(
+                f"per of where.SENN must be 'parameter', 'flop' or 'growth'; got {self.per!r}"
+            )
 
     @property
     def reads_gains(self) -> bool:
@@ -76,25 +92,37 @@ class SENN:
 
     def share(self, choice: Choice) -> Share:
         """The accepted units of the best axis; none, and the reason, where nothing is worth its parameters."""
-        view = choice.view
-        assert view is not None
-        costs = {"parameter": choice.parameters_per_unit, "flop": choice.flops_per_unit}.get(self.per, {})
+        lab = choice.lab
+        assert lab is not None
+        costs = {
+            "parameter": choice.parameters_per_unit,
+            "flop": choice.flops_per_unit,
+        }.get(self.per, {})
         votes: dict[str, dict[str, float]] = {}
         best: tuple[float, str, int] | None = None
         with counting() as counter:
-            examples = self._examples(view)
-            own = self._score(view) if self.tau is not None else 0.0
+            examples = self._examples(lab)
+            own = self._score(lab) if self.tau is not None else 0.0
             for axis in choice.axes:
-                offer = choice.proposals[axis.name]
+                offer = choice.offers[axis.name]
                 if not offer.gains or (not offer.freedom and any(offer.gains)):
-                    raise ValueError("where.SENN needs a method that measures the score. hint: how.SENN does")
-                asked = self.alpha if self.alpha is not None else offer.freedom / examples
+                    raise ValueError(
+                        "where.SENN needs a method that measures the score. hint: how.SENN does"
+                    )
+                asked = (
+                    self.alpha if self.alpha is not None else offer.freedom / examples
+                )
                 asked = max(asked, (self.tau or 0.0) * own)
-                margins = [gain - asked for gain in offer.gains[: self._limit(view, asked)]]
+                margins = [
+                    gain - asked for gain in offer.gains[: self._limit(lab, asked)]
+                ]
                 slack = 0.0 if self.alpha is not None else _SURE * offer.error
                 if self.alpha is not None:
                     margins = list(takewhile(lambda margin: margin > 0, margins))
-                nets = [sum(margins[:m]) - slack * math.sqrt(m) for m in range(1, len(margins) + 1)]
+                nets = [
+                    sum(margins[:m]) - slack * math.sqrt(m)
+                    for m in range(1, len(margins) + 1)
+                ]
                 count = max(range(len(nets)), key=nets.__getitem__) + 1 if nets else 0
                 votes[axis.name] = {
                     "gain": sum(offer.gains[: max(count, 1)]),
@@ -102,48 +130,60 @@ class SENN:
                     "asked": asked,
                     "error": offer.error,
                 }
-                if count and nets[count - 1] > 0 and count * axis.multiple <= choice.total:
+                if (
+                    count
+                    and nets[count - 1] > 0
+                    and count * axis.multiple <= choice.total
+                ):
                     cost = count * axis.multiple * costs[axis.name] if costs else 1.0
                     worth = votes[axis.name]["gain"] / cost
-                    best = max(best or (0.0, "", 0), (worth, axis.name, count * axis.multiple))
+                    best = max(
+                        best or (0.0, "", 0), (worth, axis.name, count * axis.multiple)
+                    )
         flops = counter.get_total_flops()
         if best is not None:
             return Share({best[1]: best[2]}, votes, flops)
-        name, nearest = max(votes.items(), key=lambda vote: vote[1]["gain"] - _SURE * vote[1]["error"])
+        name, nearest = max(
+            votes.items(), key=lambda vote: vote[1]["gain"] - _SURE * vote[1]["error"]
+        )
         reason = (
             f"nothing is worth its parameters: the best, on {name}, adds {nearest['gain']:.2g} to the score, "
             f"with a standard error of {nearest['error']:.2g}, and {nearest['asked']:.2g} is asked"
         )
-        return Share({}, votes, flops, reason, final=choice.refusals + 1 >= self.patience)
+        return Share(
+            {}, votes, flops, reason, final=choice.refusals + 1 >= self.patience
+        )
 
-    def _limit(self, view: View, asked: float) -> int | None:
+    def _limit(self, lab: Lab, asked: float) -> int | None:
         """The most units that can be accepted at once, where `tau` bounds them."""
         if self.tau is None or asked <= 0:
             return None
-        most = sum(len(p) for p in view.structure.model.parameters() if p.dim() > 1)
+        most = sum(len(p) for p in lab.structure.model.parameters() if p.dim() > 1)
         return max(math.ceil(largest_number(asked, self.tau, max(most, asked))) - 1, 1)
 
-    def _score(self, view: View) -> float:
+    def _score(self, lab: Lab) -> float:
         """eta of the whole net, without its sampling error where there are two batches or more."""
-        assert view.loss is not None
-        copied = view.copied()
-        batches = list(view.batches)[:_LOOKS]
+        assert lab.loss is not None
+        copied = lab.copied()
+        batches = list(lab.batches)[:_LOOKS]
         middle = len(batches) // 2
-        first = measure(copied, view.loss, batches[:middle] or batches)
-        return max(score(first, measure(copied, view.loss, batches[middle:]), self.damping), 0.0)
+        first = measure(copied, lab.loss, batches[:middle] or batches)
+        return max(
+            score(first, measure(copied, lab.loss, batches[middle:]), self.damping), 0.0
+        )
 
-    def _examples(self, view: View) -> float:
+    def _examples(self, lab: Lab) -> float:
         """How many examples the data have, as the score counts them: images, or tokens."""
-        assert view.loss is not None
-        batches = length(view.data) if view.data is not None else len(view.batches)
+        assert lab.loss is not None
+        batches = length(lab.data) if lab.data is not None else len(lab.batches)
         if batches is None:
             if self.alpha is None:
                 raise DataError(
                     "where.SENN weighs gains against the size of the data, and len(data) is unknown. hint: name alpha="
                 )
             return 1.0
-        copied = view.copied()
+        copied = lab.copied()
         with Watched(copied, []) as watched:
-            watched.run(view.loss, view.batches[0])
-        sizes = [batch_size(batch) for batch in view.batches]
+            watched.run(lab.loss, lab.batches[0])
+        sizes = [batch_size(batch) for batch in lab.batches]
         return watched.samples / sizes[0] * sum(sizes) / len(sizes) * batches

@@ -28,12 +28,12 @@ from torch import Tensor
 from meristem.core.axis import Axis, Slot
 from meristem.core.change import Plan, by_unit
 from meristem.core.errors import DataError, GrowthRefused
-from meristem.core.offer import Proposal, Share
-from meristem.sandbox import Sandbox
+from meristem.core.offer import Offer, Share
+from meristem.lab.laboratory import Lab, Sandbox
+from meristem.methods import Choice
 from meristem.statistics.health import dense_gradient
 from meristem.structure.twin import named_tensors
-from meristem.view import View
-from meristem.where.choice import Choice, rounded, taken
+from meristem.where.counts import rounded, taken
 
 _LOG = logging.getLogger("meristem")
 _BOUND = 0.01
@@ -64,9 +64,13 @@ class SVoD:
 
     def __post_init__(self) -> None:
         if self.score not in ("signed", "absolute"):
-            raise ValueError(f'SVoD(score=...) is "signed" or "absolute"; got {self.score!r}')
+            raise ValueError(
+                f'SVoD(score=...) is "signed" or "absolute"; got {self.score!r}'
+            )
         if not isinstance(self.candidates, int) or self.candidates < 1:
-            raise ValueError(f"SVoD(candidates=...) must be an int in [1, inf); got {self.candidates!r}")
+            raise ValueError(
+                f"SVoD(candidates=...) must be an int in [1, inf); got {self.candidates!r}"
+            )
         if not 0 < self.lr < math.inf:
             raise ValueError(f"SVoD(lr=...) must be a float in (0, inf); got {self.lr}")
 
@@ -81,20 +85,27 @@ class SVoD:
     def share(self, choice: Choice) -> Share:
         """Counts by vote; with one axis there is nothing to vote on."""
         if len(choice.axes) == 1:
-            return rounded(choice.axes, {choice.axes[0].name: float(choice.total)}, choice.total)
-        if any(axis.kind == "depth" for axis in choice.axes):
+            return rounded(
+                choice.axes, {choice.axes[0].name: float(choice.total)}, choice.total
+            )
+        if any(not axis.slots for axis in choice.axes):
             raise GrowthRefused(
                 "SVoD votes among widths. hint: share blocks out by where.Uniform() or name them in amount="
             )
-        if choice.view is None:
-            raise DataError("where.SVoD trains a copy on the data: pass loss= and data=")
-        sandbox = Sandbox(choice.view)
+        if choice.lab is None:
+            raise DataError(
+                "where.SVoD trains a copy on the data: pass loss= and data="
+            )
+        sandbox = choice.lab.sandbox()
         scores = self.scores(sandbox, choice)
         ranked = []
         for axis in choice.axes:
             unit = fmean(map(abs, scores[axis.name])) or 1.0 if self.normalised else 1.0
             unit *= choice.flops_per_unit[axis.name] if self.per_flop else 1.0
-            ranked += [(abs(s) / unit if self.score == "absolute" else -s / unit, axis) for s in scores[axis.name]]
+            ranked += [
+                (abs(s) / unit if self.score == "absolute" else -s / unit, axis)
+                for s in scores[axis.name]
+            ]
         counts = taken(ranked, choice.total)
         votes = {
             name: {
@@ -114,19 +125,21 @@ class SVoD:
 
     def scores(self, sandbox: Sandbox, choice: Choice) -> dict[str, list[float]]:
         """The gate gradients of every candidate, by axis, on a sandbox that is not used again."""
-        view = sandbox.view
-        proposals = []
+        lab = sandbox.lab
+        offers = []
         for axis in choice.axes:
             steps = -(-self.candidates * choice.total // axis.multiple)
-            proposals.append(_candidates(view, axis, steps * axis.multiple))
-        plan, axes = sandbox.insert(proposals)
+            offers.append(_candidates(lab, axis, steps * axis.multiple))
+        plan, axes = sandbox.insert(offers)
         tensors = named_tensors(sandbox.model)
         sandbox.model.train()
         for name in sandbox.trained:
             tensors[name].requires_grad_()
         parameters = [tensors[name] for name in sandbox.trained]
         if parameters:
-            warming = torch.optim.RMSprop(parameters, lr=self.lr, alpha=0.9, momentum=0.1)
+            warming = torch.optim.RMSprop(
+                parameters, lr=self.lr, alpha=0.9, momentum=0.1
+            )
             for batch in sandbox.epoch("SVoD warms candidates up"):
                 warming.zero_grad()
                 sandbox.meter.run(batch, lambda: _backward(sandbox, batch))  # noqa: B023
@@ -139,37 +152,62 @@ class SVoD:
         for batch in sandbox.epoch("SVoD scores candidates"):
             sandbox.meter.run(batch, lambda: _backward(sandbox, batch))  # noqa: B023
             batches += 1
-        return {axis.name: _gate_gradients(axis, gates[axis.name], plan, tensors, batches) for axis in axes}
+        return {
+            axis.name: _gate_gradients(axis, gates[axis.name], plan, tensors, batches)
+            for axis in axes
+        }
 
 
 def _backward(sandbox: Sandbox, batch: Any) -> None:
     loss = sandbox.loss(batch, {})
     if not loss.requires_grad:
-        raise DataError("the loss has no gradient: SVoD cannot score candidates; nothing was changed")
+        raise DataError(
+            "the loss has no gradient: SVoD cannot score candidates; nothing was changed"
+        )
     loss.backward()
     for parameter in sandbox.model.parameters():
         parameter.grad = dense_gradient(parameter)
 
 
-def _candidates(view: View, axis: Axis, count: int) -> Proposal:
+def _candidates(lab: Lab, axis: Axis, count: int) -> Offer:
     """Small random units, whatever the rule of their axis; norms and statistics start by their fill."""
-    drawn = [slot for slot in axis.slots if slot.role == "fan_out" or slot.fill in ("draw", "bias")]
-    shapes = view.shapes(axis, count)
-    strips = {slot.place: view.uniform(shapes[slot], _BOUND, view.values[slot.name]) for slot in drawn}
-    return Proposal(axis.name, count, strips)
+    drawn = [
+        slot
+        for slot in axis.slots
+        if slot.role == "fan_out" or slot.fill in ("draw", "bias")
+    ]
+    shapes = lab.shapes(axis, count)
+    strips = {
+        slot.place: lab.uniform(shapes[slot], _BOUND, lab.values[slot.name])
+        for slot in drawn
+    }
+    return Offer(axis.name, count, strips)
 
 
 def _gates(axis: Axis, plan: Plan) -> list[Slot]:
     """The slots whose weights scale a unit: one layer and its bias where nothing else is on the way, else the fan-out."""
     inward, carried = axis.places("fan_in"), axis.places("carried")
-    plain = axis.norm is None and axis.multiple == 1 and all(slot.fill == "bias" for slot in carried)
-    if plain and len(inward) == 1 and len(carried) <= 1 and plan.layout[axis.name][inward[0].place].shape[1] == 1:
+    plain = (
+        axis.norm is None
+        and axis.multiple == 1
+        and all(slot.fill == "bias" for slot in carried)
+    )
+    if (
+        plain
+        and len(inward) == 1
+        and len(carried) <= 1
+        and plan.layout[axis.name][inward[0].place].shape[1] == 1
+    ):
         return [*inward, *carried]
     return list(axis.places("fan_out"))
 
 
 def _gate_gradients(
-    axis: Axis, gates: list[Slot], plan: Plan, tensors: Mapping[str, Tensor], batches: int
+    axis: Axis,
+    gates: list[Slot],
+    plan: Plan,
+    tensors: Mapping[str, Tensor],
+    batches: int,
 ) -> list[float]:
     new = plan.added[axis.name] // axis.multiple
     total = torch.zeros(new, dtype=torch.float64)
@@ -177,7 +215,9 @@ def _gate_gradients(
         gradient = tensors[slot.name].grad
         if gradient is not None:
             product = by_unit(
-                tensors[slot.name].detach().double() * gradient.double(), slot.dim, plan.layout[axis.name][slot.place]
+                tensors[slot.name].detach().double() * gradient.double(),
+                slot.dim,
+                plan.layout[axis.name][slot.place],
             )
             total += product[-new:].flatten(1).sum(1).cpu()
     if not bool(torch.isfinite(total).all()):

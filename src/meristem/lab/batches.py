@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Generator, Iterable, Iterator, Sized
+from collections.abc import Generator, Iterable, Iterator, Sized
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from meristem.core.errors import DataError
-from meristem.statistics.losses import called
+from meristem.lab.losses import Loss, called
 from meristem.structure.twin import Example, twin
 from meristem.structure.undisturbed import undisturbed
 
@@ -25,7 +25,9 @@ def check_reiterable(data: Iterable[Any]) -> None:
             "hint: pass the DataLoader itself, or a list of batches"
         )
     if not isinstance(data, Iterable):
-        raise DataError(f"data must be a DataLoader or a re-iterable of batches; got {type(data).__name__}")
+        raise DataError(
+            f"data must be a DataLoader or a re-iterable of batches; got {type(data).__name__}"
+        )
     dataset = getattr(data, "dataset", None)
     if isinstance(data, DataLoader) and isinstance(dataset, Iterator):
         raise DataError(
@@ -44,7 +46,9 @@ def length(data: Iterable[Any]) -> int | None:
         return None
 
 
-def growth_batches(data: Iterable[Any], count: int, generator: torch.Generator) -> list[Any]:
+def growth_batches(
+    data: Iterable[Any], count: int, generator: torch.Generator
+) -> list[Any]:
     """`count` batches of `data`, fewer where it has fewer.
 
     From a DataLoader: by a loader of our own over the same dataset, sampler and collate function, whose generators are
@@ -60,7 +64,9 @@ def growth_batches(data: Iterable[Any], count: int, generator: torch.Generator) 
     return batches
 
 
-def one_pass(data: Iterable[Any], generator: torch.Generator) -> Generator[Any, None, None]:
+def one_pass(
+    data: Iterable[Any], generator: torch.Generator
+) -> Generator[Any, None, None]:
     """Every batch of `data` once, in its own order, by a loader of our own; to be closed where it is not used up."""
     check_reiterable(data)
     seed = int(torch.randint(2**62, (), generator=generator))
@@ -79,11 +85,21 @@ def _own_loader(data: Iterable[Any]) -> Iterable[Any]:
         return data
     if isinstance(data.dataset, IterableDataset):
         return DataLoader(
-            data.dataset, batch_size=data.batch_size, collate_fn=data.collate_fn, drop_last=data.drop_last
+            data.dataset,
+            batch_size=data.batch_size,
+            collate_fn=data.collate_fn,
+            drop_last=data.drop_last,
         )
     if data.batch_sampler is None:
-        return DataLoader(data.dataset, batch_size=None, sampler=data.sampler, collate_fn=data.collate_fn)
-    return DataLoader(data.dataset, batch_sampler=data.batch_sampler, collate_fn=data.collate_fn)
+        return DataLoader(
+            data.dataset,
+            batch_size=None,
+            sampler=data.sampler,
+            collate_fn=data.collate_fn,
+        )
+    return DataLoader(
+        data.dataset, batch_sampler=data.batch_sampler, collate_fn=data.collate_fn
+    )
 
 
 @contextlib.contextmanager
@@ -96,7 +112,11 @@ def _borrowed(data: Any, seed: int) -> Iterator[None]:
         found = getattr(holder, "generator", None)
         if isinstance(found, torch.Generator):
             generators[id(found)] = found
-        holders += [part for name in ("sampler", "batch_sampler") if (part := getattr(holder, name, None)) is not None]
+        holders += [
+            part
+            for name in ("sampler", "batch_sampler")
+            if (part := getattr(holder, name, None)) is not None
+        ]
     states = [(one, one.get_state()) for one in generators.values()]
     try:
         for one, _ in states:
@@ -111,10 +131,32 @@ class _Called(Exception):
     """Carries the arguments of the model's first call out of the user's loss."""
 
 
-def first_call(model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], batch: Any) -> Example:
+def example_of(
+    model: nn.Module, loss: Loss, data: Iterable[Any], generator: torch.Generator
+) -> Example:
+    """The arguments of the model's first call inside `loss` on the first batch of `data`.
+
+    The generator is left as it was.
+    """
+    return first_call(model, loss, peeked(data, generator))
+
+
+def peeked(data: Iterable[Any], generator: torch.Generator) -> Any:
+    """A growth batch that the generator does not notice."""
+    state = generator.get_state()
+    try:
+        (batch,) = growth_batches(data, 1, generator)
+    finally:
+        generator.set_state(state)
+    return batch
+
+
+def first_call(model: nn.Module, loss: Loss, batch: Any) -> Example:
     """The arguments of the model's first call inside `loss(model, batch)`."""
 
-    def catch(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def catch(
+        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         raise _Called(args, kwargs)
 
     copied = twin(model, lambda _name, tensor: tensor.detach())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from meristem.statistics.losses import Loss, called, measured
+from meristem.lab.losses import Loss, evaluate
 from meristem.structure.twin import twin
 from meristem.structure.undisturbed import undisturbed
 
@@ -20,30 +20,49 @@ Result = TypeVar("Result")
 
 @contextlib.contextmanager
 def counting() -> Iterator[FlopCounterMode]:
-    """Count the floating-point operations of everything that runs inside, backward passes included."""
+    """Count the floating-point operations of everything that runs inside.
+
+    Backward passes are included.
+    """
     with FlopCounterMode(display=False) as counter:
         yield counter
 
 
+@contextlib.contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention without fused kernels.
+
+    These are not counted on a CPU, and cannot be differentiated twice.
+    """
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        yield
+
+
 def step_flops(model: nn.Module, loss: Loss, batch: Any) -> float:
-    """Floating-point operations of a training step, forward and backward, per example of the batch; counted on a twin."""
+    """Floating-point operations of a training step per example of the batch.
+
+    Forward and backward, counted on a twin.
+    """
     copied = twin(model, lambda _, tensor: tensor.detach().clone()).train()
-    math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # fused kernels are not counted on a CPU
-    with undisturbed(), math, counting() as counter:
-        measured(lambda: called(loss, copied, batch), training=True).backward()
+    with undisturbed(), plain_attention(), counting() as counter:
+        evaluate(loss, copied, batch, training=True).backward()
     return counter.get_total_flops() / batch_size(batch)
 
 
 def batch_size(batch: Any) -> int:
     """Examples in a batch: the leading dimension of its first tensor."""
-    first = next((leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), None)
-    return len(first) if first is not None else 1
+    for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.dim():
+            return len(leaf)
+    return 1
 
 
 class Meter:
-    """Counts passes over many batches: the first batch of a shape under the counter, later ones of that shape alike.
+    """Counts passes over many batches.
 
-    The counter costs more than a small network's own step; what a step costs depends on its shapes alone.
+    The first batch of a shape runs under the counter, later ones of that shape count as
+    much: the counter costs more than a small network's own step, and what a step costs
+    depends on its shapes alone.
     """
 
     def __init__(self, total: int = 0) -> None:
@@ -55,8 +74,15 @@ class Meter:
         return Meter(self.total)
 
     def run(self, batch: Any, call: Callable[[], Result], beside: int = 0) -> Result:
-        """`call()`, counted; `beside` are operations of its own that the counter of contractions does not see."""
-        key = tuple(tuple(leaf.shape) for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor))
+        """`call()`, counted.
+
+        `beside` are operations that the counter of contractions does not see.
+        """
+        shapes = []
+        for leaf in pytree.tree_leaves(batch):
+            if isinstance(leaf, Tensor):
+                shapes.append(tuple(leaf.shape))
+        key = tuple(shapes)
         if key in self._known:
             result = call()
         else:

@@ -1,4 +1,7 @@
-"""What each ATen operation does to dimension labels. One small function per kind of operation; the table is at the end."""
+"""What each ATen operation does to dimension labels.
+
+One small function per kind of operation; the table is at the end.
+"""
 
 from __future__ import annotations
 
@@ -21,65 +24,18 @@ from meristem.structure.labels import (
     split_sum,
     unify,
 )
-from meristem.structure.tracer import Call, Dim, Norm, Rule, Traced, Tracer
-
-Result = list[Traced] | None
-
-_POINTWISE_EXTRA = frozenset(
-    [
-        "clone",
-        "detach",
-        "_to_copy",
-        "alias",
-        "contiguous",
-        "lift_fresh",
-        "lift_fresh_copy",
-        "native_dropout",
-        "bernoulli",
-        "bernoulli_",
-        "copy_",
-        "fill_",
-        "zero_",
-        "tril",
-        "triu",
-        "empty_like",
-        "zeros_like",
-        "ones_like",
-        "full_like",
-        "rand_like",
-        "randn_like",
-        "masked_fill",
-        "masked_fill_",
-        "dropout",
-        "floor_divide",
-        "hardswish",
-        "hardswish_",
-        "silu_",
-        "rrelu_with_noise",
-        "uniform_",
-        "normal_",
-        "clamp",
-        "clamp_",
-        "clamp_min",
-        "clamp_max",
-    ]
+from meristem.structure.tracer import (
+    Call,
+    Dim,
+    Norm,
+    Operation,
+    Rule,
+    Sign,
+    Traced,
+    Tracer,
 )
 
-
-def apply_rule(tracer: Tracer, call: Call) -> Result:
-    """The labels of a call's outputs, or None where no rule knows the operation."""
-    if not call.inputs:
-        return [Traced([Dim(fresh(n)) for n in out.shape]) for out in call.outputs]
-    rule = RULES.get(call.name)
-    if rule is None and "scaled_dot_product" in call.name:
-        rule = _attention
-    if rule is None and "batch_norm" in call.name:
-        rule = _batch_norm
-    if rule is None and call.outputs[0].dim() >= 3 and any(k in call.name for k in ("pool", "upsample", "_pad")):
-        rule = _spatial
-    if rule is None and (torch.Tag.pointwise in call.func.tags or call.name in _POINTWISE_EXTRA):
-        rule = _pointwise
-    return rule(tracer, call) if rule is not None else None
+Result = list[Traced] | None
 
 
 def _unknown(sizes: Sequence[int], reason: str | None = None) -> list[Dim]:
@@ -87,10 +43,13 @@ def _unknown(sizes: Sequence[int], reason: str | None = None) -> list[Dim]:
 
 
 def _like(tensor: Tensor, dims: list[Dim]) -> Traced:
-    """`dims` where they describe an auxiliary output, fresh ones where it is empty or shaped otherwise."""
+    """`dims` where they describe an auxiliary output; else its shape is its own.
+
+    Fused kernels of attention give log-sums that are empty, or padded to a block.
+    """
     if [dim.label.root.size for dim in dims] == list(tensor.shape):
         return Traced(dims)
-    return Traced(_unknown(tensor.shape))
+    return Traced(_unknown(tensor.shape), lawful=False)
 
 
 def _pointwise(tracer: Tracer, call: Call) -> Result:
@@ -105,10 +64,17 @@ def _view(tracer: Tracer, call: Call) -> Result:
     source, sizes = tracer.of(call.inputs[0]), list(call.outputs[0].shape)
     labels = regroup([dim.label for dim in source.dims], sizes)
     origins = _regroup_origins(source.dims, list(call.inputs[0].shape), sizes)
-    return [Traced([Dim(label, o) for label, o in zip(labels, origins, strict=True)], source.weight)]
+    return [
+        Traced(
+            [Dim(label, o) for label, o in zip(labels, origins, strict=True)],
+            source.weight,
+        )
+    ]
 
 
-def _regroup_origins(dims: list[Dim], old: list[int], new: list[int]) -> list[frozenset[tuple[str, int]]]:
+def _regroup_origins(
+    dims: list[Dim], old: list[int], new: list[int]
+) -> list[frozenset[tuple[str, int]]]:
     """Which parameter dimensions each viewed dimension covers: runs of equal size are matched up."""
     result: list[frozenset[tuple[str, int]]] = [frozenset()] * len(new)
     i = j = 0
@@ -155,7 +121,12 @@ def _squeeze(tracer: Tracer, call: Call) -> Result:
     dropped = {d % len(shape) for d in chosen if shape[d] == 1}
     for d in dropped:
         freeze(source.dims[d].label, f"{tracer.place()} squeezes it")
-    return [Traced([dim for d, dim in enumerate(source.dims) if d not in dropped], source.weight)]
+    return [
+        Traced(
+            [dim for d, dim in enumerate(source.dims) if d not in dropped],
+            source.weight,
+        )
+    ]
 
 
 def _expand(tracer: Tracer, call: Call) -> Result:
@@ -214,18 +185,32 @@ def _split(tracer: Tracer, call: Call) -> Result:
         head, rest = split_sum(rest, output.shape[d])
         labels.append(head)
     labels.append(rest)
-    if "with_sizes" not in call.name and len({output.shape[d] for output in call.outputs}) == 1:
+    if (
+        "with_sizes" not in call.name
+        and len({output.shape[d] for output in call.outputs}) == 1
+    ):
         for label in labels[1:]:
             unify(labels[0], label)
     origin = source.dims[d].origin
-    return [Traced([*source.dims[:d], Dim(x, origin), *source.dims[d + 1 :]], source.weight) for x in labels]
+    return [
+        Traced([*source.dims[:d], Dim(x, origin), *source.dims[d + 1 :]], source.weight)
+        for x in labels
+    ]
 
 
 def _glu(tracer: Tracer, call: Call) -> Result:
     dims, d = tracer.dims(call.inputs[0]), call.dim(default=-1)
     value, gate = split_sum(dims[d].label, call.outputs[0].shape[d])
     unify(value, gate)
-    return [Traced([*[Dim(x.label) for x in dims[:d]], Dim(value), *[Dim(x.label) for x in dims[d + 1 :]]])]
+    return [
+        Traced(
+            [
+                *[Dim(x.label) for x in dims[:d]],
+                Dim(value),
+                *[Dim(x.label) for x in dims[d + 1 :]],
+            ]
+        )
+    ]
 
 
 def _cat(tracer: Tracer, call: Call) -> Result:
@@ -254,7 +239,10 @@ def _stack(tracer: Tracer, call: Call) -> Result:
 
 
 def _constant_pad(tracer: Tracer, call: Call) -> Result:
-    dims, pad = [Dim(x.label) for x in tracer.dims(call.inputs[0])], call.arguments["pad"]
+    dims, pad = (
+        [Dim(x.label) for x in tracer.dims(call.inputs[0])],
+        call.arguments["pad"],
+    )
     for i in range(len(pad) // 2):
         left, right, d = pad[2 * i], pad[2 * i + 1], len(dims) - 1 - i
         if left < 0 or right < 0:
@@ -271,7 +259,10 @@ def _ordered(tracer: Tracer, call: Call) -> Result:
     dims = tracer.dims(call.inputs[0])
     chosen = call.arguments.get("dims", call.arguments.get("dim", -1))
     for d in [chosen] if isinstance(chosen, int) else list(chosen) or range(len(dims)):
-        freeze(dims[d].label, f"{tracer.place()}: {call.name} depends on the order of its entries")
+        freeze(
+            dims[d].label,
+            f"{tracer.place()}: {call.name} depends on the order of its entries",
+        )
     shape = call.inputs[0].shape
     return [
         Traced(
@@ -298,18 +289,38 @@ def _index(tracer: Tracer, call: Call) -> Result:
     at = [i for i, index in enumerate(indices) if index is not None]
     for i in at:
         freeze(source[i].label, f"{tracer.place()} picks entries of it by index")
-    if at != list(range(at[0], at[-1] + 1)) or any(indices[i].dtype == torch.bool for i in at):
+    if at != list(range(at[0], at[-1] + 1)) or any(
+        indices[i].dtype == torch.bool for i in at
+    ):
         return None
     picked = out.dim() - (len(source) - len(at))
     middle = _unknown(out.shape[at[0] : at[0] + picked], "picked by index")
-    return [Traced([*[Dim(x.label) for x in source[: at[0]]], *middle, *[Dim(x.label) for x in source[at[-1] + 1 :]]])]
+    return [
+        Traced(
+            [
+                *[Dim(x.label) for x in source[: at[0]]],
+                *middle,
+                *[Dim(x.label) for x in source[at[-1] + 1 :]],
+            ]
+        )
+    ]
 
 
 def _gather(tracer: Tracer, call: Call) -> Result:
     dims, d, out = list(tracer.dims(call.inputs[0])), call.dim(), call.outputs[0]
     freeze(dims[d].label, f"{tracer.place()} picks entries of it by index")
-    same = [i != d and n == m for i, (n, m) in enumerate(zip(call.inputs[0].shape, out.shape, strict=True))]
-    return [Traced([Dim(x.label) if ok else Dim(fresh(n)) for x, ok, n in zip(dims, same, out.shape, strict=True)])]
+    same = [
+        i != d and n == m
+        for i, (n, m) in enumerate(zip(call.inputs[0].shape, out.shape, strict=True))
+    ]
+    return [
+        Traced(
+            [
+                Dim(x.label) if ok else Dim(fresh(n))
+                for x, ok, n in zip(dims, same, out.shape, strict=True)
+            ]
+        )
+    ]
 
 
 def _matmul(tracer: Tracer, call: Call) -> Result:
@@ -347,27 +358,46 @@ def _convolution(tracer: Tracer, call: Call) -> Result:
         tracer.produce([kernel[into]])
         channels = kernel[into].label
     else:
-        channels = _grouped(tracer, data[1], kernel, groups, call.arguments["transposed"])
+        channels = _grouped(
+            tracer, data[1], kernel, groups, call.arguments["transposed"]
+        )
         for name in tracer.of(weight).parameters():
             tracer.trace.groups[name] = split_product(data[1].label, groups)[0]
     if bias is not None:
         tracer.fill(bias, "bias")
         unify(tracer.dims(bias)[0].label, channels)
-    result = [Dim(data[0].label), Dim(channels), *_unknown(out.shape[2:], "a spatial dimension")]
+    result = [
+        Dim(data[0].label),
+        Dim(channels),
+        *_unknown(out.shape[2:], "a spatial dimension"),
+    ]
     volume = [Label(n) for n in weight.shape[2:]]
     positions = data[2:] if call.arguments["transposed"] else result[2:]
-    tracer.count([data[0].label, *[p.label for p in positions], kernel[0].label, kernel[1].label, *volume])
+    tracer.count(
+        [
+            data[0].label,
+            *[p.label for p in positions],
+            kernel[0].label,
+            kernel[1].label,
+            *volume,
+        ]
+    )
     return [Traced(result)]
 
 
-def _grouped(tracer: Tracer, data: Dim, kernel: list[Dim], groups: int, transposed: bool) -> Label:
+def _grouped(
+    tracer: Tracer, data: Dim, kernel: list[Dim], groups: int, transposed: bool
+) -> Label:
     """Grouped convolution: in = g*i and out = g*o; the weight is (g*o, i), transposed (g*i, o)."""
     group, inner = split_product(data.label, groups)
     if transposed:
         unify(data.label, kernel[0].label)
         if inner is not UNIT:
             tracer.trace.consumed |= kernel[0].origin
-            freeze(inner, f"{tracer.place()}: the inner channels of a grouped transposed convolution")
+            freeze(
+                inner,
+                f"{tracer.place()}: the inner channels of a grouped transposed convolution",
+            )
         return product([group, kernel[1].label])
     row_group, _ = split_product(kernel[0].label, groups)
     unify(group, row_group)
@@ -385,13 +415,17 @@ def _attention(tracer: Tracer, call: Call) -> Result:
     unify(k[2].label, v[2].label)
     key_heads = k[1].label.root.size
     grouped = q[1].label.root.size != key_heads
-    unify(split_product(q[1].label, key_heads)[0] if grouped else q[1].label, k[1].label)
+    unify(
+        split_product(q[1].label, key_heads)[0] if grouped else q[1].label, k[1].label
+    )
     tracer.trace.heads.add(q[1].label)
     unify(q[3].label, k[3].label)
     mix(q[3].label, f"{tracer.place()}: attention scores sum over it")
     mask = call.arguments.get("attn_mask", call.arguments.get("attn_bias"))
     if mask is not None:
-        for dim, other in zip(reversed(tracer.dims(mask)), (k[2], q[2], q[1], q[0]), strict=False):
+        for dim, other in zip(
+            reversed(tracer.dims(mask)), (k[2], q[2], q[1], q[0]), strict=False
+        ):
             if dim.label is not UNIT:
                 unify(dim.label, other.label)
     tracer.count([q[i].label for i in (0, 1, 2, 3)] + [k[2].label])
@@ -403,7 +437,12 @@ def _attention(tracer: Tracer, call: Call) -> Result:
 def _batch_norm(tracer: Tracer, call: Call) -> Result:
     x = call.inputs[0]
     dims = [Dim(d.label) for d in tracer.dims(x)]
-    for key, fill in (("weight", "one"), ("bias", "zero"), ("running_mean", "zero"), ("running_var", "one")):
+    for key, fill in (
+        ("weight", "one"),
+        ("bias", "zero"),
+        ("running_mean", "zero"),
+        ("running_var", "one"),
+    ):
         tensor = call.arguments.get(key)
         if tensor is not None:
             tracer.fill(tensor, fill)  # type: ignore[arg-type]
@@ -424,8 +463,13 @@ def _layer_norm(tracer: Tracer, call: Call) -> Result:
     for dim in dims[-count:]:
         mix(dim.label, f"layer norm {tracer.place()}")
     if count == 1:
-        tracer.trace.norms.append(Norm(tracer.stack.innermost, "layer_norm", dims[-1].label))
-    return [Traced(dims), *[_like(t, [*dims[:-count], *[Dim(UNIT)] * count]) for t in call.outputs[1:]]]
+        tracer.trace.norms.append(
+            Norm(tracer.stack.innermost, "layer_norm", dims[-1].label)
+        )
+    return [
+        Traced(dims),
+        *[_like(t, [*dims[:-count], *[Dim(UNIT)] * count]) for t in call.outputs[1:]],
+    ]
 
 
 def _group_norm(tracer: Tracer, call: Call) -> Result:
@@ -452,19 +496,33 @@ def _reduce(tracer: Tracer, call: Call) -> Result:
     source = tracer.of(call.inputs[0])
     rank = len(source.dims)
     chosen = call.arguments.get("dim")
-    chosen = list(range(rank)) if chosen is None or chosen == [] else [chosen] if isinstance(chosen, int) else chosen
+    chosen = (
+        list(range(rank))
+        if chosen is None or chosen == []
+        else [chosen]
+        if isinstance(chosen, int)
+        else chosen
+    )
     gone = {int(d) % rank for d in chosen} if rank else set()
     module = tracer.stack.modules.get(tracer.stack.innermost)
     inside_rms = isinstance(module, torch.nn.RMSNorm) and gone == {rank - 1}
     for d in gone:
         mix(
             source.dims[d].label,
-            f"rms norm {tracer.place()}" if inside_rms else f"{tracer.place()}: {call.name} over it",
+            f"rms norm {tracer.place()}"
+            if inside_rms
+            else f"{tracer.place()}: {call.name} over it",
         )
     if inside_rms:
-        tracer.trace.norms.append(Norm(tracer.stack.innermost, "rms_norm", source.dims[-1].label))
+        tracer.trace.norms.append(
+            Norm(tracer.stack.innermost, "rms_norm", source.dims[-1].label)
+        )
     keep = call.arguments.get("keepdim", False)
-    dims = [Dim(UNIT) if d in gone else dim for d, dim in enumerate(source.dims) if d not in gone or keep]
+    dims = [
+        Dim(UNIT) if d in gone else dim
+        for d, dim in enumerate(source.dims)
+        if d not in gone or keep
+    ]
     return [Traced(list(dims), source.weight) for _ in call.outputs]
 
 
@@ -474,7 +532,12 @@ def _spatial(tracer: Tracer, call: Call) -> Result:
     for dim in dims[lead:]:
         freeze(dim.label, "a spatial dimension")
     return [
-        Traced([*[Dim(x.label) for x in dims[:lead]], *_unknown(t.shape[lead:], "a spatial dimension")])
+        Traced(
+            [
+                *[Dim(x.label) for x in dims[:lead]],
+                *_unknown(t.shape[lead:], "a spatial dimension"),
+            ]
+        )
         for t in call.outputs
     ]
 
@@ -492,49 +555,81 @@ def _prelu(tracer: Tracer, call: Call) -> Result:
     return [Traced([Dim(d.label) for d in tracer.dims(x)])]
 
 
-RULES: dict[str, Rule] = {
-    **dict.fromkeys(["view", "_unsafe_view", "reshape", "_reshape_alias"], _view),
-    **dict.fromkeys(["permute", "transpose", "transpose_", "t", "t_", "numpy_T"], _permute),
-    **dict.fromkeys(["unsqueeze", "unsqueeze_"], _unsqueeze),
-    **dict.fromkeys(["squeeze", "squeeze_"], _squeeze),
-    "expand": _expand,
-    "repeat": _repeat,
-    "slice": _slice,
-    **dict.fromkeys(["select", "unbind"], _select),
-    **dict.fromkeys(["split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk"], _split),
-    "glu": _glu,
-    "cat": _cat,
-    "stack": _stack,
-    "constant_pad_nd": _constant_pad,
-    **dict.fromkeys(["roll", "flip", "sort", "topk", "cumsum", "cumprod"], _ordered),
-    "embedding": _embedding,
-    "index": _index,
-    **dict.fromkeys(["index_select", "gather"], _gather),
-    **dict.fromkeys(["mm", "addmm", "bmm", "baddbmm", "mv", "dot"], _matmul),
-    "convolution": _convolution,
-    **dict.fromkeys(["native_layer_norm"], _layer_norm),
-    "native_group_norm": _group_norm,
-    **dict.fromkeys(["_softmax", "_log_softmax", "_safe_softmax", "softmax"], _softmax),
-    **dict.fromkeys(
-        [
-            "mean",
-            "sum",
-            "amax",
-            "amin",
-            "var",
-            "std",
-            "prod",
-            "linalg_vector_norm",
-            "norm",
-            "logsumexp",
-            "any",
-            "all",
-            "argmax",
-            "argmin",
-        ],
-        _reduce,
-    ),
-    **dict.fromkeys(["max", "min", "var_mean", "median"], _reduce),
-    **dict.fromkeys(["new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"], _new),
-    **dict.fromkeys(["_prelu_kernel", "prelu"], _prelu),
+def _created(tracer: Tracer, call: Call) -> Result:
+    """Tensors that come from no tensor: ranges, zeros, masks."""
+    return [Traced(_unknown(out.shape)) for out in call.outputs]
+
+
+def _rows(rule: Rule, names: str, sign: Sign = "any") -> dict[str, Operation]:
+    return dict.fromkeys(names.split(), Operation(rule, sign))
+
+
+OPERATIONS: dict[str, Operation] = {
+    **_rows(_view, "view _unsafe_view reshape flatten", "kept"),
+    **_rows(_view, "_reshape_alias"),
+    **_rows(_permute, "permute transpose t", "kept"),
+    **_rows(_permute, "transpose_ t_ numpy_T"),
+    **_rows(_unsqueeze, "unsqueeze", "kept"),
+    **_rows(_unsqueeze, "unsqueeze_"),
+    **_rows(_squeeze, "squeeze", "kept"),
+    **_rows(_squeeze, "squeeze_"),
+    **_rows(_expand, "expand", "kept"),
+    **_rows(_repeat, "repeat"),
+    **_rows(_slice, "slice", "kept"),
+    **_rows(_select, "select", "kept"),
+    **_rows(_select, "unbind"),
+    **_rows(_split, "split split_with_sizes chunk unsafe_split unsafe_chunk"),
+    **_rows(_glu, "glu"),
+    **_rows(_cat, "cat", "kept"),
+    **_rows(_stack, "stack"),
+    **_rows(_constant_pad, "constant_pad_nd"),
+    **_rows(_ordered, "roll flip sort topk cumsum cumprod"),
+    **_rows(_embedding, "embedding"),
+    **_rows(_index, "index"),
+    **_rows(_gather, "index_select gather"),
+    **_rows(_matmul, "mm addmm bmm baddbmm mv dot"),
+    **_rows(_convolution, "convolution"),
+    **_rows(_layer_norm, "native_layer_norm"),
+    **_rows(_group_norm, "native_group_norm"),
+    **_rows(_softmax, "_softmax _safe_softmax softmax", "positive"),
+    **_rows(_softmax, "_log_softmax"),
+    **_rows(_reduce, "mean sum", "kept"),
+    **_rows(_reduce, "amax amin var std prod linalg_vector_norm norm logsumexp"),
+    **_rows(_reduce, "any all argmax argmin max min var_mean median"),
+    **_rows(_new, "new_zeros new_ones new_full new_empty new_empty_strided"),
+    **_rows(_prelu, "_prelu_kernel prelu"),
+    **_rows(_pointwise, "relu relu_ sigmoid exp", "positive"),
+    **_rows(_pointwise, "add mul clone alias detach contiguous dropout", "kept"),
+    **_rows(_pointwise, "native_dropout", "kept"),
+    **_rows(_pointwise, "_to_copy lift_fresh lift_fresh_copy bernoulli bernoulli_"),
+    **_rows(_pointwise, "copy_ fill_ zero_ tril triu empty_like zeros_like ones_like"),
+    **_rows(_pointwise, "full_like rand_like randn_like masked_fill masked_fill_"),
+    **_rows(_pointwise, "floor_divide hardswish hardswish_ silu_ rrelu_with_noise"),
+    **_rows(_pointwise, "uniform_ normal_ clamp clamp_ clamp_min clamp_max"),
+    **_rows(_spatial, "max_pool1d max_pool2d_with_indices avg_pool2d", "kept"),
+    **_rows(_spatial, "max_pool3d_with_indices _adaptive_avg_pool2d", "kept"),
 }
+"""What is known of each operation by its name. A new one is one row."""
+
+_FAMILIES: tuple[tuple[str, Rule], ...] = (
+    ("scaled_dot_product", _attention),
+    ("batch_norm", _batch_norm),
+)
+"""Operations with one kernel per backend, by a part of their names."""
+
+
+def operation_of(call: Call) -> Operation | None:
+    """The row for a call, or None where nothing is known of the operation."""
+    if not call.inputs:
+        return Operation(_created)
+    if call.name in OPERATIONS:
+        return OPERATIONS[call.name]
+    for part, rule in _FAMILIES:
+        if part in call.name:
+            return Operation(rule)
+    spatial = any(part in call.name for part in ("pool", "upsample", "_pad"))
+    if spatial and call.outputs[0].dim() >= 3:
+        return Operation(_spatial)
+    if torch.Tag.pointwise in call.func.tags:
+        return Operation(_pointwise)
+    return None

@@ -1,0 +1,554 @@
+"""One growth, from prepared parts to the record of what was done.
+
+prepare > offer > settle > build > verify > commit. A draft passes from step to step and
+only gains fields; nothing of the user's has changed before the commit. `grow_`, `narrow_`,
+`prune_`, `Grower` and `Stages` all come here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from meristem.care import CARES, WarmMoments
+from meristem.core.axis import Axis, Kind
+from meristem.core.change import Plan
+from meristem.core.errors import GrowthRefused, VerificationError
+from meristem.core.growth import Growth
+from meristem.core.offer import Blocks, Offer, Settled, Treatment
+from meristem.how import METHODS, Random, ZeroBlock
+from meristem.lab.laboratory import Lab, Loan
+from meristem.lab.ledger import counting
+from meristem.methods import (
+    Care,
+    How,
+    check_kinds,
+    check_offer,
+    check_part,
+    settles,
+)
+from meristem.statistics.health import Figures, measure, measure_blocks
+from meristem.structure import Structure, structure_of, with_insertions
+from meristem.structure.insertion import insert
+from meristem.structure.kinds import apart
+from meristem.structure.twin import named_tensors
+from meristem.structure.undisturbed import undisturbed
+from meristem.surgery.exchange import OptimizerChange, check_free, exchange
+from meristem.surgery.optimizers import check_ownership, check_separable, grown_state
+from meristem.surgery.tensors import grown_tensors
+from meristem.surgery.verify import (
+    check_edit,
+    grown_twin,
+    live_values,
+    relative_change,
+    rounding_gap,
+    run,
+)
+
+Optimizers = Optimizer | Sequence[Optimizer] | None
+Methods = How | Sequence[How] | None
+Cares = Care | Sequence[Care] | None
+
+DEFAULTS: Mapping[Kind, How] = {
+    "width": Random(),
+    "heads": Random(),
+    "depth": ZeroBlock(),
+}
+"""What grows an axis of a kind that no chosen method speaks for."""
+TOLERANCE = 1e-5
+"""Largest relative change of an output, in float32, that counts as the same function."""
+_DOUBLE_TOLERANCE = 1e-12
+"""The same in float64."""
+_GAPS = 10
+"""How many times the model's own rounding gap a change may be."""
+HEALTH_BATCHES = 4
+"""Growth batches that the health of new units is measured on."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Everything that a growth needs, prepared.
+
+    Attributes:
+        structure: What can grow.
+        lab: What the methods get.
+        how: The methods, the first that speaks for a kind first.
+        care: What the rest gets.
+        optimizers: Whose state follows.
+    """
+
+    structure: Structure
+    lab: Lab
+    how: tuple[How, ...] = ()
+    care: tuple[Care, ...] = ()
+    optimizers: tuple[Optimizer, ...] = ()
+
+    @property
+    def model(self) -> nn.Module:
+        return self.structure.model
+
+    def method(self, axis: Axis) -> How:
+        """The method that grows an axis."""
+        return method_for(self.how, axis)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A growth on its way.
+
+    Attributes:
+        plan: What will change.
+        treatment: What the rest gets.
+        offers: The offered weights, by axis.
+        changed: Old tensors, at their present shapes, that take other values, too.
+        settled: What a method that trains on the side gave back.
+        tensors: Every tensor that takes another value, at its new shape.
+        blocks: The new blocks of every insertion.
+        change: How far the outputs move.
+        health: Figures of the new units by moment and axis.
+        flops: What the checks and looks cost.
+    """
+
+    plan: Plan
+    treatment: Treatment = field(default_factory=Treatment)
+    offers: Mapping[str, Offer] = field(default_factory=dict)
+    changed: Mapping[str, Tensor] = field(default_factory=dict)
+    settled: Settled | None = None
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    blocks: Sequence[Blocks] = ()
+    change: float = 0.0
+    health: Mapping[str, Mapping[str, Figures]] = field(default_factory=dict)
+    flops: int = 0
+
+
+# -- preparing ---------------------------------------------------------------------------
+
+
+def prepare(
+    model: nn.Module,
+    example: Any,
+    loan: Loan,
+    how: Methods = (),
+    care: Cares = (),
+    optimizer: Optimizers = None,
+) -> Event:
+    """The event of one growth of a model."""
+    structure = structure_of(model, example)
+    lab = Lab(structure, loan)
+    return Event(structure, lab, methods(how), cares(care), optimizers(optimizer))
+
+
+def method_for(how: Methods, axis: Axis) -> How:
+    """The method that grows an axis.
+
+    The first of those given that speaks for its kind, else the kind's default.
+    """
+    for one in methods(how):
+        if axis.kind in one.kinds:
+            return one
+    return DEFAULTS[axis.kind]
+
+
+def batches_for(how: Methods) -> int:
+    """Growth batches that the methods, and a look at the new units, need."""
+    asked = [one.batches for one in (*methods(how), *DEFAULTS.values())]
+    return max(HEALTH_BATCHES, *asked)
+
+
+def methods(how: Methods) -> tuple[How, ...]:
+    """One method, several or none as a tuple; checked."""
+    listed = _listed(how)
+    for one in listed:
+        check_part("how", one, METHODS)
+        check_kinds(one)
+    return listed
+
+
+def cares(care: Cares) -> tuple[Care, ...]:
+    """One care or several as a tuple; a warm second moment where None is given."""
+    if care is None:
+        return (WarmMoments(),)
+    listed = _listed(care)
+    for one in listed:
+        check_part("care", one, CARES)
+    return listed
+
+
+def _listed(given: Any) -> tuple[Any, ...]:
+    if given is None:
+        return ()
+    several = isinstance(given, Sequence) and not isinstance(given, str)
+    return tuple(given) if several else (given,)
+
+
+def optimizers(optimizer: Optimizers) -> tuple[Optimizer, ...]:
+    """One optimizer, several or none as a tuple; checked."""
+    if optimizer is None:
+        return ()
+    listed = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+    for one in listed:
+        if not isinstance(one, Optimizer):
+            raise TypeError(
+                "optimizer must be a torch.optim.Optimizer or a list of them; got "
+                f"{type(one).__name__}"
+            )
+    return listed
+
+
+def accepted(plan: Plan) -> Plan:
+    """A plan that can be carried out.
+
+    Raises:
+        GrowthRefused: It cannot.
+    """
+    if plan.refusal is not None:
+        raise GrowthRefused(f"{', '.join(plan.after)} cannot grow: {plan.refusal}")
+    return plan
+
+
+@contextmanager
+def all_or_nothing(generator: torch.Generator) -> Iterator[None]:
+    """Global randomness comes back where it was; after an error the generator, too."""
+    state = generator.get_state()
+    try:
+        with undisturbed():
+            yield
+    except BaseException:
+        generator.set_state(state)
+        raise
+
+
+# -- the event ---------------------------------------------------------------------------
+
+
+def propose(event: Event, lab: Lab, axis: Axis, count: int) -> Offer:
+    """What the method of an axis offers for it, checked."""
+    method = event.method(axis)
+    with lab.guarded(method):
+        offer = method.propose(lab, axis, count)
+    check_offer(method, lab, axis, count, offer)
+    return offer
+
+
+def carry_out(
+    event: Event,
+    plan: Plan,
+    offers: Mapping[str, Offer] | None = None,
+    changed: Mapping[str, Tensor] | None = None,
+) -> Growth:
+    """Carry out a plan, all or nothing.
+
+    Args:
+        event: The prepared event.
+        plan: What to do.
+        offers: Weights that have been offered before.
+        changed: Old tensors, at their present shapes, that take other values with it.
+    """
+    started = time.perf_counter()
+    draft = Draft(plan, offers=dict(offers or {}), changed=dict(changed or {}))
+    draft = _treated(event, draft)
+    _check_owners(event, draft)
+    draft = _proved(event, draft)
+    draft = _offered(event, draft)
+    draft = _settled(event, draft)
+    draft = _built(event, draft)
+    draft = _deepened(event, draft)
+    draft = _verified(event, draft)
+    return _committed(event, draft, started)
+
+
+def _axes(event: Event, plan: Plan) -> list[Axis]:
+    return [event.structure.axes.named(name) for name in plan.after]
+
+
+def _growing(event: Event, plan: Plan) -> list[Axis]:
+    return [axis for axis in _axes(event, plan) if plan.added[axis.name] > 0]
+
+
+def _treated(event: Event, draft: Draft) -> Draft:
+    """What the rest of the net gets."""
+    axes = _axes(event, draft.plan)
+    treatment = Treatment()
+    for care in event.care:
+        with event.lab.guarded(care):
+            given = care.treat(event.lab.structure.model, draft.plan, axes)
+        treatment = treatment + given
+    return replace(draft, treatment=treatment)
+
+
+def _check_owners(event: Event, draft: Draft) -> None:
+    """Raise where the optimizers or a waiting graph stand in the way.
+
+    Before anything is measured or trained; again where every tensor is known.
+    """
+    live = named_tensors(event.model)
+    names = [*(change.name for change in draft.plan.tensors), *draft.changed]
+    changing = {name: live[name] for name in names}
+    trained = {name: t for name, t in changing.items() if t.requires_grad}
+    check_ownership(event.optimizers, trained)
+    check_ownership(event.optimizers, followed(event.structure, draft.plan))
+    if draft.plan.insertions:
+        check_separable(event.optimizers)
+    check_free(changing)
+
+
+def followed(structure: Structure, plan: Plan) -> dict[str, Tensor]:
+    """The trained parameters whose groups in the optimizer new blocks will join."""
+    parents = set()
+    for insertion in plan.insertions:
+        for place in insertion.new_places:
+            block = insertion.blocks[place]
+            parents.add(structure.depths[insertion.axis].blocks[block])
+    found: dict[str, Tensor] = {}
+    for name in sorted(parents):
+        for inner, parameter in structure.model.get_submodule(name).named_parameters():
+            if parameter.requires_grad:
+                found[f"{name}.{inner}"] = parameter
+    return found
+
+
+def _proved(event: Event, draft: Draft) -> Draft:
+    """The edit is right on random weights."""
+    axes = _axes(event, draft.plan)
+    _, blocks = apart(axes)
+    deepen = all(event.method(axis).kinds[axis.kind] for axis in blocks)
+    with counting() as counter:
+        check_edit(event.structure, draft.plan, axes, deepen)
+    return replace(draft, flops=draft.flops + counter.get_total_flops())
+
+
+def _offered(event: Event, draft: Draft) -> Draft:
+    """What the methods offer, where that has not been asked yet.
+
+    Not for axes whose units settle in on a sandbox, and not for depths that grow beside
+    widths: their blocks are made when the widths are known.
+    """
+    units, blocks = apart(_growing(event, draft.plan))
+    offers = dict(draft.offers)
+    for axis in units or blocks:
+        if axis.name not in offers and not settles(event.method(axis)):
+            count = draft.plan.added[axis.name]
+            offers[axis.name] = propose(event, event.lab, axis, count)
+    return replace(draft, offers=offers)
+
+
+def _settled(event: Event, draft: Draft) -> Draft:
+    """The weights that a method finds by growing and training a copy."""
+    units, _ = apart(_growing(event, draft.plan))
+    for axis in units:
+        method = event.method(axis)
+        if not settles(method):
+            continue
+        if draft.treatment.scaling:
+            raise GrowthRefused(
+                f"{type(method).__name__} settles new units beside the present weights; a "
+                "care that scales these afterwards (VarianceTransfer, Shrink) would undo "
+                "it. hint: use WarmMoments or ResetMoments"
+            )
+        counts = {axis.name: draft.plan.added[axis.name] for axis in units}
+        with event.lab.guarded(method):
+            settled = method.settle(event.lab.sandbox(), counts)  # type: ignore[attr-defined]
+        return replace(draft, settled=settled)
+    return draft
+
+
+def _built(event: Event, draft: Draft) -> Draft:
+    """Every tensor at its new shape and values."""
+    axes = _axes(event, draft.plan)
+    values = {**live_values(event.model), **draft.changed}
+    offers = list(draft.offers.values())
+    grown = grown_tensors(values, draft.plan, axes, offers, draft.treatment.scaling)
+    tensors = {**draft.changed, **grown}
+    if draft.settled is not None:
+        # Buffers are left out: what a forward on the side did to them is not the user's.
+        for name, parameter in event.model.named_parameters():
+            value = draft.settled.tensors[name]
+            if not torch.equal(value, parameter):
+                tensors[name] = value
+    return replace(draft, tensors=tensors)
+
+
+def _deepened(event: Event, draft: Draft) -> Draft:
+    """The new blocks, with all their tensors, where the methods want them."""
+    plan = draft.plan
+    if not plan.insertions:
+        return draft
+    values = {**live_values(event.model), **draft.tensors}
+    offers = dict(draft.offers)
+    _, deep = apart(_growing(event, plan))
+    missing = [axis for axis in deep if axis.name not in offers]
+    if missing:
+        widened = grown_twin(event.model, values, replace(plan, counts=()))
+        structure = Structure(widened, event.structure.example)
+        lab = event.lab.of(structure).within(event.lab.allowance / len(deep))
+        for axis in missing:
+            same = structure.axes.named(axis.name)
+            offers[axis.name] = propose(event, lab, same, plan.added[axis.name])
+    blocks = []
+    for insertion in plan.insertions:
+        offer = offers.get(insertion.axis)
+        offered = offer.blocks if offer is not None else None
+        blocks.append(offered if offered is not None else Blocks(insertion))
+    wanted = [one.insertion for one in blocks]
+    if wanted != list(plan.insertions):
+        plan = accepted(with_insertions(event.structure, plan, wanted))
+    whole = _whole_blocks(event.model, values, plan, blocks)
+    return replace(draft, plan=plan, offers=offers, blocks=whole)
+
+
+def _whole_blocks(
+    model: nn.Module,
+    values: Mapping[str, Tensor],
+    plan: Plan,
+    blocks: Sequence[Blocks],
+) -> list[Blocks]:
+    """Blocks with every tensor of their own; the model will hold these very tensors."""
+    copied = grown_twin(model, values, replace(plan, counts=()))
+    whole = []
+    for one in blocks:
+        present = {id(tensor) for tensor in named_tensors(copied).values()}
+        given = {key: value.detach().clone() for key, value in one.values.items()}
+        made = insert(copied, one.insertion, given)
+        complete = {}
+        for place, (_, block) in made.items():
+            for name, tensor in named_tensors(block).items():
+                if id(tensor) not in present:
+                    complete[place, name] = tensor.detach()
+        whole.append(replace(one, values=complete))
+    return whole
+
+
+def _verified(event: Event, draft: Draft) -> Draft:
+    """The function is kept on the real weights, where that was promised; new units live."""
+    plan = draft.plan
+    present = live_values(event.model)
+    values = {**present, **draft.tensors}
+    with counting() as counter:
+        before = run(event.model, present, event.structure.example)
+        after = run(event.model, values, event.structure.example, plan, draft.blocks)
+        change = relative_change(plan, before, after)
+        growing = _growing(event, plan)
+        exact = [event.method(axis).kinds[axis.kind] for axis in growing]
+        if growing and all(exact) and not draft.treatment.scaling:
+            _check_preserved(event, before, change)
+        health = _health(event, draft, values)
+    flops = draft.flops + counter.get_total_flops()
+    return replace(draft, change=change, health=health, flops=flops)
+
+
+def _check_preserved(event: Event, before: Sequence[Tensor], change: float) -> None:
+    """Raise unless the change is within rounding.
+
+    That is a fixed bound, or so many times the model's own rounding gap.
+    """
+    floats = [t.dtype for t in before if t.is_floating_point()]
+    double = all(dtype == torch.float64 for dtype in floats)
+    if change <= (_DOUBLE_TOLERANCE if double else TOLERANCE):
+        return
+    if not double and change <= _GAPS * rounding_gap(event.structure, before):
+        return
+    names = dict.fromkeys(
+        type(one).__name__ for one in (*event.how, *DEFAULTS.values())
+    )
+    spoken = ", ".join(names) if not event.how else type(event.how[0]).__name__
+    raise VerificationError(
+        f"{spoken} should preserve the function, but an output would change by {change:.1e} "
+        "of the largest one; nothing was changed. hint: for widths, an activation that is "
+        "not 0 at 0 breaks a zero fan-in; use zero='fan_out'"
+    )
+
+
+def _health(
+    event: Event, draft: Draft, values: Mapping[str, Tensor]
+) -> dict[str, dict[str, Figures]]:
+    """Figures of the new units by moment, those of the settling method's included.
+
+    Empty without loss and data, and where something was dropped.
+    """
+    health: dict[str, dict[str, Figures]] = {}
+    if draft.settled is not None:
+        for moment, by_axis in draft.settled.health.items():
+            health[moment] = {name: dict(figures) for name, figures in by_axis.items()}
+    plan, lab = draft.plan, event.lab
+    if lab.loss is None or not lab.batches or min(plan.added.values()) < 0:
+        return health
+    batches = list(lab.batches)[:HEALTH_BATCHES]
+    figures: dict[str, Figures] = {}
+    units, _ = apart(_axes(event, plan))
+    if units and draft.settled is None:
+        copied = grown_twin(event.model, values, replace(plan, counts=()))
+        new = {}
+        for axis in units:
+            new[axis.name] = range(plan.before[axis.name], plan.after[axis.name])
+        figures |= measure(copied, units, plan.layout, lab.loss, batches, new)
+    if draft.blocks:
+        copied = grown_twin(event.model, values, plan, draft.blocks)
+        structure = Structure(copied, event.structure.example)
+        places = {one.insertion.axis: one.insertion.new_places for one in draft.blocks}
+        figures |= measure_blocks(structure, copied, places, lab.loss, batches)
+    if figures:
+        health["insertion"] = {**health.get("insertion", {}), **figures}
+    return health
+
+
+def _committed(event: Event, draft: Draft, started: float) -> Growth:
+    """Surgery: the one step that changes the user's model and optimizers."""
+    plan, treatment = draft.plan, draft.treatment
+    axes = _axes(event, plan)
+    offers = list(draft.offers.values())
+    live = named_tensors(event.model)
+    states = []
+    for optimizer in event.optimizers:
+        for change in plan.tensors:
+            parameter = live[change.name]
+            if parameter in optimizer.state:
+                state = grown_state(
+                    optimizer, parameter, change, plan, axes, offers, treatment.warm
+                )
+                states.append((optimizer, parameter, state))
+    check_free({name: live[name] for name in draft.tensors})
+    following = OptimizerChange(event.optimizers, states, treatment.reset)
+    exchange(event.model, draft.tensors, plan, draft.blocks, following, _ones(axes))
+    return Growth(
+        added=plan.added,
+        before=dict(plan.before),
+        after=dict(plan.after),
+        parameters=plan.parameters,
+        max_change=draft.change,
+        seconds=time.perf_counter() - started,
+        flops=draft.flops + _spent_on(draft),
+        health={moment: dict(figures) for moment, figures in draft.health.items()},
+        notes=_notes(draft),
+        blocks=_new_blocks(plan),
+    )
+
+
+def _ones(axes: Iterable[Axis]) -> list[str]:
+    """Tensors whose new entries start at one."""
+    return [slot.name for axis in axes for slot in axis.slots if slot.fill == "one"]
+
+
+def _spent_on(draft: Draft) -> int:
+    settled = draft.settled.flops if draft.settled is not None else 0
+    return settled + sum(offer.flops for offer in draft.offers.values())
+
+
+def _notes(draft: Draft) -> dict[str, str]:
+    if draft.settled is not None:
+        return dict(draft.settled.notes)
+    return {name: offer.note for name, offer in draft.offers.items() if offer.note}
+
+
+def _new_blocks(plan: Plan) -> dict[str, list[int]]:
+    blocks = {}
+    for insertion in plan.insertions:
+        if insertion.new_places:
+            blocks[insertion.axis] = insertion.new_places
+    return blocks

@@ -1,0 +1,200 @@
+"""Which of the axes that the labels tell of really grow: each kind of block is tried once."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from meristem.core.axis import Axes, Axis, matches
+from meristem.core.errors import GrowthRefused, VerificationError
+from meristem.event import Methods, method_for
+from meristem.structure import Structure, clash, resolve
+from meristem.structure.kinds import apart
+from meristem.surgery.verify import check_edit, silence
+
+_DISTINCT = 7
+"""Counts of axes that grow together go from one step to this many."""
+
+Reason = str | None
+
+
+def growable(
+    structure: Structure, patterns: str | Sequence[str] = "*", how: Methods = ()
+) -> Axes:
+    """The axes of a structure whose growth was tried.
+
+    Of axes that are alike one is tried; all are tried together first, and the halves of
+    what fails. Depths whose new blocks cannot preserve the function count where `how` names
+    a method that does not claim to.
+    """
+    found = structure.axes
+    candidates = {**found, **found.ends}
+    trial = _Trial(structure, candidates)
+    refused = dict(found.frozen)
+    for name, axis in candidates.items():
+        exact = method_for(how, axis).kinds[axis.kind]
+        reason = _held(structure, axis) or trial.reason(name, exact)
+        if reason is not None:
+            refused[name] = reason
+    kept = {}
+    for name, axis in found.items():
+        if name not in refused and matches(name, patterns):
+            kept[name] = axis
+    ends = {name: axis for name, axis in found.ends.items() if name not in refused}
+    return Axes(kept, ends, refused)
+
+
+def _held(structure: Structure, axis: Axis) -> Reason:
+    if not axis.slots:
+        return None
+    tensors = structure.tensors
+    for slot in axis.slots:
+        if weakref.getweakrefs(tensors[slot.name]):
+            return (
+                f"{slot.name} is held by a weak reference (as in nn.GRU), which would keep "
+                "the old tensor"
+            )
+    return None
+
+
+class _Trial:
+    """The trials of a structure's axes; what they said is kept with the structure."""
+
+    def __init__(self, structure: Structure, axes: Mapping[str, Axis]) -> None:
+        self._structure, self._axes = structure, axes
+        if "classes" not in structure.verdicts:
+            classes = structure.alike.classes(axes.values())
+            for first, names in classes.items():
+                for name in names:
+                    structure.verdicts["first", name] = first
+            structure.verdicts["classes"] = ""
+            self._try(list(classes))
+        self._verdicts = structure.verdicts
+
+    def reason(self, name: str, exact: bool) -> Reason:
+        """Why an axis cannot grow, or cannot grow exactly where that is asked; or None."""
+        first = self._verdicts["first", name]
+        assert first is not None
+        reason = self._verdicts["grows", first]
+        if reason is None and exact:
+            reason = self._exact(first)
+        if reason is None:
+            return None
+        axes = self._axes
+        return self._structure.alike.told_of(reason, axes[first], axes[name])
+
+    def _exact(self, name: str) -> Reason:
+        """Why no new block of a depth keeps the function, or None; tried when asked."""
+        if ("exact", name) not in self._verdicts:
+            _, blocks = apart([self._axes[name]])
+            names = [axis.name for axis in blocks]
+            self._halve(names, "exact", self._changes_depth)
+        return self._verdicts.get(("exact", name))
+
+    def _try(self, names: Sequence[str]) -> None:
+        units, blocks = apart([self._axes[name] for name in names])
+        self._verdicts = self._structure.verdicts
+        wide = [axis.name for axis in units]
+        self._halve(wide, "grows", self._follows)
+        left = [name for name in wide if self._verdicts["grows", name] is None]
+        self._halve(left, "grows", self._changes)
+        for axis in units:
+            self._verdicts["exact", axis.name] = None
+        deep = [axis.name for axis in blocks]
+        self._halve(deep, "grows", self._follows_depth)
+        for name in deep:
+            if self._verdicts["grows", name] is None:
+                self._verdicts["grows", name] = self._unread(name)
+        left = [name for name in deep if self._verdicts["grows", name] is None]
+        self._halve(left, "exact", self._changes_depth)
+
+    def _halve(
+        self, names: Sequence[str], what: str, tried: Callable[[Sequence[str]], Reason]
+    ) -> None:
+        """Try names together, and the halves of what fails; keep what is said of each."""
+        if not names:
+            return
+        reason = tried(names)
+        if reason is None or len(names) == 1:
+            for name in names:
+                self._verdicts[what, name] = reason
+            return
+        middle = len(names) // 2
+        self._halve(names[:middle], what, tried)
+        self._halve(names[middle:], what, tried)
+
+    def _steps(self, names: Iterable[str]) -> dict[str, int]:
+        # Distinct counts keep sizes that must change together from passing by accident.
+        steps = {}
+        for i, name in enumerate(names):
+            steps[name] = self._axes[name].multiple * (i % _DISTINCT + 1)
+        return steps
+
+    def _follows(self, names: Sequence[str]) -> Reason:
+        """Why the code does not follow new widths, or None."""
+        if len(names) == 1:
+            step = self._axes[names[0]].multiple
+            return resolve(self._structure, {names[0]: step}).refusal
+        if clash(self._structure, names) is not None:
+            return "some of them multiply each other"
+        plan = resolve(self._structure, self._steps(names))
+        if plan.refusal is not None:
+            return plan.refusal
+        # An attribute of the user's own code may have changed for another axis' sake.
+        for edit in plan.attributes:
+            module = self._structure.model.get_submodule(edit.module)
+            if not type(module).__module__.startswith("torch.nn."):
+                return "they share an attribute"
+        return None
+
+    def _changes(self, names: Sequence[str]) -> Reason:
+        """Why a growth of widths changes the function, or None."""
+        if clash(self._structure, names) is not None:
+            return "some of them multiply each other"
+        axes = [self._axes[name] for name in names]
+        plan = resolve(self._structure, {axis.name: axis.multiple for axis in axes})
+        if plan.refusal is not None:
+            return plan.refusal
+        try:
+            check_edit(self._structure, plan, axes)
+        except VerificationError as error:
+            return _why_inexact(axes[0], str(error))
+        return None
+
+    def _follows_depth(self, names: Sequence[str]) -> Reason:
+        return resolve(self._structure, dict.fromkeys(names, 1)).refusal
+
+    def _unread(self, name: str) -> Reason:
+        """Why nothing would read a new block, or None."""
+        try:
+            silence(self._structure, self._structure.depths[name].appended(1))
+        except VerificationError:
+            return None  # it is read; whether it can be silent is asked elsewhere
+        except GrowthRefused as refusal:
+            return str(refusal)
+        return None
+
+    def _changes_depth(self, names: Sequence[str]) -> Reason:
+        """Why new blocks change the function, or None."""
+        plan = resolve(self._structure, dict.fromkeys(names, 1))
+        if plan.refusal is not None:
+            return plan.refusal
+        try:
+            check_edit(self._structure, plan, [self._axes[name] for name in names])
+        except VerificationError as error:
+            if "could not be checked" in str(error):
+                return str(error)
+            return (
+                "no new block of it leaves the function as it is; it grows when its method "
+                "is named, as how.Stack()"
+            )
+        return None
+
+
+def _why_inexact(axis: Axis, error: str) -> str:
+    if "could not be checked" in error:
+        return error
+    if axis.streamed and axis.norm is not None:
+        norm = axis.norm.replace("_", " ")
+        return f"a {norm} normalises over it, and its producers do not feed it directly"
+    return "the model's code depends on its size: the outputs would change"

@@ -1,0 +1,325 @@
+"""One check of a grower: what could grow, what is worth it, what the budget allows."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from meristem.amounts import Amount, allows, fitting_plan, least_step, total_units
+from meristem.core.axis import Axis
+from meristem.core.budget import Budget
+from meristem.core.change import Plan
+from meristem.core.errors import GrowthRefused
+from meristem.core.growth import Growth
+from meristem.core.offer import Offer, Share
+from meristem.event import Event, carry_out, propose
+from meristem.growable import growable
+from meristem.lab.batches import growth_batches, peeked
+from meristem.lab.laboratory import Lab, Loan, Progress
+from meristem.lab.losses import Loss
+from meristem.methods import Care, Choice, Clock, How, Where, is_thrifty
+from meristem.structure import Structure, apart, clash, sized
+
+_NO_ROOM = "the budget leaves no room for another unit"
+
+
+@dataclass(frozen=True)
+class Check:
+    """All that a check needs to know; see `Grower` for most of it.
+
+    Attributes:
+        clock: Where training stands.
+        allowance: Floating-point operations that the check may cost.
+        batches: Growth batches to read.
+    """
+
+    structure: Structure
+    loss: Loss
+    data: Iterable[Any]
+    generator: torch.Generator
+    progress: Progress | None
+    how: tuple[How, ...]
+    where: Where
+    care: tuple[Care, ...]
+    optimizers: tuple[Optimizer, ...]
+    amount: Amount
+    budget: Budget
+    axes: str | Sequence[str]
+    round_to: int
+    clock: Clock
+    allowance: float
+    batches: int
+
+    @property
+    def by_name(self) -> Mapping[str, int] | None:
+        """The amounts, where they are named by axis."""
+        return self.amount if isinstance(self.amount, Mapping) else None
+
+    def asked(self, axis: Axis, total: int) -> int:
+        """For how many units of an axis its method is asked."""
+        if self.by_name is not None:
+            return self.by_name[axis.name]
+        return max(total // axis.multiple, 1) * axis.multiple
+
+    def event(self, batches: Sequence[Any], allowance: float = math.inf) -> Event:
+        loan = Loan(
+            self.generator, self.loss, batches, self.data, self.progress, allowance
+        )
+        lab = Lab(self.structure, loan)
+        return Event(self.structure, lab, self.how, self.care, self.optimizers)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a check came to.
+
+    Attributes:
+        clock: Where training stands, with the check noted.
+        growth: What was done, or None.
+        flops: What finding out and doing it cost.
+        reason: Why nothing grew.
+        done: Whether nothing will grow any more.
+    """
+
+    clock: Clock
+    growth: Growth | None = None
+    flops: int = 0
+    reason: str = ""
+    done: bool = False
+
+
+def find_growth(check: Check) -> Found:
+    """Look for what is worth growing, and grow it."""
+    clock = check.clock
+    limit = check.budget.growths
+    if limit is not None and clock.growths >= limit:
+        return _ended(clock, f"the budget of {limit} growths is used up")
+    axes, total, reason = _what_may_grow(check)
+    if reason:
+        return _ended(clock, reason)
+    if check.allowance < math.inf:
+        clock = replace(clock, least=_least_cost(check, axes, total))
+        if check.allowance < clock.least:
+            return Found(clock)
+    clock = replace(clock, checked_step=clock.step, checked_epoch=clock.epoch)
+    batches = growth_batches(check.data, check.batches, check.generator)
+    event = check.event(batches, check.allowance / len(axes))
+    offers: dict[str, Offer] = {}
+    if check.by_name is not None:
+        share = Share(dict(check.by_name))
+    else:
+        if check.where.reads_gains:
+            offers = _offers(check, event, axes, total)
+            axes = [axis for axis in axes if axis.name in offers]
+        share = _shared(check, event, axes, total, offers)
+    cost = share.flops + sum(offer.flops for offer in offers.values())
+    if share.refusal:
+        clock = replace(clock, refusals=clock.refusals + 1)
+        return Found(clock, None, cost, share.refusal, share.final)
+    plan = _planned(check, axes, share, offers)
+    if plan is None:
+        return _ended(clock, _no_room(check, total), cost)
+    if plan.refusal is not None:
+        names = ", ".join(plan.after)
+        raise GrowthRefused(f"{names} cannot grow together: {plan.refusal}")
+    growth = carry_out(event, plan, _kept(axes, plan, offers))
+    for name, offer in offers.items():
+        if name not in plan.after:
+            growth.flops += offer.flops
+    growth.flops += share.flops
+    growth.votes = share.votes
+    return Found(clock, growth, growth.flops)
+
+
+def _ended(clock: Clock, reason: str, cost: int = 0) -> Found:
+    return Found(clock, None, cost, reason, True)
+
+
+def _no_room(check: Check, total: int) -> str:
+    if check.budget != Budget():
+        return _NO_ROOM
+    return (
+        f"an amount of {total} is less than one step of any axis (multiples, "
+        f"round_to={check.round_to})"
+    )
+
+
+def _what_may_grow(check: Check) -> tuple[list[Axis], int, str]:
+    """The axes, the units to give away among them, and why there is nothing to do."""
+    structure = check.structure
+    if check.by_name is not None:
+        axes = [structure.axes.named(name) for name in check.by_name]
+    else:
+        axes = _open_axes(check)
+    if not axes:
+        return [], 0, "every axis has reached the largest size that the budget allows"
+    total = total_units(check.amount, axes, check.clock.growths)
+    if total is None:
+        return [], 0, "the list of amounts is used up"
+    if check.by_name is not None:
+        return axes, total, ""
+    if total < min(axis.multiple for axis in axes):
+        return [], 0, f"an amount of {total} is less than one step of any axis"
+    if check.where.reads_gains:  # what the budget has no room for is not looked for
+        with_room = []
+        for axis in axes:
+            step = {axis.name: least_step(axis, check.round_to)}
+            if allows(check.budget, structure, step):
+                with_room.append(axis)
+        axes = with_room
+    return axes, total, "" if axes else _NO_ROOM
+
+
+def _open_axes(check: Check) -> list[Axis]:
+    """The axes that may still grow.
+
+    Without those that multiply an earlier one (groups, and the width of a group).
+    """
+    structure = check.structure
+    axes = list(growable(structure, check.axes, check.how).values())
+    if not check.where.weighs_kinds:
+        axes = _one_sort(check, axes)
+    kept: list[Axis] = []
+    for axis in axes:
+        largest = check.budget.sizes.get(axis.name, axis.size + axis.multiple)
+        names = [*[other.name for other in kept], axis.name]
+        if largest - axis.size >= axis.multiple and clash(structure, names) is None:
+            kept.append(axis)
+    return kept
+
+
+def _one_sort(check: Check, axes: Sequence[Axis]) -> list[Axis]:
+    """What the methods speak for: widths first, runs of blocks before places of a chain."""
+    units, blocks = apart(axes)
+    runs = [axis for axis in blocks if check.structure.depths[axis.name].copied]
+    spoken = {kind for method in check.how for kind in method.kinds}
+    if spoken == {"depth"}:
+        return runs or blocks
+    return units or blocks
+
+
+def _least_cost(check: Check, axes: Sequence[Axis], total: int) -> float:
+    """What the smallest check costs.
+
+    By what the methods say, and by what the last check cost where one of them cannot say.
+    """
+    event = check.event([peeked(check.data, check.generator)])
+    cost = 0.0
+    for axis in axes:
+        method = event.method(axis)
+        if not is_thrifty(method):
+            cost = max(cost, check.clock.latest)
+            continue
+        with contextlib.suppress(GrowthRefused):  # it will take no part
+            count = check.asked(axis, total)
+            cost += method.least(event.lab, axis, count)  # type: ignore[attr-defined]
+    return cost
+
+
+def _offers(
+    check: Check, event: Event, axes: Sequence[Axis], total: int
+) -> dict[str, Offer]:
+    """What the methods offer for every axis; one that its method refuses takes no part."""
+    offers: dict[str, Offer] = {}
+    reasons = []
+    for axis in axes:
+        try:
+            count = check.asked(axis, total)
+            offers[axis.name] = propose(event, event.lab, axis, count)
+        except GrowthRefused as refusal:
+            reasons.append(str(refusal))
+    if not offers:
+        raise GrowthRefused(reasons[0])
+    return offers
+
+
+def _shared(
+    check: Check,
+    event: Event,
+    axes: Sequence[Axis],
+    total: int,
+    offers: Mapping[str, Offer],
+) -> Share:
+    """The units by axis, as the rule shares them out."""
+    flops, parameters = {}, {}
+    for axis in axes:
+        plan = sized(check.structure, {axis.name: axis.multiple})
+        more_flops = plan.flops[1] - plan.flops[0]
+        more_parameters = plan.parameters[1] - plan.parameters[0]
+        flops[axis.name] = max(more_flops, 1) / axis.multiple
+        parameters[axis.name] = max(more_parameters, 1) / axis.multiple
+    choice = Choice(
+        axes,
+        total,
+        check.clock.growths,
+        check.clock.refusals,
+        offers,
+        flops,
+        parameters,
+        event.lab,
+    )
+    with event.lab.guarded(check.where):
+        share = check.where.share(choice)
+    _check_share(check.where, choice, share)
+    return share
+
+
+def _check_share(where: Where, choice: Choice, share: Any) -> None:
+    """Raise unless a share gives axes what they can take."""
+    name = type(where).__name__
+    if not isinstance(share, Share):
+        raise TypeError(f"{name}.share must return a Share; got {type(share).__name__}")
+    multiples = {axis.name: axis.multiple for axis in choice.axes}
+    for axis, count in share.counts.items():
+        if axis not in multiples:
+            raise ValueError(
+                f"{name} gives units to {axis!r}, which is not among choice.axes: "
+                f"{', '.join(multiples)}"
+            )
+        if count <= 0 or count % multiples[axis]:
+            raise ValueError(
+                f"{name} gives {count} units to {axis!r}, which grows in multiples of "
+                f"{multiples[axis]}"
+            )
+    if not share.counts and not share.refusal:
+        raise ValueError(
+            f"{name} gives nothing to any axis; say why: Share({{}}, refusal=...)"
+        )
+
+
+def _planned(
+    check: Check, axes: Sequence[Axis], share: Share, offers: Mapping[str, Offer]
+) -> Plan | None:
+    """The plan of what the budget allows of a share, or None."""
+    named = {axis.name: axis for axis in axes}
+    arguments = (check.budget, check.structure, named)
+    plan = fitting_plan(*arguments, share.counts, check.round_to)
+    if plan is not None:
+        return plan
+    # A few good units of one axis may be less than a step of it.
+    steps = {}
+    for name in share.counts:
+        if name in offers:
+            step = least_step(named[name], check.round_to)
+            if step <= offers[name].count:
+                steps[name] = step
+    return fitting_plan(*arguments, steps, check.round_to) if steps else None
+
+
+def _kept(
+    axes: Sequence[Axis], plan: Plan, offers: Mapping[str, Offer]
+) -> dict[str, Offer]:
+    """The best units of the offers; blocks beside growing widths are offered anew."""
+    growing = [axis for axis in axes if axis.name in plan.after]
+    units, blocks = apart(growing)
+    kept = {}
+    for axis in units or blocks:
+        if axis.name in offers:
+            kept[axis.name] = offers[axis.name].best(plan.added[axis.name])
+    return kept

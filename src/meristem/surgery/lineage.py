@@ -1,0 +1,397 @@
+"""The lineage of a model: its growths, with the place of every old entry.
+
+It is small and JSON-able. From it a grown model is rebuilt without an example, and any
+state dict of an old shape is mapped to the new one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meristem.core.change import (
+    Plan,
+    Sources,
+    insertion_from,
+    sources_from,
+    tensor_json,
+)
+from meristem.core.errors import CheckpointError
+from meristem.structure.insertion import insert
+from meristem.structure.twin import get_attribute, named_tensors, opened, set_attribute
+from meristem.surgery.swap import swap
+from meristem.surgery.tensors import carry
+
+LINEAGE = "_meristem_lineage"
+"""The attribute of a grown model that lists its growths."""
+
+Line = Sequence[Mapping[str, Any]]
+"""Growths in order."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a model's tensors were called before a growth.
+
+    Attributes:
+        before: Its state dict, with the tensors themselves.
+        parameters: The names of its parameters in their order.
+        followed: By the id of a new tensor, the id of the one it was made after.
+    """
+
+    before: Mapping[str, Tensor] = field(default_factory=dict)
+    parameters: Sequence[str] = ()
+    followed: Mapping[int, int] = field(default_factory=dict)
+
+
+def lineage(model: nn.Module) -> list[dict[str, Any]]:
+    """The growths of a model so far, in plain types, to be put into anybody's checkpoint.
+
+    Examples:
+        >>> import torch, meristem as ms
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+        >>> _ = ms.grow_(net, {"0": 2}, torch.randn(3, 4))
+        >>> [growth["after"] for growth in ms.lineage(net)]
+        [{'0': 10}]
+    """
+    return copy.deepcopy(getattr(model, LINEAGE, []))
+
+
+def record(model: nn.Module, plan: Plan, names: Names, ones: Sequence[str]) -> None:
+    """Append a growth to a model's lineage."""
+    tensors = []
+    for change in plan.tensors:
+        entry = tensor_json(change)
+        entry["start"] = "one" if change.name in ones else "zero"
+        tensors.append(entry)
+    renamed, made = _moved(model, names)
+    entry = {
+        "before": dict(plan.before),
+        "after": dict(plan.after),
+        "tensors": tensors,
+        "rescaled": dict(plan.rescaled),
+        "attributes": [[e.module, e.attribute, e.after] for e in plan.attributes],
+        "insertions": [asdict(insertion) for insertion in plan.insertions],
+        "counts": [[e.module, e.attribute, e.after] for e in plan.counts],
+        "renamed": renamed,
+        "made": made,
+        "parameters": list(names.parameters),
+        "parameters_after": [name for name, _ in model.named_parameters()],
+    }
+    model.__dict__.setdefault(LINEAGE, []).append(entry)
+
+
+def _moved(
+    model: nn.Module, names: Names
+) -> tuple[dict[str, str | None], dict[str, dict[str, Any]]]:
+    """What old tensors are called now, where that has changed, and what the new ones are.
+
+    A dropped tensor is renamed to None.
+    """
+    old_names: dict[int, list[str]] = {}
+    for name, tensor in names.before.items():
+        old_names.setdefault(id(tensor), []).append(name)
+    firsts = {key: listed[0] for key, listed in old_names.items()}
+    renamed: dict[str, str | None] = {}
+    made: dict[str, dict[str, Any]] = {}
+    now = dict(model.state_dict(keep_vars=True))
+    for name, tensor in now.items():
+        key = id(tensor)
+        if key in old_names:
+            listed = old_names[key]
+            # A tied tensor has several names; each new one continues one of them.
+            old = listed.pop(0) if listed else firsts[key]
+            if old != name:
+                renamed[old] = name
+        elif names.before:
+            parent = firsts.get(names.followed.get(key, 0))
+            made[name] = _start(name, tensor, names.before.get(parent or ""), parent)
+    for listed in old_names.values():
+        for name in listed:
+            renamed[name] = None
+    return renamed, made
+
+
+def _start(
+    name: str, tensor: Tensor, old: Tensor | None, parent: str | None
+) -> dict[str, Any]:
+    """How a tensor of a new block starts in a converted state dict."""
+    if old is not None and old.shape == tensor.shape:
+        same_leaf = name.rpartition(".")[2] == (parent or "").rpartition(".")[2]
+        if same_leaf and not _is_identity(tensor):
+            return {"parent": parent, "shape": list(tensor.shape)}
+    leaf = name.rpartition(".")[2]
+    kind = "zero"
+    if tensor.dim() > 1:
+        kind = "identity"
+    elif leaf in ("alpha", "slope"):
+        kind = "one"
+    return {"parent": parent, "shape": list(tensor.shape), "start": kind}
+
+
+def _is_identity(tensor: Tensor) -> bool:
+    if tensor.dim() < 2 or tensor.shape[0] != tensor.shape[1]:
+        return False
+    return bool(torch.equal(tensor.detach(), _identity(tensor.detach())))
+
+
+def _identity(like: Tensor) -> Tensor:
+    empty = torch.zeros_like(like)
+    if like.dim() == 2:
+        return nn.init.eye_(empty)
+    return nn.init.dirac_(empty) if like.dim() < 6 else empty
+
+
+# -- rebuilding --------------------------------------------------------------------------
+
+
+def replay(model: nn.Module, growths: Line) -> None:
+    """Give a model the shapes, blocks and attributes of a grown one.
+
+    In the order of its growths; values do not count.
+    """
+    with opened(model):
+        for growth in growths:
+            live = named_tensors(model)
+            for entry in growth["tensors"]:
+                tensor, shape = live[entry["name"]], entry["after"]
+                if list(tensor.shape) != list(shape):
+                    swap(tensor, tensor.detach().new_zeros(shape), None)
+            _set_all(model, growth["attributes"])
+            for entry in growth["insertions"]:
+                insert(model, insertion_from(entry))
+            _set_all(model, growth["counts"])
+
+
+def _set_all(model: nn.Module, attributes: Sequence[Any]) -> None:
+    for module_name, attribute, value in attributes:
+        old = get_attribute(model, module_name, attribute)
+        if isinstance(old, (tuple, list)):  # JSON knows no tuples
+            value = type(old)(value)
+        set_attribute(model, module_name, attribute, value)
+
+
+def rebuild(
+    model: nn.Module, values: Mapping[str, Tensor], growths: Line, line: Line
+) -> None:
+    """Repeat growths, the end of a lineage, on a model, and give it the grown one's values."""
+    replay(model, growths)
+    with torch.no_grad():
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            tensor.copy_(values[name])
+    model.__dict__[LINEAGE] = list(line)
+
+
+# -- converting --------------------------------------------------------------------------
+
+
+def convert(
+    state: Mapping[str, Any],
+    line: Line,
+    *,
+    names: Sequence[str] | None = None,
+    back: bool = False,
+) -> dict[str, Any]:
+    """A state dict of an old shape, mapped to the new one by a lineage.
+
+    Old entries go where the growths put them. New ones of weights start at zero, those of
+    norm weights and variances at one; tensors of new blocks start as those that they were
+    made after, or as the identity. In an optimizer's state every new entry is zero, and
+    parameters of new blocks join the groups of those that they were made after, in the
+    order of the model.
+
+    Args:
+        state: The state dict of a model, of an average of its weights, or of an optimizer.
+        line: `meristem.lineage(model)`, or its end: the growths that the state has not had.
+        names: For an optimizer, the parameters that it held, in the order of its groups;
+            all of the model's by default.
+        back: Map a state of the new shape to the old one, where units were only added.
+
+    Returns:
+        A new state dict; the given one is left alone.
+
+    Raises:
+        CheckpointError: The state does not have the shapes that the lineage starts from.
+
+    Examples:
+        >>> import torch, meristem as ms
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+        >>> averaged = {name: w.clone() for name, w in net.state_dict().items()}
+        >>> _ = ms.grow_(net, {"0": 2}, torch.randn(3, 4))
+        >>> ms.convert(averaged, ms.lineage(net))["0.weight"].shape
+        torch.Size([10, 4])
+    """
+    result: dict[str, Any] = dict(state)
+    is_optimizer = "param_groups" in state and "state" in state
+    for growth in reversed(line) if back else line:
+        if is_optimizer:
+            result, names = _converted_optimizer(result, growth, names, back)
+        elif back:
+            result = _restored(result, growth)
+        else:
+            result = _converted(result, growth)
+    return result
+
+
+def _sources_by_name(growth: Mapping[str, Any]) -> dict[str, tuple[Sources, ...]]:
+    return {
+        entry["name"]: tuple(sources_from(source) for source in entry["sources"])
+        for entry in growth["tensors"]
+    }
+
+
+def _converted(state: Mapping[str, Any], growth: Mapping[str, Any]) -> dict[str, Any]:
+    ones = {e["name"] for e in growth["tensors"] if e["start"] == "one"}
+    sources = _sources_by_name(growth)
+    carried: dict[str, Any] = {}
+    for name, value in state.items():
+        if name in sources:
+            value = _carried(name, value, sources[name], name in ones)
+        if name in growth["rescaled"]:
+            value = value * growth["rescaled"][name]
+        carried[name] = value
+    result: dict[str, Any] = {}
+    for name, value in carried.items():
+        new_name = growth["renamed"].get(name, name)
+        if new_name is not None:
+            result[new_name] = value
+    for name, made in growth["made"].items():
+        result[name] = _started(made, carried)
+    return result
+
+
+def _carried(
+    name: str, value: Tensor, sources: tuple[Sources, ...], one: bool
+) -> Tensor:
+    if value.dim() != len(sources):
+        raise CheckpointError(
+            f"{name} has {value.dim()} dimensions, not {len(sources)}"
+        )
+    for d, source in enumerate(sources):
+        if source.max(initial=-1) >= value.shape[d]:
+            raise CheckpointError(
+                f"{name} has {value.shape[d]} entries along dimension {d}; the lineage starts "
+                "from more. hint: pass the growths that this state has not had"
+            )
+    grown = carry(value, sources)
+    if one:
+        kept = carry(torch.ones_like(value), sources)
+        grown = grown + (1 - kept)
+    return grown
+
+
+def _started(made: Mapping[str, Any], state: Mapping[str, Tensor]) -> Tensor:
+    parent = state.get(made["parent"]) if made["parent"] else None
+    if parent is not None and "start" not in made:
+        return parent.clone()
+    like = parent if parent is not None else torch.zeros(())
+    start = like.new_zeros(made["shape"])
+    if made.get("start") == "one":
+        return start + 1
+    return _identity(start) if made.get("start") == "identity" else start
+
+
+def _restored(state: Mapping[str, Any], growth: Mapping[str, Any]) -> dict[str, Any]:
+    """A state as it was before a growth that only added."""
+    if any(growth["after"][name] < n for name, n in growth["before"].items()):
+        raise CheckpointError("a growth that dropped units cannot be mapped back")
+    sources = _sources_by_name(growth)
+    old_names = {new: old for old, new in growth["renamed"].items()}
+    result: dict[str, Any] = {}
+    for name, value in state.items():
+        if name in growth["made"]:
+            continue
+        old = old_names.get(name, name)
+        if old in growth["rescaled"]:
+            value = value / growth["rescaled"][old]
+        if old in sources:
+            value = _picked(value, sources[old])
+        result[old] = value
+    return result
+
+
+def _picked(value: Tensor, sources: tuple[Sources, ...]) -> Tensor:
+    """The old entries of a grown tensor, in their old order."""
+    for d, source in enumerate(sources):
+        kept = torch.from_numpy((source >= 0).nonzero()[0])
+        value = value.index_select(d, kept.to(value.device))
+    return value
+
+
+def _converted_optimizer(
+    state: Mapping[str, Any],
+    growth: Mapping[str, Any],
+    names: Sequence[str] | None,
+    back: bool,
+) -> tuple[dict[str, Any], list[str]]:
+    """An optimizer's state after (or before) one growth, and what it holds then."""
+    orders = growth["parameters"], growth["parameters_after"]
+    start, end = reversed(orders) if back else orders
+    held = list(names if names is not None else start)
+    indices = [i for group in state["param_groups"] for i in group["params"]]
+    if len(held) != len(indices):
+        raise CheckpointError(
+            f"the optimizer holds {len(indices)} parameters, {len(held)} are named. hint: "
+            "pass names=, the parameters in the order of its groups"
+        )
+    name_of = dict(zip(indices, held, strict=True))
+    renamed = _new_names(growth, back)
+    groups, order = [], []
+    number = 0
+    for group in state["param_groups"]:
+        members = [renamed.get(name_of[i], name_of[i]) for i in group["params"]]
+        inside = {name for name in members if name is not None}
+        if not back:
+            olds = {name_of[i] for i in group["params"]}
+            for name, made in growth["made"].items():
+                if made["parent"] in olds:
+                    inside.add(name)
+        listed = [name for name in end if name in inside]
+        order += listed
+        groups.append({**group, "params": list(range(number, number + len(listed)))})
+        number += len(listed)
+    places = {name: i for i, name in enumerate(order)}
+    sources = _sources_by_name(growth)
+    states = {}
+    for i, entry in state["state"].items():
+        new_name = renamed.get(name_of[i], name_of[i])
+        if new_name not in places:
+            continue
+        old = _old_name(growth, name_of[i]) if back else name_of[i]
+        states[places[new_name]] = _converted_entry(entry, sources.get(old), back)
+    return {**state, "state": states, "param_groups": groups}, order
+
+
+def _new_names(growth: Mapping[str, Any], back: bool) -> dict[str, str | None]:
+    if not back:
+        return dict(growth["renamed"])
+    names: dict[str, str | None] = {new: old for old, new in growth["renamed"].items()}
+    for name in growth["made"]:
+        names[name] = None
+    return names
+
+
+def _old_name(growth: Mapping[str, Any], name: str) -> str:
+    for old, new in growth["renamed"].items():
+        if new == name:
+            return str(old)
+    return name
+
+
+def _converted_entry(
+    entry: Mapping[str, Any], sources: tuple[Sources, ...] | None, back: bool
+) -> dict[str, Any]:
+    converted = {}
+    for key, value in entry.items():
+        follows = isinstance(value, Tensor) and value.dim() > 0 and sources is not None
+        if follows and back:
+            value = _picked(value, sources or ())
+        elif follows:
+            value = carry(value, sources or ())
+        converted[key] = value
+    return converted

@@ -1,0 +1,52 @@
+"""One tensor of a model takes another value; what it is stays the same object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from meristem.core.change import TensorChange
+from meristem.surgery.tensors import carry
+
+Undo = Callable[[], None]
+
+
+def swap(old: Tensor, value: Tensor, change: TensorChange | None) -> Undo:
+    """Let a tensor of the model hold another value, with its gradient; returns what undoes it."""
+    value = value.detach().to(device=old.device, dtype=old.dtype)
+    value = _laid_out_like(old, value)
+    new: Tensor = value
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(value, requires_grad=old.requires_grad)
+    if type(old) is not type(new):
+        new = new.as_subclass(type(old))
+    if old.grad is not None and change is not None:
+        new.grad = carry(old.grad, change.sources)
+    elif old.grad is not None and old.shape == new.shape:
+        new.grad = old.grad.clone()
+    _exchange(old, new)
+    return lambda: _exchange(old, new)
+
+
+def _laid_out_like(old: Tensor, value: Tensor) -> Tensor:
+    """A value with the memory format of the tensor that it replaces."""
+    if old.is_contiguous():
+        return value
+    for rank, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if old.dim() == rank and old.is_contiguous(memory_format=layout):
+            return value.contiguous(memory_format=layout)
+    return value
+
+
+def _exchange(first: Tensor, second: Tensor) -> None:
+    """Swap what two tensors hold; the first keeps its attributes and its hooks."""
+    second.__dict__.update(first.__dict__)
+    hooks = first._backward_hooks
+    accumulated = getattr(first, "_post_accumulate_grad_hooks", None)
+    torch.utils.swap_tensors(first, second)
+    if hooks is not None and first.requires_grad:
+        first._backward_hooks = hooks
+    if accumulated is not None and first.requires_grad:
+        first._post_accumulate_grad_hooks = accumulated

@@ -1,0 +1,298 @@
+"""Every part holds the contracts that `meristem.testing` has for authors: one row each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import meristem as ms
+from meristem.methods import Axis, Blocks, Choice, Clock, Lab, Offer, Share, Treatment, neutral
+from meristem.testing import check_care, check_how, check_when, check_where
+
+HOWS = {
+    "random": ms.how.Random(),
+    "random, neither side zero": ms.how.Random(zero=None),
+    "net2net": ms.how.Net2Net(),
+    "gradmax": ms.how.GradMax(steps=2),
+    "gradmax, zero fan-out": ms.how.GradMax(zero="fan_out", steps=2),
+    "swe": ms.how.SWE(),
+    "senn": ms.how.SENN(steps=3, candidates=4),
+    "zero_block": ms.how.ZeroBlock(),
+    "stack": ms.how.Stack(),
+    "interpose": ms.how.Interpose(),
+    "interpose, zero": ms.how.Interpose(zero=True),
+}
+WHERES = {
+    "uniform": ms.where.Uniform(),
+    "proportional": ms.where.Proportional(),
+    "round_robin": ms.where.RoundRobin(),
+    "by_gain": ms.where.ByGain(),
+    "by_gain, per flop": ms.where.ByGain(per_flop=True),
+    "svod": ms.where.SVoD(),
+    "senn": ms.where.SENN(alpha=1e-9),
+}
+WHENS = {
+    "every": ms.when.Every(epochs=3),
+    "at": ms.when.At(steps=(7, 300)),
+    "senn": ms.when.SENN(),
+}
+CARES = {
+    "warm_moments": ms.care.WarmMoments(),
+    "reset_moments": ms.care.ResetMoments(),
+    "variance_transfer": ms.care.VarianceTransfer(),
+    "shrink": ms.care.Shrink(),
+}
+
+
+@pytest.mark.parametrize("name", HOWS)
+def test_how(name: str) -> None:
+    outcome = check_how(HOWS[name])
+    assert "grown" in outcome.values()
+
+
+@pytest.mark.parametrize("name", WHERES)
+def test_where(name: str) -> None:
+    check_where(WHERES[name])
+
+
+@pytest.mark.parametrize("name", WHENS)
+def test_when(name: str) -> None:
+    check_when(WHENS[name])
+
+
+@pytest.mark.parametrize("name", CARES)
+def test_care(name: str) -> None:
+    check_care(CARES[name])
+
+
+def test_the_table_is_complete() -> None:
+    assert {type(one) for one in HOWS.values()} == set(ms.how.METHODS.values())
+    assert {type(one) for one in WHERES.values()} == set(ms.where.PLACES.values())
+    assert {type(one) for one in WHENS.values()} == set(ms.when.TRIGGERS.values())
+    assert {type(one) for one in CARES.values()} == set(ms.care.CARES.values())
+
+
+# -- a stranger's mistakes are found, and told -------------------------------------------
+
+
+@dataclass(frozen=True)
+class Base:
+    """What every wrong method below has right."""
+
+    kinds = {"width": True}
+    batches = 0
+
+    def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
+        return Offer(axis.name, count, neutral(lab, axis, count))
+
+
+class Dead(Base):
+    """Zero on both sides: no gradient ever."""
+
+    def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
+        strips = {place: torch.zeros_like(s) for place, s in neutral(lab, axis, count).items()}
+        return Offer(axis.name, count, strips)
+
+
+class Loud(Base):
+    """Says that it preserves the function, and does not."""
+
+    def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
+        return Offer(axis.name, count, neutral(lab, axis, count, zero=None))
+
+
+class Forgetful(Base):
+    """Leaves out what the units are made of."""
+
+    def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
+        strips = neutral(lab, axis, count)
+        made = {slot.place for slot in axis.places("fan_in")}
+        return Offer(axis.name, count, {p: s for p, s in strips.items() if p not in made})
+
+
+class Flat(Base):
+    """Offers strips of the wrong rank."""
+
+    def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
+        strips = {place: s.flatten(1) for place, s in neutral(lab, axis, count).items()}
+        return Offer(axis.name, count, strips)
+
+
+class Stingy(Base):
+    """Offers fewer units than it was asked for."""
+
+    def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
+        return replace(super().propose(lab, axis, count), count=count - axis.multiple)
+
+
+class Moody(Base):
+    """Draws from the global stream."""
+
+    def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
+        strips = neutral(lab, axis, count)
+        for slot in axis.places("fan_in"):
+            if not axis.streamed:
+                strips[slot.place] = torch.randn_like(strips[slot.place])
+        return Offer(axis.name, count, strips)
+
+
+@pytest.mark.parametrize(
+    ("method", "error", "told"),
+    [
+        (Dead, AssertionError, "receive no gradient"),
+        (Loud, ms.VerificationError, "should preserve the function"),
+        (Forgetful, ValueError, "start from neutral"),
+        (Flat, ValueError, "must have shape"),
+        (Stingy, ValueError, "was asked for"),
+        (Moody, AssertionError, "the same seed gave another"),
+    ],
+)
+def test_a_wrong_method_is_found(method: type[Base], error: type[Exception], told: str) -> None:
+    with pytest.raises(error, match=told):
+        check_how(method())
+
+
+def test_a_right_method_of_a_stranger_passes() -> None:
+    outcome = check_how(Base())
+    assert set(outcome.values()) == {"grown"}
+
+
+def test_what_a_method_gets_is_not_the_users() -> None:
+    class Vandal(Base):
+        def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
+            for name in lab.values:
+                lab.values[name].fill_(7.0)
+            for parameter in lab.structure.model.parameters():
+                parameter.data = torch.full_like(parameter, 7.0)
+            with torch.no_grad():
+                for parameter in lab.copied().parameters():
+                    parameter.fill_(7.0)
+            lab.structure.model.add_module("extra", nn.Linear(2, 2))
+            raise ms.GrowthRefused("after the deed")
+
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(ms.GrowthRefused, match="after the deed"):
+        ms.grow_(net, {"0": 2}, torch.randn(3, 4), how=Vandal())
+    assert before.keys() == net.state_dict().keys()
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in before.items())
+
+
+def test_blocks_that_are_missing_are_told() -> None:
+    class NoBlocks(Base):
+        kinds = {"depth": False}
+
+        def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
+            return Offer(axis.name, count)
+
+    with pytest.raises(ValueError, match="must offer 2 new blocks"):
+        check_how(NoBlocks())
+
+
+def test_a_block_method_of_a_stranger_passes() -> None:
+    class Doubled(Base):
+        kinds = {"depth": False}
+
+        def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
+            return Offer(axis.name, count, blocks=Blocks(lab.depth(axis).appended(count)))
+
+    assert "grown" in check_how(Doubled()).values()
+
+
+class Greedy:
+    reads_gains = False
+    weighs_kinds = False
+
+    def share(self, choice: Choice) -> Share:
+        return Share({choice.axes[0].name: choice.total + 1})
+
+
+class Unknown(Greedy):
+    def share(self, choice: Choice) -> Share:
+        return Share({"elsewhere": 1})
+
+
+class Silent(Greedy):
+    def share(self, choice: Choice) -> Share:
+        return Share({})
+
+
+@pytest.mark.parametrize(
+    ("rule", "told"), [(Greedy, "given away"), (Unknown, "not among"), (Silent, "say why")]
+)
+def test_a_wrong_rule_is_found(rule: type[Greedy], told: str) -> None:
+    with pytest.raises((AssertionError, ValueError), match=told):
+        check_where(rule())
+
+
+def test_what_is_missing_is_said_at_construction() -> None:
+    class Half:
+        reads_gains = False
+
+        def share(self, choice: Choice) -> Share:
+            return Share({})
+
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    data = [torch.randn(3, 4)]
+    with pytest.raises(TypeError, match="weighs_kinds"):
+        ms.Grower(
+            net,
+            None,
+            loss=lambda m, b: m(b).mean(),
+            data=data,
+            when=ms.when.Every(steps=1),
+            how=ms.how.Random(),
+            where=Half(),
+        )
+    with pytest.raises(TypeError, match="propose"):
+        ms.grow_(net, {"0": 2}, data[0], how=object())
+    with pytest.raises(TypeError, match=r"Random\(\)"):
+        ms.grow_(net, {"0": 2}, data[0], how="random")
+
+
+def test_a_method_called_allowance_does_not_make_a_budget() -> None:
+    class Paid:
+        def due(self, clock: Clock) -> bool:
+            return clock.step == 2
+
+        def allowance(self) -> str:
+            return "pocket money"
+
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    grower = ms.Grower(
+        net,
+        None,
+        loss=lambda m, b: m(b).square().mean(),
+        data=[torch.randn(3, 4)],
+        when=Paid(),
+        how=ms.how.Random(),
+        amount=2,
+    )
+    assert grower.step() is None
+    assert grower.step()
+
+
+def test_a_wrong_trigger_and_a_wrong_care_are_found() -> None:
+    class Never:
+        def due(self, clock: Clock) -> bool:
+            return False
+
+    class Maybe:
+        def due(self, clock: Clock) -> str:
+            return "perhaps"
+
+    class Careless:
+        def treat(self, model: nn.Module, plan: ms.Plan, axes: object) -> None:
+            return None
+
+    with pytest.raises(AssertionError, match="never due"):
+        check_when(Never())
+    with pytest.raises(AssertionError, match="bool"):
+        check_when(Maybe())
+    with pytest.raises(AssertionError, match="Treatment"):
+        check_care(Careless())
+    assert isinstance(ms.care.Shrink().treat(nn.Linear(2, 2), ms.Plan({}, {}), []), Treatment)
