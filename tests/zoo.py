@@ -11,7 +11,12 @@ from torch.nn import functional as F
 
 
 class MLP(nn.Module):
-    def __init__(self, act: Callable[[], nn.Module] = nn.ReLU, norm: bool = False, bias: bool = True) -> None:
+    def __init__(
+        self,
+        act: Callable[[], nn.Module] = nn.ReLU,
+        norm: bool = False,
+        bias: bool = True,
+    ) -> None:
         super().__init__()
         self.fc1 = nn.Linear(10, 12, bias=bias)
         self.norm = nn.BatchNorm1d(12) if norm else nn.Identity()
@@ -48,7 +53,9 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(out)
         self.downsample = None
         if stride != 1 or into != out:
-            self.downsample = nn.Sequential(nn.Conv2d(into, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+            self.downsample = nn.Sequential(
+                nn.Conv2d(into, out, 1, stride, bias=False), nn.BatchNorm2d(out)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         skip = x if self.downsample is None else self.downsample(x)
@@ -63,7 +70,9 @@ class ResNet18(nn.Module):
         into = width
         for i in range(4):
             out = width * 2**i
-            blocks = nn.Sequential(BasicBlock(into, out, 1 if i == 0 else 2), BasicBlock(out, out, 1))
+            blocks = nn.Sequential(
+                BasicBlock(into, out, 1 if i == 0 else 2), BasicBlock(out, out, 1)
+            )
             setattr(self, f"layer{i + 1}", blocks)
             into = out
         self.fc = nn.Linear(into, 4)
@@ -92,9 +101,13 @@ class InvertedResidual(nn.Module):
 class MobileNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU6())
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 6, 3, 2, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU6()
+        )
         self.blocks = nn.Sequential(
-            InvertedResidual(6, 6, 1, 2), InvertedResidual(6, 8, 2, 3), InvertedResidual(8, 8, 1, 3)
+            InvertedResidual(6, 6, 1, 2),
+            InvertedResidual(6, 8, 2, 3),
+            InvertedResidual(8, 8, 1, 3),
         )
         self.classifier = nn.Linear(8, 4)
 
@@ -105,8 +118,14 @@ class MobileNet(nn.Module):
 class DenseLayer(nn.Module):
     def __init__(self, into: int, growth: int) -> None:
         super().__init__()
-        self.norm1, self.conv1 = nn.BatchNorm2d(into), nn.Conv2d(into, 2 * growth, 1, bias=False)
-        self.norm2, self.conv2 = nn.BatchNorm2d(2 * growth), nn.Conv2d(2 * growth, growth, 3, padding=1, bias=False)
+        self.norm1, self.conv1 = (
+            nn.BatchNorm2d(into),
+            nn.Conv2d(into, 2 * growth, 1, bias=False),
+        )
+        self.norm2, self.conv2 = (
+            nn.BatchNorm2d(2 * growth),
+            nn.Conv2d(2 * growth, growth, 3, padding=1, bias=False),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         new = self.conv2(F.relu(self.norm2(self.conv1(F.relu(self.norm1(x))))))
@@ -117,7 +136,9 @@ class DenseNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 6, 3, padding=1, bias=False)
-        self.block = nn.Sequential(DenseLayer(6, 4), DenseLayer(10, 4), DenseLayer(14, 4))
+        self.block = nn.Sequential(
+            DenseLayer(6, 4), DenseLayer(10, 4), DenseLayer(14, 4)
+        )
         self.norm, self.fc = nn.BatchNorm2d(18), nn.Linear(18, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -127,7 +148,10 @@ class DenseNet(nn.Module):
 class UNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.down1, self.down2 = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 7, 3, padding=1)
+        self.down1, self.down2 = (
+            nn.Conv2d(3, 5, 3, padding=1),
+            nn.Conv2d(5, 7, 3, padding=1),
+        )
         self.up = nn.ConvTranspose2d(7, 6, 2, stride=2)
         self.merge, self.out = nn.Conv2d(11, 5, 3, padding=1), nn.Conv2d(5, 2, 1)
 
@@ -140,7 +164,11 @@ class UNet(nn.Module):
 class GLU(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.mid, self.down = nn.Linear(10, 16), nn.Linear(8, 12), nn.Linear(6, 4)
+        self.up, self.mid, self.down = (
+            nn.Linear(10, 16),
+            nn.Linear(8, 12),
+            nn.Linear(6, 4),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.up(x).chunk(2, -1)
@@ -168,7 +196,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, t, c = x.shape
         q, k, v = self.c_attn(x).split(self.n_embd, dim=2)
-        q, k, v = (y.view(b, t, self.n_head, c // self.n_head).transpose(1, 2) for y in (q, k, v))
+        q, k, v = (
+            y.view(b, t, self.n_head, c // self.n_head).transpose(1, 2)
+            for y in (q, k, v)
+        )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.c_proj(y.transpose(1, 2).contiguous().view(b, t, c))
 
@@ -176,8 +207,14 @@ class Attention(nn.Module):
 class GPTBlock(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.ln_1, self.attn, self.ln_2 = nn.LayerNorm(width), Attention(width, heads), nn.LayerNorm(width)
-        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)})
+        self.ln_1, self.attn, self.ln_2 = (
+            nn.LayerNorm(width),
+            Attention(width, heads),
+            nn.LayerNorm(width),
+        )
+        self.mlp = nn.ModuleDict(
+            {"c_fc": nn.Linear(width, 4 * width), "c_proj": nn.Linear(4 * width, width)}
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
@@ -203,11 +240,16 @@ class GroupNormNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv1, self.norm1 = nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(4, 8)
-        self.conv2, self.norm2 = nn.Conv2d(8, 6, 3, padding=1), nn.InstanceNorm2d(6, affine=True)
+        self.conv2, self.norm2 = (
+            nn.Conv2d(8, 6, 3, padding=1),
+            nn.InstanceNorm2d(6, affine=True),
+        )
         self.head = nn.Conv2d(6, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(F.silu(self.norm2(self.conv2(F.silu(self.norm1(self.conv1(x)))))))
+        return self.head(
+            F.silu(self.norm2(self.conv2(F.silu(self.norm1(self.conv1(x))))))
+        )
 
 
 class NormedMLP(nn.Module):
@@ -228,7 +270,10 @@ class BareParameters(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.w1, self.b1 = nn.Parameter(torch.randn(7, 10) / 3), nn.Parameter(torch.randn(7) / 3)
+        self.w1, self.b1 = (
+            nn.Parameter(torch.randn(7, 10) / 3),
+            nn.Parameter(torch.randn(7) / 3),
+        )
         self.w2 = nn.Parameter(torch.randn(5, 7) / 3)
         self.shared = nn.Linear(5, 5)
         self.head = nn.Linear(5, 4)
@@ -243,7 +288,10 @@ class BareParameters(nn.Module):
 class Conv1dNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.conv1, self.conv2 = nn.Conv1d(3, 6, 3, padding=1), nn.Conv1d(6, 8, 3, padding=1, groups=2)
+        self.conv1, self.conv2 = (
+            nn.Conv1d(3, 6, 3, padding=1),
+            nn.Conv1d(6, 8, 3, padding=1, groups=2),
+        )
         self.prelu, self.head = nn.PReLU(8), nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -253,7 +301,11 @@ class Conv1dNet(nn.Module):
 class Conv3dNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.conv1, self.norm, self.conv2 = nn.Conv3d(2, 4, 3, padding=1), nn.BatchNorm3d(4), nn.Conv3d(4, 3, 1)
+        self.conv1, self.norm, self.conv2 = (
+            nn.Conv3d(2, 4, 3, padding=1),
+            nn.BatchNorm3d(4),
+            nn.Conv3d(4, 3, 1),
+        )
         self.drop, self.head = nn.Dropout(0.5), nn.Linear(3 * 4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -264,13 +316,21 @@ class Conv3dNet(nn.Module):
 class ConvNeXtBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.dwconv, self.norm = nn.Conv2d(width, width, 7, padding=3, groups=width), nn.LayerNorm(width)
-        self.pwconv1, self.pwconv2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.dwconv, self.norm = (
+            nn.Conv2d(width, width, 7, padding=3, groups=width),
+            nn.LayerNorm(width),
+        )
+        self.pwconv1, self.pwconv2 = (
+            nn.Linear(width, 4 * width),
+            nn.Linear(4 * width, width),
+        )
         self.gamma = nn.Parameter(1e-6 * torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
-        return x + (self.gamma * self.pwconv2(F.gelu(self.pwconv1(y)))).permute(0, 3, 1, 2)
+        return x + (self.gamma * self.pwconv2(F.gelu(self.pwconv1(y)))).permute(
+            0, 3, 1, 2
+        )
 
 
 class ConvNeXt(nn.Module):
@@ -278,9 +338,16 @@ class ConvNeXt(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 6, 2, 2)
         self.stages = nn.ModuleList(
-            [nn.Sequential(ConvNeXtBlock(6), ConvNeXtBlock(6)), nn.Sequential(ConvNeXtBlock(8), ConvNeXtBlock(8))]
+            [
+                nn.Sequential(ConvNeXtBlock(6), ConvNeXtBlock(6)),
+                nn.Sequential(ConvNeXtBlock(8), ConvNeXtBlock(8)),
+            ]
         )
-        self.down, self.norm, self.head = nn.Conv2d(6, 8, 2, 2), nn.LayerNorm(8), nn.Linear(8, 4)
+        self.down, self.norm, self.head = (
+            nn.Conv2d(6, 8, 2, 2),
+            nn.LayerNorm(8),
+            nn.Linear(8, 4),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stages[1](self.down(self.stages[0](self.stem(x))))
@@ -291,8 +358,12 @@ class MixerBlock(nn.Module):
     def __init__(self, tokens: int, width: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.tokens = nn.Sequential(nn.Linear(tokens, 10), nn.GELU(), nn.Linear(10, tokens))
-        self.channels = nn.Sequential(nn.Linear(width, 14), nn.GELU(), nn.Linear(14, width))
+        self.tokens = nn.Sequential(
+            nn.Linear(tokens, 10), nn.GELU(), nn.Linear(10, tokens)
+        )
+        self.channels = nn.Sequential(
+            nn.Linear(width, 14), nn.GELU(), nn.Linear(14, width)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.tokens(self.norm1(x).transpose(1, 2)).transpose(1, 2)
@@ -303,7 +374,10 @@ class Mixer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.patch = nn.Conv2d(3, 6, 4, 4)
-        self.blocks, self.head = nn.Sequential(MixerBlock(4, 6), MixerBlock(4, 6)), nn.Linear(6, 4)
+        self.blocks, self.head = (
+            nn.Sequential(MixerBlock(4, 6), MixerBlock(4, 6)),
+            nn.Linear(6, 4),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.blocks(self.patch(x).flatten(2).transpose(1, 2)).mean(1))
@@ -315,7 +389,9 @@ class Encoder(nn.Module):
     def __init__(self, norm_first: bool) -> None:
         super().__init__()
         self.embed = nn.Linear(5, 8)
-        layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True, norm_first=norm_first)
+        layer = nn.TransformerEncoderLayer(
+            8, 2, 12, dropout=0.0, batch_first=True, norm_first=norm_first
+        )
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.head = nn.Linear(8, 4)
 

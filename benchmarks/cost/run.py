@@ -31,14 +31,23 @@ STEPS = 3
 """Training steps that a step's time is the mean of."""
 
 
-def gpt(depth: int, width: int, heads: int, context: int, vocabulary: int = 256) -> nn.Module:
+def gpt(
+    depth: int, width: int, heads: int, context: int, vocabulary: int = 256
+) -> nn.Module:
     torch.manual_seed(0)
     return GPT(
-        vocabulary=vocabulary, context=context, width=width, heads=heads, hidden=4 * width, depth=depth
+        vocabulary=vocabulary,
+        context=context,
+        width=width,
+        heads=heads,
+        hidden=4 * width,
+        depth=depth,
     )
 
 
-def llama(depth: int, width: int, hidden: int, heads: int, vocabulary: int) -> nn.Module:
+def llama(
+    depth: int, width: int, hidden: int, heads: int, vocabulary: int
+) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -100,7 +109,12 @@ def growth(_: str, depth: int) -> dict[str, float]:
 
     def grow(name: str) -> None:
         ms.grow_(
-            model, {name: 64}, example, optimizer=optimizer, loss=cross_entropy, data=[batch]
+            model,
+            {name: 64},
+            example,
+            optimizer=optimizer,
+            loss=cross_entropy,
+            data=[batch],
         )
 
     first = seconds(lambda: grow("blocks.0.up"))
@@ -141,17 +155,22 @@ def memory(kind: str, depth: int) -> dict[str, float]:
     }
     axes = ms.find_axes(model, example)
     width = next(name for name in axes if name.endswith(("gate_proj", ".up")))
-    depths = next(name for name, axis in axes.items() if axis.kind == "depth" and axis.size > 2)
+    depths = next(
+        name for name, axis in axes.items() if axis.kind == "depth" and axis.size > 2
+    )
     for name, count in ((width, 256), (depths, 2)):
         plan = ms.plan(model, {name: count}, example)
         element = next(model.parameters()).element_size()
         grown = sum(
-            element * int(torch.tensor(change.after).prod()) / 2**20 for change in plan.tensors
+            element * int(torch.tensor(change.after).prod()) / 2**20
+            for change in plan.tensors
         )
         if not plan.tensors:
             grown = element * (plan.parameters[1] - plan.parameters[0]) / 2**20
         took: list[float] = []
-        seconds_taken = seconds(lambda: took.append(peak(lambda: ms.grow_(model, plan, example))))  # noqa: B023
+        seconds_taken = seconds(
+            lambda: took.append(peak(lambda: ms.grow_(model, plan, example)))
+        )
         short = "depth" if not plan.tensors else "width"
         figures[f"{short}_seconds"] = seconds_taken
         figures[f"{short}_grown_mb"] = grown
@@ -198,12 +217,17 @@ def main() -> None:
     results = []
     for what, kind, depth in RUNS:
         if kind.startswith("llama") and not _has_transformers():
-            print(f"{what} {kind} {depth}: left out, transformers is not installed", file=sys.stderr)
+            print(
+                f"{what} {kind} {depth}: left out, transformers is not installed",
+                file=sys.stderr,
+            )
             continue
         print(f"{what} {kind} {depth} ...", file=sys.stderr)
         command = [sys.executable, __file__, what, kind, str(depth)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        done = subprocess.run(
+            command, check=True, capture_output=True, text=True, env=environment
+        )
         figures = json.loads(done.stdout.splitlines()[-1])
         results.append({"what": what, "kind": kind, "depth": depth, **figures})
         shown = ", ".join(f"{key} {value:.3g}" for key, value in figures.items())

@@ -20,21 +20,34 @@ ROWS = {
 
 
 def results(name: str) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted((HERE / "results").glob(f"{name}_seed?.json"))]
+    return [
+        json.loads(path.read_text())
+        for path in sorted((HERE / "results").glob(f"{name}_seed?.json"))
+    ]
 
 
 def spread(values: list[float], digits: int) -> str:
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    error = (
+        statistics.stdev(values) / len(values) ** 0.5
+        if len(values) > 1
+        else float("nan")
+    )
     return f"{statistics.mean(values):.{digits}f} ± {error:.{digits}f}"
 
 
 def main() -> None:
     large = {run["seed"]: run for run in results("fashion_mnist_equal")}
-    print("| net | test accuracy | test loss | training TFLOP | parameters | accuracy minus B3, paired |")
+    print(
+        "| net | test accuracy | test loss | training TFLOP | parameters | accuracy minus B3, paired |"
+    )
     print("|---|---|---|---|---|---|")
     for name, title in ROWS.items():
         runs = results(name)
-        gains = [run["accuracy"] - large[run["seed"]]["accuracy"] for run in runs if run["seed"] in large]
+        gains = [
+            run["accuracy"] - large[run["seed"]]["accuracy"]
+            for run in runs
+            if run["seed"] in large
+        ]
         print(
             f"| {title} | {spread([run['accuracy'] for run in runs], 4)} | {spread([run['loss'] for run in runs], 4)} "
             f"| {statistics.mean(run['training_flops'] for run in runs) / 1e12:.1f} | {runs[0]['parameters']:,} "

@@ -23,7 +23,10 @@ import numpy as np
 import sklearn
 import torch
 from sklearn.base import BaseEstimator
-from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+from sklearn.ensemble import (
+    HistGradientBoostingClassifier,
+    HistGradientBoostingRegressor,
+)
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import log_loss
 from sklearn.model_selection import GridSearchCV, train_test_split
@@ -36,7 +39,9 @@ MOST = 5000
 ARCHITECTURES = [(25,), (100,), (400,), (25, 25), (100, 100), (100, 100, 100)]
 
 
-def load(path: Path, seed: int) -> tuple[bool, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def load(
+    path: Path, seed: int
+) -> tuple[bool, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Whether it is a classification, and x, y of the training and of the test rows."""
     found = np.load(path)
     if "x_num_train" in found:
@@ -44,16 +49,31 @@ def load(path: Path, seed: int) -> tuple[bool, np.ndarray, np.ndarray, np.ndarra
         parts = []
         for part in ("train", "test"):
             codes = found[f"x_cat_{part}"]
-            one_hot = [eye[column][codes[:, column]] for column in range(codes.shape[1])]
+            one_hot = [
+                eye[column][codes[:, column]] for column in range(codes.shape[1])
+            ]
             parts.append(np.concatenate([found[f"x_num_{part}"], *one_hot], 1))
         x, x_test, y, y_test = *parts, found["y_train"], found["y_test"]
     elif "test_mask" in found:
         test = found["test_mask"][seed]
-        x, x_test, y, y_test = found["x"][~test], found["x"][test], found["y"][~test], found["y"][test]
+        x, x_test, y, y_test = (
+            found["x"][~test],
+            found["x"][test],
+            found["y"][~test],
+            found["y"][test],
+        )
     else:
-        x, x_test, y, y_test = train_test_split(found["x"], found["y"], test_size=0.2, random_state=seed)
+        x, x_test, y, y_test = train_test_split(
+            found["x"], found["y"], test_size=0.2, random_state=seed
+        )
     kept = np.random.default_rng(seed).permutation(len(x))[:MOST]
-    return y.dtype == np.uint8, x[kept].astype(float), y[kept], x_test.astype(float), y_test
+    return (
+        y.dtype == np.uint8,
+        x[kept].astype(float),
+        y[kept],
+        x_test.astype(float),
+        y_test,
+    )
 
 
 def mlp(classes: bool, seed: int, **options: Any) -> BaseEstimator:
@@ -63,11 +83,15 @@ def mlp(classes: bool, seed: int, **options: Any) -> BaseEstimator:
 
 def grid(classes: bool, seed: int) -> BaseEstimator:
     name = "mlpclassifier" if classes else "mlpregressor"
-    return GridSearchCV(mlp(classes, seed), {f"{name}__hidden_layer_sizes": ARCHITECTURES}, cv=5)
+    return GridSearchCV(
+        mlp(classes, seed), {f"{name}__hidden_layer_sizes": ARCHITECTURES}, cv=5
+    )
 
 
 def hist(classes: bool, seed: int) -> BaseEstimator:
-    return (HistGradientBoostingClassifier if classes else HistGradientBoostingRegressor)(random_state=seed)
+    return (
+        HistGradientBoostingClassifier if classes else HistGradientBoostingRegressor
+    )(random_state=seed)
 
 
 def growing(classes: bool, seed: int) -> BaseEstimator:
@@ -93,7 +117,9 @@ def fixed(classes: bool, seed: int, hidden: list[int]) -> BaseEstimator:
                 inputs = width
             self._state.model = nn.Sequential(*layers, nn.Linear(inputs, outputs))
             self._state.optimizer = torch.optim.AdamW(
-                self.model_.parameters(), self.learning_rate_init, weight_decay=self.alpha
+                self.model_.parameters(),
+                self.learning_rate_init,
+                weight_decay=self.alpha,
             )
 
     return Fixed(random_state=seed, max_growths=0)
@@ -118,19 +144,41 @@ def run(path: Path, method: str, seed: int, **options: Any) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         estimator.fit(x, y)
-    result: dict[str, Any] = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
+    result: dict[str, Any] = {
+        "seconds": time.perf_counter() - began,
+        "cpu_seconds": time.process_time() - cpu,
+    }
     if classes:
         probabilities = estimator.predict_proba(x_test)
         result["error"] = float((estimator.predict(x_test) != y_test).mean())
         result["log_loss"] = float(log_loss(y_test, probabilities, labels=np.unique(y)))
     else:
-        result["error"] = float(np.sqrt(np.mean((estimator.predict(x_test) - y_test) ** 2)))
+        result["error"] = float(
+            np.sqrt(np.mean((estimator.predict(x_test) - y_test) ** 2))
+        )
     for name in ("hidden_", "n_parameters_", "n_iter_", "flops_", "best_params_"):
         if hasattr(estimator, name):
             result[name] = getattr(estimator, name)
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "sklearn": sklearn.__version__}
-    about = {"set": path.stem, "method": method, "seed": seed, "rows": len(x), "inputs": x.shape[1], "classes": classes}
-    return {**about, **result, "versions": versions, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "sklearn": sklearn.__version__,
+    }
+    about = {
+        "set": path.stem,
+        "method": method,
+        "seed": seed,
+        "rows": len(x),
+        "inputs": x.shape[1],
+        "classes": classes,
+    }
+    return {
+        **about,
+        **result,
+        "versions": versions,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def report(folder: Path) -> str:
@@ -140,17 +188,24 @@ def report(folder: Path) -> str:
         one = json.loads(file.read_text())
         found.setdefault(one["set"], {}).setdefault(one["method"], []).append(one)
     methods = [name for name in METHODS if any(name in rows for rows in found.values())]
-    lines = ["| set | rows | " + " | ".join(methods) + " | found |", "|---|---|" + "---|" * (len(methods) + 1)]
+    lines = [
+        "| set | rows | " + " | ".join(methods) + " | found |",
+        "|---|---|" + "---|" * (len(methods) + 1),
+    ]
     ranks: dict[str, list[float]] = {name: [] for name in methods}
     for name, rows in found.items():
-        means = {m: np.mean([one["error"] for one in rows[m]]) for m in methods if m in rows}
+        means = {
+            m: np.mean([one["error"] for one in rows[m]]) for m in methods if m in rows
+        }
         spread = {m: np.std([one["error"] for one in rows[m]]) for m in means}
         if len(means) == len(methods):
             order = sorted(means, key=means.__getitem__)
             for m in methods:
                 ranks[m].append(1 + order.index(m))
         hidden = ", ".join(str(one.get("hidden_")) for one in rows.get("growing", []))
-        cells = [f"{means[m]:.4f} ± {spread[m]:.4f}" if m in means else "–" for m in methods]
+        cells = [
+            f"{means[m]:.4f} ± {spread[m]:.4f}" if m in means else "–" for m in methods
+        ]
         size = next(iter(rows.values()))[0]["rows"]
         lines.append(f"| {name} | {size} | " + " | ".join(cells) + f" | {hidden} |")
     lines.append(
@@ -158,18 +213,31 @@ def report(folder: Path) -> str:
         + " | ".join(f"{np.mean(ranks[m]):.2f}" for m in methods)
         + " | |"
     )
-    total = {m: sum(one["cpu_seconds"] for rows in found.values() for one in rows.get(m, [])) for m in methods}
-    lines.append("| fit, CPU seconds in all | | " + " | ".join(f"{total[m]:,.0f}" for m in methods) + " | |")
+    total = {
+        m: sum(one["cpu_seconds"] for rows in found.values() for one in rows.get(m, []))
+        for m in methods
+    }
+    lines.append(
+        "| fit, CPU seconds in all | | "
+        + " | ".join(f"{total[m]:,.0f}" for m in methods)
+        + " | |"
+    )
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("results", type=Path)
     parser.add_argument("--sets", nargs="*", help="all by default")
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument(
+        "--methods", nargs="*", default=list(METHODS), choices=list(METHODS)
+    )
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--report", action="store_true", help="print the table of what is there")
+    parser.add_argument(
+        "--report", action="store_true", help="print the table of what is there"
+    )
     args = parser.parse_args()
     if args.report:
         print(report(args.results))
@@ -179,18 +247,23 @@ def main() -> None:
     for path in sorted((Path(os.environ["MERISTEM_DATA"]) / "tabular").glob("*.npz")):
         for seed in args.seeds:
             for method in args.methods:
-                file = args.results / f"{path.stem}-{method.replace(' ', '_')}-{seed}.json"
+                file = (
+                    args.results / f"{path.stem}-{method.replace(' ', '_')}-{seed}.json"
+                )
                 if file.exists() or (args.sets and path.stem not in args.sets):
                     continue
                 options = {}
                 if method == "its final net":  # after the growing net
-                    options["hidden"] = json.loads((args.results / f"{path.stem}-growing-{seed}.json").read_text())[
-                        "hidden_"
-                    ]
+                    options["hidden"] = json.loads(
+                        (args.results / f"{path.stem}-growing-{seed}.json").read_text()
+                    )["hidden_"]
                 result = run(path, method, seed, **options)
                 file.with_suffix(".tmp").write_text(json.dumps(result, indent=1))
                 file.with_suffix(".tmp").replace(file)
-                print(f"{file.stem}: error {result['error']:.4f} in {result['cpu_seconds']:.1f} s", flush=True)
+                print(
+                    f"{file.stem}: error {result['error']:.4f} in {result['cpu_seconds']:.1f} s",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

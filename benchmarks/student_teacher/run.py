@@ -21,7 +21,6 @@ from torch.nn import functional as F
 import meristem as ms
 from meristem.core.axis import Axis
 from meristem.core.offer import Offer
-from meristem.methods import Lab, Loan
 from meristem.lab.neutral import mean_norm
 
 RESULTS = Path(__file__).parent / "results"
@@ -43,13 +42,21 @@ class RandomFanOut:
     preserves: bool = True
     batches: int = 0
 
-    def propose(self, lab: View, axis: Axis, count: int) -> Offer:
+    def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
         strips = {}
         for slot, shape in lab.shapes(axis, count).items():
             old = lab.values[slot.name]
             if slot.role == "fan_out":
-                raw = lab.uniform(shape, 1.0, old).abs() if self.positive else lab.normal(shape, old)
-                strips[slot.place] = raw / raw.flatten(1).norm(dim=1)[:, None, None] * mean_norm(lab, axis, "fan_out")
+                raw = (
+                    lab.uniform(shape, 1.0, old).abs()
+                    if self.positive
+                    else lab.normal(shape, old)
+                )
+                strips[slot.place] = (
+                    raw
+                    / raw.flatten(1).norm(dim=1)[:, None, None]
+                    * mean_norm(lab, axis, "fan_out")
+                )
         return Offer(axis.name, count, strips)
 
 
@@ -86,7 +93,15 @@ def one(name: str, seed: int) -> dict[str, object]:
         optimizer.step()
         curve.append(value.item())
         if how is not None and step % EVERY == 0 and step // EVERY <= BIG - SMALL:
-            ms.grow_(student, {"0": 1}, x, how=how, optimizer=optimizer, loss=loss, data=[batch])
+            ms.grow_(
+                student,
+                {"0": 1},
+                x,
+                how=how,
+                optimizer=optimizer,
+                loss=loss,
+                data=[batch],
+            )
             student.zero_grad()
             loss(student, batch).backward()
             gradients.append(student[0].weight.grad[-1].norm().item())
@@ -101,7 +116,9 @@ def main() -> None:
     names = ["small", *HOWS, "big"]
     for name in names:
         for seed in range(SEEDS):
-            path = RESULTS / f"{name.replace(', ', '_').replace(' ', '_')}_seed{seed}.json"
+            path = (
+                RESULTS / f"{name.replace(', ', '_').replace(' ', '_')}_seed{seed}.json"
+            )
             if not path.exists():
                 path.write_text(json.dumps(one(name, seed)) + "\n")
     rows = [
@@ -111,13 +128,17 @@ def main() -> None:
     for name in names:
         runs = [
             json.loads(p.read_text())
-            for p in sorted(RESULTS.glob(f"{name.replace(', ', '_').replace(' ', '_')}_seed*.json"))
+            for p in sorted(
+                RESULTS.glob(f"{name.replace(', ', '_').replace(' ', '_')}_seed*.json")
+            )
         ]
         finals = [run["final"] for run in runs]
         error = statistics.stdev(finals) / len(finals) ** 0.5
         norms = [norm for run in runs for norm in run["new_gradient"]]
         shown = f"{statistics.mean(norms):.3f}" if norms else "-"
-        rows.append(f"| {name} | {statistics.mean(finals):.3f} | {error:.3f} | {shown} |")
+        rows.append(
+            f"| {name} | {statistics.mean(finals):.3f} | {error:.3f} | {shown} |"
+        )
     table = "\n".join(rows)
     (RESULTS / "table.md").write_text(table + "\n")
     print(table)

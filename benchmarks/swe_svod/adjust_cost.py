@@ -20,9 +20,8 @@ from torch.nn import functional as F
 
 import meristem as ms
 from meristem.how.swe import SWE, Adjustment
-from meristem.lab.laboratory import Sandbox
-from meristem.structure import Structure
 from meristem.lab.laboratory import Lab, Loan
+from meristem.structure import Structure
 
 NEW, OLD, INPUTS, BATCH = 174, 200, 4096, 100
 STEPS = {"plain": 60, "factored": 60, "full": 6}
@@ -53,9 +52,13 @@ def measure(what: str) -> dict[str, float]:
         began = time.perf_counter()
         for _ in range(STEPS[what]):
             step()
-        return {"seconds": (time.perf_counter() - began) / STEPS[what], "bytes": peak() - start}
+        return {
+            "seconds": (time.perf_counter() - began) / STEPS[what],
+            "bytes": peak() - start,
+        }
     method = SWE(coupling="full" if what == "full" else "factored")
-    lab = View(Structure(model, batch[0]), torch.Generator().manual_seed(0), loss, [batch], data)
+    loan = Loan(torch.Generator().manual_seed(0), loss, [batch], data)
+    lab = Lab(Structure(model, batch[0]), loan)
     sandbox = lab.sandbox()
     axis = sandbox.lab.structure.axes["0"]
     plan, _ = sandbox.insert([method.propose(sandbox.lab, axis, NEW)])
@@ -63,7 +66,10 @@ def measure(what: str) -> dict[str, float]:
     adjustment.adjust()  # the first pass allocates everything; memory is read after it
     began = time.perf_counter()
     adjustment.adjust()
-    return {"seconds": (time.perf_counter() - began) / STEPS[what], "bytes": peak() - BASE}
+    return {
+        "seconds": (time.perf_counter() - began) / STEPS[what],
+        "bytes": peak() - BASE,
+    }
 
 
 def peak() -> int:
@@ -78,7 +84,9 @@ def main() -> None:
     global BASE
     if len(sys.argv) > 1:
         # Two small steps first: what torch itself keeps is not the coupling's.
-        model = nn.Sequential(nn.Linear(INPUTS, OLD + NEW), nn.ReLU(), nn.Linear(OLD + NEW, 100))
+        model = nn.Sequential(
+            nn.Linear(INPUTS, OLD + NEW), nn.ReLU(), nn.Linear(OLD + NEW, 100)
+        )
         optimizer = torch.optim.Adam(model.parameters())
         for _ in range(2):
             model(torch.randn(BATCH, INPUTS)).sum().backward()
@@ -89,16 +97,29 @@ def main() -> None:
         return
     found: dict[str, dict[str, float]] = {}
     for what in STEPS:
-        for _ in range(1 if what == "full" else 3):  # the fastest of three: what else the machine does only adds
-            answer = subprocess.run([sys.executable, __file__, what], check=True, capture_output=True, text=True)
+        for _ in range(
+            1 if what == "full" else 3
+        ):  # the fastest of three: what else the machine does only adds
+            answer = subprocess.run(
+                [sys.executable, __file__, what],
+                check=True,
+                capture_output=True,
+                text=True,
+            )
             now = json.loads(answer.stdout)
             found[what] = {key: min(now[key], found.get(what, now)[key]) for key in now}
-        print(f"{what:9} {1e3 * found[what]['seconds']:9.1f} ms a step   {found[what]['bytes'] / 1e6:9.1f} MB extra")
-    print(f"factored / full, extra memory: {found['factored']['bytes'] / found['full']['bytes']:.4f} (asked: <= 0.05)")
+        print(
+            f"{what:9} {1e3 * found[what]['seconds']:9.1f} ms a step   {found[what]['bytes'] / 1e6:9.1f} MB extra"
+        )
+    print(
+        f"factored / full, extra memory: {found['factored']['bytes'] / found['full']['bytes']:.4f} (asked: <= 0.05)"
+    )
     print(
         f"factored / plain step, time:   {found['factored']['seconds'] / found['plain']['seconds']:.2f} (asked: <= 1.3)"
     )
-    print(f"full / plain step, time:       {found['full']['seconds'] / found['plain']['seconds']:.1f}")
+    print(
+        f"full / plain step, time:       {found['full']['seconds'] / found['plain']['seconds']:.1f}"
+    )
 
 
 if __name__ == "__main__":

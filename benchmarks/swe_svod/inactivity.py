@@ -29,7 +29,10 @@ def collected() -> Runs:
         for task in comparison.suite.tasks:
             for row in comparison.rows(task):
                 name = f"{slug(task)}_{slug(row.title)}"
-                runs = [json.loads(path.read_text()) for path in sorted(comparison.out.glob(f"{name}_seed?.json"))]
+                runs = [
+                    json.loads(path.read_text())
+                    for path in sorted(comparison.out.glob(f"{name}_seed?.json"))
+                ]
                 if runs:
                     found.setdefault(task, {})[row.title] = runs
     return found
@@ -43,7 +46,9 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
 
 
 def inactive(runs: list[dict[str, Any]], which: str) -> str:
-    return spread([100 * pair[0] for run in runs if (pair := shares_of(run, which)) is not None])
+    return spread(
+        [100 * pair[0] for run in runs if (pair := shares_of(run, which)) is not None]
+    )
 
 
 def figures(runs: list[dict[str, Any]], key: str) -> list[float]:
@@ -76,7 +81,11 @@ def main() -> None:
     )
     print("|---" * (1 + 2 * len(tasks)) + "|")
     for title in titles:
-        cells = [inactive(found[task].get(title, []), which) for which in ("new", "all") for task in tasks]
+        cells = [
+            inactive(found[task].get(title, []), which)
+            for which in ("new", "all")
+            for task in tasks
+        ]
         print(f"| {title} | " + " | ".join(cells) + " |")
     print(
         "\nGradient norm of new units over that of the old ones, by steps after the growth; loss spike and steps to recover.\n"
@@ -88,9 +97,14 @@ def main() -> None:
             if not any(figures(runs, moment) for moment in MOMENTS):
                 continue
             losses = [
-                growth["health"]["loss"] for run in runs for growth in run["growths"] if "loss" in growth["health"]
+                growth["health"]["loss"]
+                for run in runs
+                for growth in run["growths"]
+                if "loss" in growth["health"]
             ]
-            spike = f"{statistics.mean(x['spike'] for x in losses):+.3f}" if losses else "–"
+            spike = (
+                f"{statistics.mean(x['spike'] for x in losses):+.3f}" if losses else "–"
+            )
             steps = [x["steps_to_recover"] for x in losses]
             recovered = [s for s in steps if s is not None]
             told = f"{statistics.mean(recovered):.0f}" if recovered else "–"

@@ -197,15 +197,20 @@ class Care(Protocol):
 # -- checks where a part enters ----------------------------------------------------------
 
 _PARTS: dict[str, tuple[type, tuple[str, ...], dict[str, int], str]] = {
-    "how": (How, ("kinds", "batches"), {"propose": 3}, "meristem.how.Random()"),
+    "how": (
+        How,
+        ("kinds", "batches"),
+        {"propose": 3},
+        "a method such as meristem.how.Random()",
+    ),
     "where": (
         Where,
         ("reads_gains", "weighs_kinds"),
         {"share": 1},
-        "meristem.where.Uniform()",
+        "a choice such as meristem.where.Uniform()",
     ),
-    "when": (When, (), {"due": 1}, "meristem.when.Every(steps=100)"),
-    "care": (Care, (), {"treat": 3}, "meristem.care.WarmMoments()"),
+    "when": (When, (), {"due": 1}, "a trigger such as meristem.when.Every(steps=100)"),
+    "care": (Care, (), {"treat": 3}, "a care such as meristem.care.WarmMoments()"),
 }
 """By kind of part: its protocol, attributes, methods with their arguments, an example."""
 
@@ -226,12 +231,10 @@ def check_part(kind: str, part: Any, known: Mapping[str, type]) -> None:
         hint = nearest(part, known)
         if part in known:
             hint = f" hint: meristem.{kind}.{known[part].__name__}()"
-        raise TypeError(
-            f"{kind} must be an object such as {example}; got {part!r}.{hint}"
-        )
+        raise TypeError(f"{kind} must be {example}; got {part!r}.{hint}")
     if isinstance(part, type):
         raise TypeError(
-            f"{kind} must be an object such as {example}; got the class {part.__name__}. "
+            f"{kind} must be {example}; got the class {part.__name__}. "
             f"hint: {part.__name__}()"
         )
     missing = [name for name in attributes if not hasattr(part, name)]
@@ -240,7 +243,7 @@ def check_part(kind: str, part: Any, known: Mapping[str, type]) -> None:
             missing.append(f"{name}(...) with {arguments} argument(s)")
     if missing:
         raise TypeError(
-            f"{kind} must be an object such as {example}; {type(part).__name__} lacks "
+            f"{kind} must be {example}; {type(part).__name__} lacks "
             f"{', '.join(missing)}. hint: see meristem.methods.{protocol.__name__}"
         )
 

@@ -35,9 +35,15 @@ METHODS = {
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 BLOCKS = ("resnet18", "nanogpt", "convnext", "mixer", "mobilenet", "pre_norm")
 CHAINS = ("mlp", "mlp_norm", "bn_conv", "glu")
-PAIRS = [(m, name) for m, row in METHODS.items() for name in BLOCKS + (CHAINS if row.chains else ())]
+PAIRS = [
+    (m, name)
+    for m, row in METHODS.items()
+    for name in BLOCKS + (CHAINS if row.chains else ())
+]
 SINGLE = ("resnet18", "nanogpt", "convnext", "mlp")
-CASES = [(m, n, "float64") for m, n in PAIRS] + [(m, n, "float32") for m, n in PAIRS if n in SINGLE]
+CASES = [(m, n, "float64") for m, n in PAIRS] + [
+    (m, n, "float32") for m, n in PAIRS if n in SINGLE
+]
 
 
 def loss_of(model: nn.Module, batch: Any) -> torch.Tensor:
@@ -71,7 +77,9 @@ def depths(model: nn.Module, x: Any, row: Row) -> dict[str, int]:
 
 def is_chain(model: nn.Module, name: str) -> bool:
     stem = name.removesuffix(":depth")
-    return name.endswith(":depth") and isinstance(model.get_submodule(stem), (nn.Linear, nn.modules.conv._ConvNd))
+    return name.endswith(":depth") and isinstance(
+        model.get_submodule(stem), (nn.Linear, nn.modules.conv._ConvNd)
+    )
 
 
 @pytest.mark.parametrize(("method", "name", "dtype"), CASES)
@@ -88,7 +96,9 @@ def test_depth_keeps_its_promises(method: str, name: str, dtype: str) -> None:
     with torch.no_grad():
         out = model.eval()(x)
 
-    growth = ms.grow_(model, counts, x, how=row.how, optimizer=opt, loss=loss_of, data=[x])
+    growth = ms.grow_(
+        model, counts, x, how=row.how, optimizer=opt, loss=loss_of, data=[x]
+    )
 
     assert torch.equal(rng, torch.get_rng_state())
     assert growth.after == plan.after == {k: growth.before[k] + 2 for k in counts}
@@ -97,15 +107,25 @@ def test_depth_keeps_its_promises(method: str, name: str, dtype: str) -> None:
     with torch.no_grad():
         change = ((model(x) - out).abs().max() / out.abs().max()).item()
     assert growth.max_change == pytest.approx(change, rel=1e-4, abs=1e-12)
-    assert change <= (1e-5 if dtype == "float32" else 1e-12) if row.exact else change > 0
+    assert (
+        change <= (1e-5 if dtype == "float32" else 1e-12) if row.exact else change > 0
+    )
     live = {id(p): p for p in model.parameters()}
-    assert all(torch.equal(live[i], old) for i, old in objects.items())  # the same objects, the same bits
+    assert all(
+        torch.equal(live[i], old) for i, old in objects.items()
+    )  # the same objects, the same bits
     assert {id(p) for group in opt.param_groups for p in group["params"]} == live.keys()
     for i in range(len(state)):  # the state of old parameters has not been touched
-        assert all(torch.equal(v, opt.state_dict()["state"][i][k]) for k, v in state[i].items())
+        assert all(
+            torch.equal(v, opt.state_dict()["state"][i][k]) for k, v in state[i].items()
+        )
     figures = growth.health["insertion"]
     assert all(figures[axis]["dead"] == 0 for axis in counts)  # new blocks live
-    assert all((figures[axis]["contribution"] == 0) == row.exact for axis in counts if not is_chain(model, axis))
+    assert all(
+        (figures[axis]["contribution"] == 0) == row.exact
+        for axis in counts
+        if not is_chain(model, axis)
+    )
     kept = copy.deepcopy(model), copy.deepcopy(opt.state_dict())
     step(model, opt, x)  # it trains on
 
@@ -113,11 +133,15 @@ def test_depth_keeps_its_promises(method: str, name: str, dtype: str) -> None:
     ms.narrow_(model, growth.blocks, x, optimizer=opt)
     assert list(model.state_dict()) == list(before)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert {id(p) for group in opt.param_groups for p in group["params"]} == objects.keys()
+    assert {
+        id(p) for group in opt.param_groups for p in group["params"]
+    } == objects.keys()
     assert {id(p) for p in opt.state} == objects.keys()
 
 
-@pytest.mark.parametrize(("method", "name"), [(m, n) for m, n in PAIRS if METHODS[m].exact])
+@pytest.mark.parametrize(
+    ("method", "name"), [(m, n) for m, n in PAIRS if METHODS[m].exact]
+)
 def test_old_entries_learn_as_in_the_ungrown_twin(method: str, name: str) -> None:
     row = METHODS[method]
     model, x, opt = trained(name, torch.float64)
@@ -137,11 +161,18 @@ def test_old_entries_learn_as_in_the_ungrown_twin(method: str, name: str) -> Non
 
 
 RESUMED = [(m, n) for m, n in PAIRS if n in ("nanogpt", "convnext", "mlp")]
-RESUMED += [("zero_block", "resnet18"), ("stack", "resnet18"), ("stack", "post_norm"), ("interpose", "post_norm")]
+RESUMED += [
+    ("zero_block", "resnet18"),
+    ("stack", "resnet18"),
+    ("stack", "post_norm"),
+    ("interpose", "post_norm"),
+]
 
 
 @pytest.mark.parametrize(("method", "name"), RESUMED)
-def test_a_checkpoint_rebuilds_the_depth_and_goes_on_bit_for_bit(method: str, name: str, tmp_path: Path) -> None:
+def test_a_checkpoint_rebuilds_the_depth_and_goes_on_bit_for_bit(
+    method: str, name: str, tmp_path: Path
+) -> None:
     row = METHODS[method]
     model, x, opt = trained(name, torch.float32)
     counts = {"encoder.layers": 2} if name == "post_norm" else depths(model, x, row)
@@ -155,7 +186,12 @@ def test_a_checkpoint_rebuilds_the_depth_and_goes_on_bit_for_bit(method: str, na
     for _ in range(2):
         step(model, opt, x)
         step(fresh, theirs, x)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), fresh.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            model.state_dict().values(), fresh.state_dict().values(), strict=True
+        )
+    )
     names = set(ms.find_axes(model, x)) | set(ms.find_axes(model, x).frozen)
     assert names == set(ms.find_axes(fresh, x)) | set(ms.find_axes(fresh, x).frozen)
 
@@ -169,11 +205,15 @@ def test_post_norm_blocks_grow_when_their_method_is_named() -> None:
     with pytest.raises(ms.VerificationError, match=r"how\.Stack"):
         ms.grow_(model, {"encoder.layers": 1}, x, optimizer=opt)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    growth = ms.grow_(model, {"encoder.layers": 1}, x, how=ms.how.Stack(), optimizer=opt)
+    growth = ms.grow_(
+        model, {"encoder.layers": 1}, x, how=ms.how.Stack(), optimizer=opt
+    )
     assert growth.max_change > 1e-3
     assert len(model.encoder.layers) == model.encoder.num_layers == 3
     step(model, opt, x)
-    assert ms.narrow_(model, {"encoder.layers": [0]}, x, optimizer=opt).after == {"encoder.layers": 2}
+    assert ms.narrow_(model, {"encoder.layers": [0]}, x, optimizer=opt).after == {
+        "encoder.layers": 2
+    }
 
 
 WIDTHS: dict[str, Callable[[str], bool]] = {
@@ -189,8 +229,16 @@ def test_depth_and_width_grow_in_one_event_and_in_turn(name: str) -> None:
     model, x, opt = trained(name, torch.float64)
 
     def wishes(axes: ms.Axes) -> tuple[dict[str, int], dict[str, int]]:
-        wide = {a.name: a.multiple for a in axes.values() if a.kind != "depth" and WIDTHS[name](a.name)}
-        deep = {a.name: 1 for a in axes.values() if a.kind == "depth" and (name == "mlp" or a.name in COPIED[name])}
+        wide = {
+            a.name: a.multiple
+            for a in axes.values()
+            if a.kind != "depth" and WIDTHS[name](a.name)
+        }
+        deep = {
+            a.name: 1
+            for a in axes.values()
+            if a.kind == "depth" and (name == "mlp" or a.name in COPIED[name])
+        }
         return wide, deep
 
     def grow(counts: dict[str, int], names: ms.Axes) -> ms.Axes:
@@ -203,7 +251,9 @@ def test_depth_and_width_grow_in_one_event_and_in_turn(name: str) -> None:
         axes = ms.find_axes(model, x)
         assert set(names) <= set(axes)  # names survive growth
         for p in model.parameters():
-            assert all(v.dim() == 0 or v.shape == p.shape for v in opt.state[p].values())
+            assert all(
+                v.dim() == 0 or v.shape == p.shape for v in opt.state[p].values()
+            )
         step(model, opt, x)
         return axes
 

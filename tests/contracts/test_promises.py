@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import meristem as ms
-from meristem.methods import Axis, Blocks, Choice, Clock, Lab, Offer, Share, Treatment, neutral
+from meristem.methods import (
+    Axis,
+    Blocks,
+    Choice,
+    Clock,
+    Lab,
+    Offer,
+    Share,
+    Treatment,
+    neutral,
+)
 from meristem.testing import check_care, check_how, check_when, check_where
 
 HOWS = {
@@ -79,11 +88,10 @@ def test_the_table_is_complete() -> None:
 # -- a stranger's mistakes are found, and told -------------------------------------------
 
 
-@dataclass(frozen=True)
 class Base:
     """What every wrong method below has right."""
 
-    kinds = {"width": True}
+    kinds: ClassVar[dict[str, bool]] = {"width": True}
     batches = 0
 
     def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
@@ -94,7 +102,9 @@ class Dead(Base):
     """Zero on both sides: no gradient ever."""
 
     def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
-        strips = {place: torch.zeros_like(s) for place, s in neutral(lab, axis, count).items()}
+        strips = {
+            place: torch.zeros_like(s) for place, s in neutral(lab, axis, count).items()
+        }
         return Offer(axis.name, count, strips)
 
 
@@ -111,7 +121,9 @@ class Forgetful(Base):
     def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
         strips = neutral(lab, axis, count)
         made = {slot.place for slot in axis.places("fan_in")}
-        return Offer(axis.name, count, {p: s for p, s in strips.items() if p not in made})
+        return Offer(
+            axis.name, count, {p: s for p, s in strips.items() if p not in made}
+        )
 
 
 class Flat(Base):
@@ -151,7 +163,9 @@ class Moody(Base):
         (Moody, AssertionError, "the same seed gave another"),
     ],
 )
-def test_a_wrong_method_is_found(method: type[Base], error: type[Exception], told: str) -> None:
+def test_a_wrong_method_is_found(
+    method: type[Base], error: type[Exception], told: str
+) -> None:
     with pytest.raises(error, match=told):
         check_how(method())
 
@@ -174,17 +188,21 @@ def test_what_a_method_gets_is_not_the_users() -> None:
             lab.structure.model.add_module("extra", nn.Linear(2, 2))
             raise ms.GrowthRefused("after the deed")
 
-    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    net = torch.nn.Sequential(
+        torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)
+    )
     before = {name: value.clone() for name, value in net.state_dict().items()}
     with pytest.raises(ms.GrowthRefused, match="after the deed"):
         ms.grow_(net, {"0": 2}, torch.randn(3, 4), how=Vandal())
     assert before.keys() == net.state_dict().keys()
-    assert all(torch.equal(value, net.state_dict()[name]) for name, value in before.items())
+    assert all(
+        torch.equal(value, net.state_dict()[name]) for name, value in before.items()
+    )
 
 
 def test_blocks_that_are_missing_are_told() -> None:
     class NoBlocks(Base):
-        kinds = {"depth": False}
+        kinds: ClassVar[dict[str, bool]] = {"depth": False}
 
         def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
             return Offer(axis.name, count)
@@ -195,10 +213,12 @@ def test_blocks_that_are_missing_are_told() -> None:
 
 def test_a_block_method_of_a_stranger_passes() -> None:
     class Doubled(Base):
-        kinds = {"depth": False}
+        kinds: ClassVar[dict[str, bool]] = {"depth": False}
 
         def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
-            return Offer(axis.name, count, blocks=Blocks(lab.depth(axis).appended(count)))
+            return Offer(
+                axis.name, count, blocks=Blocks(lab.depth(axis).appended(count))
+            )
 
     assert "grown" in check_how(Doubled()).values()
 
@@ -222,7 +242,8 @@ class Silent(Greedy):
 
 
 @pytest.mark.parametrize(
-    ("rule", "told"), [(Greedy, "given away"), (Unknown, "not among"), (Silent, "say why")]
+    ("rule", "told"),
+    [(Greedy, "given away"), (Unknown, "not among"), (Silent, "say why")],
 )
 def test_a_wrong_rule_is_found(rule: type[Greedy], told: str) -> None:
     with pytest.raises((AssertionError, ValueError), match=told):
@@ -236,7 +257,9 @@ def test_what_is_missing_is_said_at_construction() -> None:
         def share(self, choice: Choice) -> Share:
             return Share({})
 
-    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    net = torch.nn.Sequential(
+        torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)
+    )
     data = [torch.randn(3, 4)]
     with pytest.raises(TypeError, match="weighs_kinds"):
         ms.Grower(
@@ -262,7 +285,9 @@ def test_a_method_called_allowance_does_not_make_a_budget() -> None:
         def allowance(self) -> str:
             return "pocket money"
 
-    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    net = torch.nn.Sequential(
+        torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)
+    )
     grower = ms.Grower(
         net,
         None,
@@ -295,4 +320,6 @@ def test_a_wrong_trigger_and_a_wrong_care_are_found() -> None:
         check_when(Maybe())
     with pytest.raises(AssertionError, match="Treatment"):
         check_care(Careless())
-    assert isinstance(ms.care.Shrink().treat(nn.Linear(2, 2), ms.Plan({}, {}), []), Treatment)
+    assert isinstance(
+        ms.care.Shrink().treat(nn.Linear(2, 2), ms.Plan({}, {}), []), Treatment
+    )

@@ -25,7 +25,10 @@ STOCHASTIC = {
 
 
 @parametrize_with_checks(
-    [GrowingClassifier(max_iter=10, max_growths=1), GrowingRegressor(max_iter=25, max_growths=1)],
+    [
+        GrowingClassifier(max_iter=10, max_growths=1),
+        GrowingRegressor(max_iter=25, max_growths=1),
+    ],
     expected_failed_checks=lambda _: STOCHASTIC,
 )
 def test_scikit_learns_own_checks(estimator: Any, check: Any) -> None:
@@ -59,9 +62,13 @@ def test_two_moons_open_a_hidden_layer() -> None:
     np.testing.assert_allclose(fitted.predict_proba(unseen).sum(1), 1)
     assert fitted.flops_ > sum(growth.flops for growth in fitted.growths_) > 0
     again = GrowingClassifier(random_state=0, max_growths=4).fit(x, y)
-    np.testing.assert_array_equal(again.predict_proba(unseen), fitted.predict_proba(unseen))
+    np.testing.assert_array_equal(
+        again.predict_proba(unseen), fitted.predict_proba(unseen)
+    )
     back = pickle.loads(pickle.dumps(fitted))
-    np.testing.assert_array_equal(back.predict_proba(unseen), fitted.predict_proba(unseen))
+    np.testing.assert_array_equal(
+        back.predict_proba(unseen), fitted.predict_proba(unseen)
+    )
     assert back.hidden_ == fitted.hidden_
 
 
@@ -80,7 +87,9 @@ def test_in_a_pipeline_and_a_grid() -> None:
         {"growingclassifier__learning_rate_init": [3e-3, 1e-2]}, cv=2,
     )  # fmt: skip
     assert search.fit(x, y).best_score_ > 0.85
-    assert clone(search.best_estimator_).get_params()["growingclassifier__max_iter"] == 25
+    assert (
+        clone(search.best_estimator_).get_params()["growingclassifier__max_iter"] == 25
+    )
 
 
 def test_partial_fit_grows() -> None:
@@ -107,15 +116,27 @@ def test_partial_fit_grows() -> None:
 def test_weights_and_limits() -> None:
     x, y = make_moons(300, noise=0.25, random_state=0)
     plain = GrowingClassifier(random_state=0, max_iter=20).fit(x, y)
-    heavy = GrowingClassifier(random_state=0, max_iter=20, class_weight={0: 1, 1: 20}).fit(x, y)
+    heavy = GrowingClassifier(
+        random_state=0, max_iter=20, class_weight={0: 1, 1: 20}
+    ).fit(x, y)
     assert heavy.predict(x).mean() > plain.predict(x).mean()
     with pytest.raises(ValueError, match=r"[Ss]ample.weight"):
         GrowingClassifier().fit(x, y, sample_weight=np.zeros(len(x)))
-    assert GrowingClassifier(random_state=0, max_growths=0, max_iter=20).fit(x, y).hidden_ == []
-    assert GrowingClassifier(random_state=0, max_parameters=20, max_iter=40).fit(x, y).n_parameters_ <= 20
+    assert (
+        GrowingClassifier(random_state=0, max_growths=0, max_iter=20).fit(x, y).hidden_
+        == []
+    )
+    assert (
+        GrowingClassifier(random_state=0, max_parameters=20, max_iter=40)
+        .fit(x, y)
+        .n_parameters_
+        <= 20
+    )
 
 
-@pytest.mark.parametrize("case", ["constant", "one class", "few", "wide targets", "large"])
+@pytest.mark.parametrize(
+    "case", ["constant", "one class", "few", "wide targets", "large"]
+)
 def test_odd_data_never_give_nan(case: str) -> None:
     x, generator = draw(60)
     y: Any = generator.integers(0, 2, 60)

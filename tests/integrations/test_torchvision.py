@@ -12,7 +12,15 @@ import torch
 import meristem as ms
 
 pytestmark = pytest.mark.slow
-MODELS = ["resnet18", "mobilenet_v2", "densenet121", "vgg11_bn", "efficientnet_b0", "convnext_tiny", "regnet_y_400mf"]
+MODELS = [
+    "resnet18",
+    "mobilenet_v2",
+    "densenet121",
+    "vgg11_bn",
+    "efficientnet_b0",
+    "convnext_tiny",
+    "regnet_y_400mf",
+]
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +29,14 @@ def models() -> Any:
         pytest.skip("torchvision is not installed")
     try:
         importlib.import_module("torchvision")
-    except RuntimeError:  # its extension does not load: then its operators need their schemas declared
+    except (
+        RuntimeError
+    ):  # its extension does not load: then its operators need their schemas declared
         library = torch.library.Library("torchvision", "FRAGMENT")
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define(
+            "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        )
     return pytest.importorskip("torchvision.models")
 
 

@@ -16,7 +16,9 @@ import meristem as ms
 class RandomNet(nn.Module):
     """A chain of drawn pieces on [batch, channels, length] data, then flatten and linear layers, one of them tied."""
 
-    def __init__(self, pieces: list[tuple[str, int]], hidden: list[int], tie: bool) -> None:
+    def __init__(
+        self, pieces: list[tuple[str, int]], hidden: list[int], tie: bool
+    ) -> None:
         super().__init__()
         self.pieces = pieces
         channels = 3
@@ -34,7 +36,11 @@ class RandomNet(nn.Module):
                 setattr(self, f"a{i}", nn.Conv1d(channels, 2 * width, 1))
                 channels = width
             elif kind == "depthwise":
-                setattr(self, f"a{i}", nn.Conv1d(channels, channels, 3, padding=1, groups=channels))
+                setattr(
+                    self,
+                    f"a{i}",
+                    nn.Conv1d(channels, channels, 3, padding=1, groups=channels),
+                )
             elif kind == "batch_norm":
                 setattr(self, f"a{i}", nn.BatchNorm1d(channels))
             elif kind == "group_norm":
@@ -74,11 +80,19 @@ class RandomNet(nn.Module):
 
 
 PIECE = st.tuples(
-    st.sampled_from(["conv", "residual", "cat", "glu", "depthwise", "batch_norm", "group_norm"]), st.integers(2, 5)
+    st.sampled_from(
+        ["conv", "residual", "cat", "glu", "depthwise", "batch_norm", "group_norm"]
+    ),
+    st.integers(2, 5),
 )
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=200,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
 @given(
     pieces=st.lists(PIECE, min_size=1, max_size=4),
     hidden=st.lists(st.integers(2, 6), max_size=2),
@@ -86,14 +100,22 @@ PIECE = st.tuples(
     count=st.integers(1, 5),
     seed=st.integers(0, 10),
 )
-def test_every_axis_of_a_random_network(pieces: list, hidden: list, tie: bool, count: int, seed: int) -> None:
+def test_every_axis_of_a_random_network(
+    pieces: list, hidden: list, tie: bool, count: int, seed: int
+) -> None:
     torch.manual_seed(seed)
     net = RandomNet([("conv", 4), *pieces], hidden, tie)
     x = torch.randn(3, 3, 4)
     axes = ms.find_axes(net, x)
     assert "a0" in axes
-    wishes = [{axis.name: count * axis.multiple} for axis in axes.values() if axis.kind != "depth"]
-    if seed % 5 == 0:  # all places of the chain at once, on some of the networks: it is the longest growth
+    wishes = [
+        {axis.name: count * axis.multiple}
+        for axis in axes.values()
+        if axis.kind != "depth"
+    ]
+    if (
+        seed % 5 == 0
+    ):  # all places of the chain at once, on some of the networks: it is the longest growth
         wishes.append({axis.name: 1 for axis in axes.values() if axis.kind == "depth"})
     for wish in wishes:
         model = copy.deepcopy(net)
@@ -105,7 +127,9 @@ def test_every_axis_of_a_random_network(pieces: list, hidden: list, tie: bool, c
             ms.grow_(model, wish, x, optimizer=opt)
             with torch.no_grad():
                 assert (model(x) - out).abs().max() <= 1e-5 * out.abs().max()
-        ms.narrow_(model, {name: 2 * units for name, units in wish.items()}, x, optimizer=opt)
+        ms.narrow_(
+            model, {name: 2 * units for name, units in wish.items()}, x, optimizer=opt
+        )
         after = model.state_dict()
         assert all(torch.equal(before[k], after[k]) for k in before)
         ms.grow_(model, wish, x, optimizer=opt)
@@ -125,5 +149,7 @@ def test_two_growths_lay_out_as_one(first: int, second: int) -> None:
         for count in counts:
             ms.grow_(net, {"0": count}, x)
         nets.append(net)
-    assert [p.shape for p in nets[0].parameters()] == [p.shape for p in nets[1].parameters()]
+    assert [p.shape for p in nets[0].parameters()] == [
+        p.shape for p in nets[1].parameters()
+    ]
     assert torch.equal(nets[0][0].weight[:3], nets[1][0].weight[:3])

@@ -16,7 +16,13 @@ import meristem as ms
 
 
 def mlp(hidden: int = 8) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(6, hidden), nn.ReLU(), nn.Linear(hidden, 9), nn.ReLU(), nn.Linear(9, 3))
+    return nn.Sequential(
+        nn.Linear(6, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, 9),
+        nn.ReLU(),
+        nn.Linear(9, 3),
+    )
 
 
 def loss(model: nn.Module, batch: Any) -> Tensor:
@@ -53,7 +59,9 @@ class TrainOnlyMean(nn.Module):
 
 
 def test_what_mixes_only_while_training_is_seen() -> None:
-    assert "mean over it" in ms.find_axes(TrainOnlyMean(), torch.randn(4, 6)).frozen["f"]
+    assert (
+        "mean over it" in ms.find_axes(TrainOnlyMean(), torch.randn(4, 6)).frozen["f"]
+    )
 
 
 class Scaled(nn.Module):
@@ -69,7 +77,11 @@ class Scaled(nn.Module):
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.i, self.r, self.f = nn.Linear(6, 8), nn.GRU(8, 10, batch_first=True), nn.Linear(10, 12)
+        self.i, self.r, self.f = (
+            nn.Linear(6, 8),
+            nn.GRU(8, 10, batch_first=True),
+            nn.Linear(10, 12),
+        )
         self.o = nn.Linear(12, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,7 +89,9 @@ class Recurrent(nn.Module):
 
 
 def test_axes_hold_only_what_grows() -> None:
-    assert "depends on its size" in ms.find_axes(Scaled(), torch.randn(4, 6)).frozen["f"]
+    assert (
+        "depends on its size" in ms.find_axes(Scaled(), torch.randn(4, 6)).frozen["f"]
+    )
     model, x = Recurrent(), torch.randn(4, 5, 6)
     axes = ms.find_axes(model, x)
     assert [axis.name for axis in axes.values() if axis.kind == "width"] == ["f"]
@@ -127,9 +141,18 @@ def test_a_failed_load_changes_nothing(tmp_path: Path) -> None:
     refused(model, ms.PendingBackward)
     pending.backward()
     refused(model, ms.CheckpointError, optimizer=torch.optim.Adam([model[0].weight]))
-    refused(model, ms.CheckpointError, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    refused(
+        model, ms.CheckpointError, optimizer=torch.optim.SGD(model.parameters(), lr=0.1)
+    )
     data = [(x, torch.randint(0, 3, (4,)))]
-    grower = ms.Grower(model, None, loss=loss, data=data, when=ms.when.Every(steps=1), how=ms.how.Random())
+    grower = ms.Grower(
+        model,
+        None,
+        loss=loss,
+        data=data,
+        when=ms.when.Every(steps=1),
+        how=ms.how.Random(),
+    )
     refused(model, ms.CheckpointError, grower=grower)
     wide = mlp(16)
     ms.save(tmp_path, wide)
@@ -190,11 +213,21 @@ def test_the_callers_modes_do_not_reach_in() -> None:
 def test_a_full_axis_leaves_the_others_growing() -> None:
     model, x = mlp(), torch.randn(4, 6)
     data = [(x, torch.randint(0, 3, (4,)))]
-    options: dict[str, Any] = {"loss": loss, "data": data, "when": ms.when.Every(steps=1), "how": ms.how.Random()}
+    options: dict[str, Any] = {
+        "loss": loss,
+        "data": data,
+        "when": ms.when.Every(steps=1),
+        "how": ms.how.Random(),
+    }
     budget = ms.Budget(sizes={"0": 8, "2": 11})
-    grower = ms.Grower(model, None, where=ms.where.RoundRobin(), amount=1, budget=budget, **options)
+    grower = ms.Grower(
+        model, None, where=ms.where.RoundRobin(), amount=1, budget=budget, **options
+    )
     assert [bool(grower.step()) for _ in range(4)] == [True, True, False, False]
-    assert grower.reason == "every axis has reached the largest size that the budget allows"
+    assert (
+        grower.reason
+        == "every axis has reached the largest size that the budget allows"
+    )
     for amount in (0, -1, 0.0, [0], {"0": 0}):
         with pytest.raises(ValueError, match="amount must be positive"):
             ms.Grower(model, None, amount=amount, **options)
@@ -244,7 +277,9 @@ def mse(model: nn.Module, batch: Any) -> Tensor:
 
 
 def small() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+    return nn.Sequential(
+        nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)
+    )
 
 
 def pairs(count: int = 5) -> list[Any]:
@@ -264,7 +299,13 @@ def test_training_on_the_side_sees_its_own_steps_under_autocast() -> None:
     for call in (mse, mixed):
         torch.manual_seed(1)
         model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        ms.grow_(model, {"0": 4}, how=ms.how.SWE(lr=1e-2, coupling="full"), loss=call, data=data)
+        ms.grow_(
+            model,
+            {"0": 4},
+            how=ms.how.SWE(lr=1e-2, coupling="full"),
+            loss=call,
+            data=data,
+        )
         losses.append(mse(model, data[0]).item())
     assert losses[1] < 1.5 * losses[0] + 0.01
 
@@ -272,7 +313,12 @@ def test_training_on_the_side_sees_its_own_steps_under_autocast() -> None:
 class TwoOutputs(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.trunk, self.a, self.b1, self.b2 = nn.Linear(4, 8), nn.Linear(8, 2), nn.Linear(8, 5), nn.Linear(5, 2)
+        self.trunk, self.a, self.b1, self.b2 = (
+            nn.Linear(4, 8),
+            nn.Linear(8, 2),
+            nn.Linear(8, 5),
+            nn.Linear(5, 2),
+        )
 
     def forward(self, x: Tensor) -> Any:
         h = F.relu(self.trunk(x))
@@ -330,12 +376,24 @@ class Spent(torch.utils.data.IterableDataset[Any]):
 
 
 def test_iterable_datasets_keep_drop_last_and_one_shot_ones_are_refused() -> None:
-    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+    model = nn.Sequential(
+        nn.Linear(4, 8),
+        nn.BatchNorm1d(8),
+        nn.ReLU(),
+        nn.Linear(8, 6),
+        nn.ReLU(),
+        nn.Linear(6, 2),
+    )
     loader = torch.utils.data.DataLoader(Endless(33), batch_size=8, drop_last=True)
     arguments = {"loss": mse, "when": ms.when.Every(epochs=1), "amount": 6}
     assert ms.recipes.swe_svod(model, None, data=loader, **arguments).epoch()
     with pytest.raises(ms.DataError, match="one-shot"):
-        ms.recipes.swe_svod(small(), None, data=torch.utils.data.DataLoader(Spent(), batch_size=8), **arguments)
+        ms.recipes.swe_svod(
+            small(),
+            None,
+            data=torch.utils.data.DataLoader(Spent(), batch_size=8),
+            **arguments,
+        )
 
 
 class Counting(nn.Module):
@@ -365,7 +423,11 @@ def test_buffers_that_a_forward_changes_stay_as_they_are() -> None:
 class SparseText(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.e, self.l, self.h = nn.Embedding(10, 8, sparse=True), nn.Linear(8, 6), nn.Linear(6, 2)
+        self.e, self.l, self.h = (
+            nn.Embedding(10, 8, sparse=True),
+            nn.Linear(8, 6),
+            nn.Linear(6, 2),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.h(F.relu(self.l(self.e(x).mean(1))))
@@ -373,10 +435,20 @@ class SparseText(nn.Module):
 
 @pytest.mark.parametrize("how", [ms.how.Random(), ms.how.SWE()])
 def test_sparse_embeddings_grow(how: Any) -> None:
-    model, data = SparseText(), [(torch.randint(0, 10, (8, 3)), torch.randn(8, 2)) for _ in range(3)]
+    model, data = (
+        SparseText(),
+        [(torch.randint(0, 10, (8, 3)), torch.randn(8, 2)) for _ in range(3)],
+    )
     assert ms.health(model, loss=mse, data=data)["e"]["dead"] == 0
     grower = ms.Grower(
-        model, None, loss=mse, data=data, when=ms.when.Every(steps=1), how=how, where=ms.where.SVoD(), amount=6
+        model,
+        None,
+        loss=mse,
+        data=data,
+        when=ms.when.Every(steps=1),
+        how=how,
+        where=ms.where.SVoD(),
+        amount=6,
     )
     assert grower.step()
 
@@ -394,7 +466,11 @@ def test_a_loss_may_take_its_batch_apart() -> None:
 
 
 def test_health_checks_its_arguments() -> None:
-    for units, error in (({"0": [100]}, "units 0..7"), ({"0": 3}, "units 0..7"), ({"0": [-1]}, "units 0..7")):
+    for units, error in (
+        ({"0": [100]}, "units 0..7"),
+        ({"0": 3}, "units 0..7"),
+        ({"0": [-1]}, "units 0..7"),
+    ):
         with pytest.raises(ms.GrowthRefused, match=error):
             ms.health(small(), loss=mse, data=pairs(), units=units)
     with pytest.raises(ValueError, match="batches must be"):
@@ -415,7 +491,13 @@ def test_hyperparameters_are_checked_at_once(wrong: Any) -> None:
 
 
 def test_where_and_loss_are_checked_at_once() -> None:
-    arguments = {"loss": mse, "data": pairs(), "when": ms.when.Every(steps=1), "how": ms.how.Random(), "amount": 2}
+    arguments = {
+        "loss": mse,
+        "data": pairs(),
+        "when": ms.when.Every(steps=1),
+        "how": ms.how.Random(),
+        "amount": 2,
+    }
     for where in ("svod", ms.where.SVoD):
         with pytest.raises(TypeError, match="where must be"):
             ms.Grower(small(), None, where=where, **arguments)
@@ -426,7 +508,13 @@ def test_where_and_loss_are_checked_at_once() -> None:
 def test_stages_that_diverge_say_so() -> None:
     model = small()
     stages = ms.recipes.swe_svod_stages(
-        model, lambda p: torch.optim.SGD(p, lr=1e30), loss=mse, data=pairs(), validation=pairs(1), amount=[2], epochs=2
+        model,
+        lambda p: torch.optim.SGD(p, lr=1e30),
+        loss=mse,
+        data=pairs(),
+        validation=pairs(1),
+        amount=[2],
+        epochs=2,
     )
     with pytest.raises(ms.DataError, match="not finite in any epoch"):
         next(stages)

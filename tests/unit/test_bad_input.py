@@ -29,9 +29,18 @@ def net() -> tuple[nn.Module, Any, Any]:
     return model, opt, batch
 
 
-def unchanged(model: nn.Module, opt: Any, act: Callable[[], Any], error: type[Exception], match: str) -> None:
+def unchanged(
+    model: nn.Module,
+    opt: Any,
+    act: Callable[[], Any],
+    error: type[Exception],
+    match: str,
+) -> None:
     weights = {k: v.clone() for k, v in model.state_dict().items()}
-    grads = {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+    grads = {
+        n: None if p.grad is None else p.grad.clone()
+        for n, p in model.named_parameters()
+    }
     state = copy.deepcopy(opt.state_dict())
     attributes = {n: m.extra_repr() for n, m in model.named_modules()}
     rng = torch.get_rng_state()
@@ -47,74 +56,173 @@ def unchanged(model: nn.Module, opt: Any, act: Callable[[], Any], error: type[Ex
     now = opt.state_dict()
     assert now["param_groups"] == state["param_groups"]
     for key, entry in state["state"].items():
-        assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(now["state"][key][k])) for k, v in entry.items())
+        assert all(
+            torch.equal(torch.as_tensor(v), torch.as_tensor(now["state"][key][k]))
+            for k, v in entry.items()
+        )
 
 
 def test_unknown_axis_names_the_nearest(net: Any) -> None:
     model, opt, (x, _) = net
-    unchanged(model, opt, lambda: ms.grow_(model, {"fc11": 3}, x, optimizer=opt), ms.UnknownAxis, r"Did you mean 'fc1'")
     unchanged(
-        model, opt, lambda: ms.grow_(model, {"fc1:in": 3}, x, optimizer=opt), ms.UnknownAxis, "an input of the model"
+        model,
+        opt,
+        lambda: ms.grow_(model, {"fc11": 3}, x, optimizer=opt),
+        ms.UnknownAxis,
+        r"Did you mean 'fc1'",
     )
-    unchanged(model, opt, lambda: ms.grow_(model, {}, x, optimizer=opt), ms.GrowthRefused, "no axis was named")
+    unchanged(
+        model,
+        opt,
+        lambda: ms.grow_(model, {"fc1:in": 3}, x, optimizer=opt),
+        ms.UnknownAxis,
+        "an input of the model",
+    )
+    unchanged(
+        model,
+        opt,
+        lambda: ms.grow_(model, {}, x, optimizer=opt),
+        ms.GrowthRefused,
+        "no axis was named",
+    )
 
 
 @pytest.mark.parametrize("count", [0, -3])
 def test_counts_are_positive(net: Any, count: int) -> None:
     model, opt, (x, _) = net
     for act in (ms.grow_, ms.narrow_, ms.plan):
-        unchanged(model, opt, lambda act=act: act(model, {"fc1": count}, x), ms.GrowthRefused, r"in \[1, inf\)")
+        unchanged(
+            model,
+            opt,
+            lambda act=act: act(model, {"fc1": count}, x),
+            ms.GrowthRefused,
+            r"in \[1, inf\)",
+        )
 
 
 def test_counts_are_whole(net: Any) -> None:
     model, opt, (x, _) = net
     for count in (1.5, "3", None, True):
-        unchanged(model, opt, lambda count=count: ms.grow_(model, {"fc1": count}, x), TypeError, "must be an int")
-    unchanged(model, opt, lambda: ms.grow_(model, [("fc1", 3)], x), TypeError, "must be a dict")
+        unchanged(
+            model,
+            opt,
+            lambda count=count: ms.grow_(model, {"fc1": count}, x),
+            TypeError,
+            "must be an int",
+        )
+    unchanged(
+        model,
+        opt,
+        lambda: ms.grow_(model, [("fc1", 3)], x),
+        TypeError,
+        "must be a dict",
+    )
 
 
 def test_counts_respect_the_granularity() -> None:
     model, x = make("group_norm")
     opt = torch.optim.SGD(model.parameters(), lr=0.1)
-    unchanged(model, opt, lambda: ms.grow_(model, {"conv1": 3}, x), ms.GrowthRefused, "multiples of 2")
-    unchanged(model, opt, lambda: ms.narrow_(model, {"conv1": [0]}, x), ms.GrowthRefused, "whole groups")
+    unchanged(
+        model,
+        opt,
+        lambda: ms.grow_(model, {"conv1": 3}, x),
+        ms.GrowthRefused,
+        "multiples of 2",
+    )
+    unchanged(
+        model,
+        opt,
+        lambda: ms.narrow_(model, {"conv1": [0]}, x),
+        ms.GrowthRefused,
+        "whole groups",
+    )
 
 
 def test_narrowing_leaves_units(net: Any) -> None:
     model, opt, (x, _) = net
-    unchanged(model, opt, lambda: ms.narrow_(model, {"fc1": 12}, x), ms.GrowthRefused, "must stay")
-    unchanged(model, opt, lambda: ms.narrow_(model, {"fc1": [12]}, x), ms.GrowthRefused, "units 0..11")
+    unchanged(
+        model,
+        opt,
+        lambda: ms.narrow_(model, {"fc1": 12}, x),
+        ms.GrowthRefused,
+        "must stay",
+    )
+    unchanged(
+        model,
+        opt,
+        lambda: ms.narrow_(model, {"fc1": [12]}, x),
+        ms.GrowthRefused,
+        "units 0..11",
+    )
 
 
 def test_a_forward_that_fails_on_the_example(net: Any) -> None:
     model, opt, _ = net
     wrong = torch.randn(2, 9)
-    unchanged(model, opt, lambda: ms.grow_(model, {"fc1": 3}, wrong), ms.DiscoveryError, "fails on the example")
-    unchanged(model, opt, lambda: ms.find_axes(model, wrong), ms.DiscoveryError, r"\(2, 9\)")
+    unchanged(
+        model,
+        opt,
+        lambda: ms.grow_(model, {"fc1": 3}, wrong),
+        ms.DiscoveryError,
+        "fails on the example",
+    )
+    unchanged(
+        model, opt, lambda: ms.find_axes(model, wrong), ms.DiscoveryError, r"\(2, 9\)"
+    )
 
 
 def test_an_optimizer_of_another_model(net: Any) -> None:
     model, opt, (x, _) = net
     other = torch.optim.SGD(MLP().parameters(), lr=0.1)
-    unchanged(model, opt, lambda: ms.grow_(model, {"fc1": 3}, x, optimizer=other), ms.OptimizerError, "does not hold")
-    unchanged(model, opt, lambda: ms.grow_(model, {"fc1": 3}, x, optimizer="adam"), TypeError, "torch.optim.Optimizer")
+    unchanged(
+        model,
+        opt,
+        lambda: ms.grow_(model, {"fc1": 3}, x, optimizer=other),
+        ms.OptimizerError,
+        "does not hold",
+    )
+    unchanged(
+        model,
+        opt,
+        lambda: ms.grow_(model, {"fc1": 3}, x, optimizer="adam"),
+        TypeError,
+        "torch.optim.Optimizer",
+    )
 
 
 def test_wrapped_models_are_refused(net: Any) -> None:
     model, opt, (x, _) = net
     wrapped = nn.DataParallel(model)
-    unchanged(model, opt, lambda: ms.grow_(wrapped, {"module.fc1": 3}, x), ms.GrowthRefused, r"model\.module")
+    unchanged(
+        model,
+        opt,
+        lambda: ms.grow_(wrapped, {"module.fc1": 3}, x),
+        ms.GrowthRefused,
+        r"model\.module",
+    )
     compiled = torch.compile(model, backend="eager")
-    unchanged(model, opt, lambda: ms.find_axes(compiled, x), ms.GrowthRefused, r"model\._orig_mod")
+    unchanged(
+        model,
+        opt,
+        lambda: ms.find_axes(compiled, x),
+        ms.GrowthRefused,
+        r"model\._orig_mod",
+    )
 
 
 def test_ddp_is_refused(net: Any, tmp_path: Any) -> None:
     model, opt, (x, _) = net
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
     try:
         wrapped = nn.parallel.DistributedDataParallel(model)
         unchanged(
-            model, opt, lambda: ms.grow_(wrapped, {"module.fc1": 3}, x), ms.GrowthRefused, "DistributedDataParallel"
+            model,
+            opt,
+            lambda: ms.grow_(wrapped, {"module.fc1": 3}, x),
+            ms.GrowthRefused,
+            "DistributedDataParallel",
         )
     finally:
         torch.distributed.destroy_process_group()
@@ -124,10 +232,16 @@ def test_a_pending_backward_is_refused_and_still_works(net: Any) -> None:
     model, opt, batch = net
     pending = loss(model, batch)
     unchanged(
-        model, opt, lambda: ms.grow_(model, {"fc1": 3}, batch[0], optimizer=opt), ms.PendingBackward, "optimizer.step"
+        model,
+        opt,
+        lambda: ms.grow_(model, {"fc1": 3}, batch[0], optimizer=opt),
+        ms.PendingBackward,
+        "optimizer.step",
     )
     pending.backward()
-    ms.grow_(model, {"fc1": 3}, batch[0], optimizer=opt)  # an old loss that is still referenced is no obstacle
+    ms.grow_(
+        model, {"fc1": 3}, batch[0], optimizer=opt
+    )  # an old loss that is still referenced is no obstacle
     loss(model, batch).backward()
     assert pending is not None
 
@@ -136,7 +250,9 @@ def test_a_loss_that_is_not_finite(net: Any) -> None:
     model, opt, (x, y) = net
     for how in (ms.how.Random(), ms.how.GradMax()):
         bad = lambda m, b: loss(m, b) * float("nan")
-        act = lambda how=how, bad=bad: ms.grow_(model, {"fc1": 3}, x, how=how, optimizer=opt, loss=bad, data=[(x, y)])
+        act = lambda how=how, bad=bad: ms.grow_(
+            model, {"fc1": 3}, x, how=how, optimizer=opt, loss=bad, data=[(x, y)]
+        )
         unchanged(model, opt, act, ms.DataError, "nothing was changed")
 
 
@@ -149,10 +265,20 @@ def test_data_that_cannot_be_read_twice_or_at_all(net: Any) -> None:
         ([], "empty"),
         (3, "re-iterable"),
     ):
-        unchanged(model, opt, lambda data=data: ms.Grower(model, opt, data=data, **options), ms.DataError, match)
-        act = lambda data=data: ms.grow_(model, {"fc1": 3}, batch[0], how=ms.how.GradMax(), loss=loss, data=data)
+        unchanged(
+            model,
+            opt,
+            lambda data=data: ms.Grower(model, opt, data=data, **options),
+            ms.DataError,
+            match,
+        )
+        act = lambda data=data: ms.grow_(
+            model, {"fc1": 3}, batch[0], how=ms.how.GradMax(), loss=loss, data=data
+        )
         unchanged(model, opt, act, ms.DataError, match)
-    act = lambda: ms.grow_(model, {"fc1": 3}, batch[0], how=ms.how.GradMax(), optimizer=opt)
+    act = lambda: ms.grow_(
+        model, {"fc1": 3}, batch[0], how=ms.how.GradMax(), optimizer=opt
+    )
     unchanged(model, opt, act, ms.DataError, "loss= and data=")
     unchanged(model, opt, lambda: ms.grow_(model, {"fc1": 3}), ms.DataError, "example")
 
@@ -173,7 +299,11 @@ def test_a_state_tensor_without_a_rule() -> None:
     model(x).sum().backward()
     opt.step()
     unchanged(
-        model, opt, lambda: ms.grow_(model, {"fc1": 3}, x, optimizer=opt), ms.OptimizerError, "'curvature' of Odd"
+        model,
+        opt,
+        lambda: ms.grow_(model, {"fc1": 3}, x, optimizer=opt),
+        ms.OptimizerError,
+        "'curvature' of Odd",
     )
     ms.STATE_RULES[Odd] = {"curvature": "second"}
     try:
@@ -201,10 +331,18 @@ def test_code_that_hard_codes_a_size_is_refused_with_its_place() -> None:
     assert all(axis.kind == "depth" for axis in axes.values())
     plan = ms.plan(model, {"fc1": 4}, x) if "fc1" not in axes.frozen else None
     assert plan is None or not plan
-    unchanged(model, opt, lambda: ms.grow_(model, {"fc1": 4}, x, optimizer=opt), ms.GrowthRefused, "fc1")
+    unchanged(
+        model,
+        opt,
+        lambda: ms.grow_(model, {"fc1": 4}, x, optimizer=opt),
+        ms.GrowthRefused,
+        "fc1",
+    )
 
 
-def test_an_error_during_the_exchange_rolls_everything_back(net: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_during_the_exchange_rolls_everything_back(
+    net: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from meristem.surgery import exchange
 
     model, opt, batch = net
@@ -224,7 +362,9 @@ def test_an_error_during_the_exchange_rolls_everything_back(net: Any, monkeypatc
     assert all(torch.equal(weights[k], v) for k, v in model.state_dict().items())
     for key, entry in state["state"].items():
         assert all(
-            torch.equal(torch.as_tensor(v), torch.as_tensor(opt.state_dict()["state"][key][k]))
+            torch.equal(
+                torch.as_tensor(v), torch.as_tensor(opt.state_dict()["state"][key][k])
+            )
             for k, v in entry.items()
         )
     opt.zero_grad()
@@ -233,7 +373,12 @@ def test_an_error_during_the_exchange_rolls_everything_back(net: Any, monkeypatc
 
 
 def test_a_zero_fan_in_under_an_activation_that_is_not_zero_at_zero() -> None:
-    model, x = nn.Sequential(nn.Linear(4, 6), nn.Sigmoid(), nn.Linear(6, 2)), torch.randn(3, 4)
+    model, x = (
+        nn.Sequential(nn.Linear(4, 6), nn.Sigmoid(), nn.Linear(6, 2)),
+        torch.randn(3, 4),
+    )
     opt = torch.optim.SGD(model.parameters(), lr=0.1)
-    act = lambda: ms.grow_(model, {"0": 2}, x, how=ms.how.Random(zero="fan_in"), optimizer=opt)
+    act = lambda: ms.grow_(
+        model, {"0": 2}, x, how=ms.how.Random(zero="fan_in"), optimizer=opt
+    )
     unchanged(model, opt, act, ms.VerificationError, "zero='fan_out'")

@@ -14,7 +14,9 @@ from meristem.checkpoint import MANIFEST
 
 
 @pytest.mark.parametrize("zoo_name", [n for n in ZOO if n != "resnet18"])
-def test_any_grown_model_is_rebuilt_from_its_class(zoo_name: str, tmp_path: Path) -> None:
+def test_any_grown_model_is_rebuilt_from_its_class(
+    zoo_name: str, tmp_path: Path
+) -> None:
     model, x = make(zoo_name)
     for name in list(ms.find_axes(model, x))[:2]:
         for times in (2, 1):
@@ -24,11 +26,15 @@ def test_any_grown_model_is_rebuilt_from_its_class(zoo_name: str, tmp_path: Path
     model.eval()
     loaded.eval()
     torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
-    assert [m.extra_repr() for m in loaded.modules()] == [m.extra_repr() for m in model.modules()]
+    assert [m.extra_repr() for m in loaded.modules()] == [
+        m.extra_repr() for m in model.modules()
+    ]
     assert ms.find_axes(loaded, x).keys() == ms.find_axes(model, x).keys()
 
 
-def test_a_write_that_dies_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_dies_leaves_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, x = MLP(), torch.randn(3, 10)
     ms.save(tmp_path, model)
     out = model(x).detach()
@@ -46,7 +52,11 @@ def test_a_write_that_dies_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch
                 ms.save(tmp_path, model)
         assert torch.equal(ms.load(tmp_path, MLP())(x), out)
     ms.save(tmp_path, model)
-    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".pt", ".safetensors"]
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [
+        ".json",
+        ".pt",
+        ".safetensors",
+    ]
 
 
 def test_wrong_checkpoints_are_named(tmp_path: Path) -> None:

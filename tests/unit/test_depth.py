@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from zoo import make
 
 import meristem as ms
+from meristem import sharing
 from meristem.activations import Rational
+from meristem.calendar import units_now
 
 
 class Residual(nn.Module):
@@ -216,14 +219,19 @@ def test_what_narrowing_must_leave() -> None:
 
 
 def test_stacks_repeat_and_interposed_copies_stand_beside_their_blocks() -> None:
-    for how, order in ((ms.how.Stack(), [0, 1, 2, 0, 1]), (ms.how.Interpose(), [0, 0, 1, 1, 2])):
+    for how, order in (
+        (ms.how.Stack(), [0, 1, 2, 0, 1]),
+        (ms.how.Interpose(), [0, 0, 1, 1, 2]),
+    ):
         model = Net()
         old = [block.up.weight.clone() for block in model.blocks]
         opt = torch.optim.Adam(model.parameters(), lr=1e-3)
         loss_of(model, X).backward()
         opt.step()
         old = [block.up.weight.clone() for block in model.blocks]
-        state = [opt.state[block.up.weight]["exp_avg"].clone() for block in model.blocks]
+        state = [
+            opt.state[block.up.weight]["exp_avg"].clone() for block in model.blocks
+        ]
         ms.grow_(model, {"blocks": 2}, X, how=how, optimizer=opt)
         for block, number in zip(model.blocks, order, strict=True):
             assert torch.equal(block.up.weight, old[number])
@@ -248,7 +256,9 @@ def test_integers_that_are_no_positions_stay() -> None:
     wide = Net()
     ms.grow_(wide, {"blocks.1.up": 1, "blocks.2.up": 2}, X)  # 9, 10, 11
     ms.grow_(wide, {"blocks": 2}, X, how=ms.how.Interpose(zero=True))
-    assert [block.up.out_features for block in wide.blocks] == [len(block.up.weight) for block in wide.blocks]
+    assert [block.up.out_features for block in wide.blocks] == [
+        len(block.up.weight) for block in wide.blocks
+    ]
 
 
 def test_blocks_of_different_widths_are_counted_as_they_are() -> None:
@@ -279,12 +289,19 @@ def test_two_runs_in_one_list() -> None:
     x = X.double()
     axes = ms.find_axes(model, x)
     assert axes["h"].size == 2
-    assert "h:2" in {**axes, **axes.frozen}  # a norm on the stream: no block of it is silent
+    assert "h:2" in {
+        **axes,
+        **axes.frozen,
+    }  # a norm on the stream: no block of it is silent
     growth = ms.grow_(model, {"h": 1}, x, loss=loss_of, data=[x])
     assert growth.max_change <= 1e-12
     assert [m[1].layer_idx for m in model.h if isinstance(m, nn.Sequential)] == [3, 4]
     ms.grow_(model, {"h": 1, "h:2": 1}, x, how=ms.how.Stack(), loss=loss_of, data=[x])
-    assert [m[1].layer_idx for m in model.h if isinstance(m, nn.Sequential)] == [4, 5, 6]
+    assert [m[1].layer_idx for m in model.h if isinstance(m, nn.Sequential)] == [
+        4,
+        5,
+        6,
+    ]
 
 
 def test_a_sequential_stays_a_list(tmp_path: Path) -> None:
@@ -301,7 +318,9 @@ def test_a_sequential_stays_a_list(tmp_path: Path) -> None:
     ms.load(tmp_path, model)
 
 
-def test_a_net_that_grew_and_narrowed_loads_into_one_of_its_size(tmp_path: Path) -> None:
+def test_a_net_that_grew_and_narrowed_loads_into_one_of_its_size(
+    tmp_path: Path,
+) -> None:
     model = Net()
     ms.grow_(model, {"blocks": 2}, X)
     ms.narrow_(model, {"blocks": 2}, X)
@@ -311,8 +330,14 @@ def test_a_net_that_grew_and_narrowed_loads_into_one_of_its_size(tmp_path: Path)
 
 def test_layers_that_torch_reads_itself_are_left_alone() -> None:
     model, x = make("post_norm")
-    assert not any("linear" in name and name.endswith(":depth") for name in ms.find_axes(model, x))
-    plain = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 8)), nn.ReLU(), nn.Linear(8, 2))
+    assert not any(
+        "linear" in name and name.endswith(":depth") for name in ms.find_axes(model, x)
+    )
+    plain = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Linear(4, 8)),
+        nn.ReLU(),
+        nn.Linear(8, 2),
+    )
     assert "0:depth" not in ms.find_axes(plain, X)
 
 
@@ -354,12 +379,17 @@ def test_named_parameters_keep_their_names() -> None:
 
 def test_blocks_are_followed_when_later_ones_come_between() -> None:
     model = Net(2)
-    twice = grower(model, how=ms.how.Interpose(), amount={"blocks": 2}, when=ms.when.At(steps=(1, 2)))
+    twice = grower(
+        model,
+        how=ms.how.Interpose(),
+        amount={"blocks": 2},
+        when=ms.when.At(steps=(1, 2)),
+    )
     first = twice.step()
     assert first is not None
     copies = [model.blocks[place] for place in first.blocks["blocks"]]
     twice.step()
-    now = twice._units_now(first)["blocks"]
+    now = units_now(first, twice.history)["blocks"]
     assert [model.blocks[place] for place in now] == copies
 
 
@@ -369,19 +399,29 @@ def test_methods_that_copy_refuse_a_place_in_a_chain() -> None:
         ms.grow_(model, {"fc1:depth": 1}, x, how=ms.how.Stack())
 
 
-def test_a_chain_becomes_a_sequential_and_its_layer_keeps_its_name(tmp_path: Path) -> None:
+def test_a_chain_becomes_a_sequential_and_its_layer_keeps_its_name(
+    tmp_path: Path,
+) -> None:
     model, x = make("mlp_norm", torch.float64)
     fc1, head = model.fc1, model.head
     out = model.eval()(x).detach()
     ms.grow_(model, {"fc1:depth": 1, "fc2:depth": 1, "head:depth": 1}, x)
-    assert [type(m) for m in model.fc1] == [nn.Linear, Rational, nn.Linear]  # a norm follows: a ReLU would show
+    assert [type(m) for m in model.fc1] == [
+        nn.Linear,
+        Rational,
+        nn.Linear,
+    ]  # a norm follows: a ReLU would show
     assert [type(m) for m in model.fc2] == [nn.Linear, nn.ReLU, nn.Linear]
     assert [type(m) for m in model.head] == [nn.Linear, nn.ReLU, nn.Linear]
     assert model.fc1[0] is fc1
     assert model.head[2] is head
     assert (model(x) - out).abs().max() <= 1e-12
     ms.grow_(model, {"fc1": 3, "fc1.2": 2}, x)
-    assert (fc1.out_features, model.fc1[2].in_features, model.fc1[2].out_features) == (15, 15, 14)
+    assert (fc1.out_features, model.fc1[2].in_features, model.fc1[2].out_features) == (
+        15,
+        15,
+        14,
+    )
     ms.grow_(model, {"fc1:depth": 1, "head:depth": 1}, x)
     assert len(model.fc1) == len(model.head) == 5
     assert model.head[4] is head
@@ -419,7 +459,12 @@ def test_new_blocks_join_the_groups_of_their_parents() -> None:
     model = Net()
     biases = [p for n, p in model.named_parameters() if n.endswith("bias")]
     weights = [p for n, p in model.named_parameters() if n.endswith("weight")]
-    opt = torch.optim.AdamW([{"params": weights, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.0}])
+    opt = torch.optim.AdamW(
+        [
+            {"params": weights, "weight_decay": 0.1},
+            {"params": biases, "weight_decay": 0.0},
+        ]
+    )
     ms.grow_(model, {"blocks": 2, "stem:depth": 1}, X, optimizer=opt)
     held = [{id(p) for p in group["params"]} for group in opt.param_groups]
     for block in model.blocks[3:]:
@@ -428,7 +473,9 @@ def test_new_blocks_join_the_groups_of_their_parents() -> None:
     assert held[0] | held[1] == {id(p) for p in model.parameters()}
 
 
-def test_an_error_while_blocks_are_placed_rolls_everything_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_while_blocks_are_placed_rolls_everything_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from meristem.surgery import exchange
 
     model = Net()
@@ -441,24 +488,46 @@ def test_an_error_while_blocks_are_placed_rolls_everything_back(monkeypatch: pyt
         raise RuntimeError("no more")
 
     original = exchange.set_attribute
-    monkeypatch.setattr(exchange, "set_attribute", lambda *a: fail() if a[2] == "layer_idx" else original(*a))
+    monkeypatch.setattr(
+        exchange,
+        "set_attribute",
+        lambda *a: fail() if a[2] == "layer_idx" else original(*a),
+    )
     with pytest.raises(RuntimeError, match="no more"):
-        ms.grow_(model, {"blocks": 2, "blocks.0.up": 3, "head:depth": 1}, X, how=ms.how.ZeroBlock(), optimizer=opt)
+        ms.grow_(
+            model,
+            {"blocks": 2, "blocks.0.up": 3, "head:depth": 1},
+            X,
+            how=ms.how.ZeroBlock(),
+            optimizer=opt,
+        )
     assert list(model.state_dict()) == list(before)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert len(opt.state_dict()["param_groups"][0]["params"]) == len(state["param_groups"][0]["params"])
+    assert len(opt.state_dict()["param_groups"][0]["params"]) == len(
+        state["param_groups"][0]["params"]
+    )
     assert type(model.head) is nn.Linear
     assert isinstance(ms.find_axes(model, X)["blocks"], ms.Axis)
 
 
 def grower(model: nn.Module, **options: Any) -> ms.Grower:
     opt = torch.optim.SGD(model.parameters(), lr=1e-2)
-    return ms.Grower(model, opt, loss=loss_of, data=[X], **{"when": ms.when.Every(steps=1), **options})
+    return ms.Grower(
+        model,
+        opt,
+        loss=loss_of,
+        data=[X],
+        **{"when": ms.when.Every(steps=1), **options},
+    )
 
 
 def test_one_grower_over_width_and_depth() -> None:
     model = Net()
-    both = grower(model, how=[ms.how.GradMax(), ms.how.Stack()], amount={"blocks.0.up": 2, "blocks": 1})
+    both = grower(
+        model,
+        how=[ms.how.GradMax(), ms.how.Stack()],
+        amount={"blocks.0.up": 2, "blocks": 1},
+    )
     growth = both.step()
     assert growth is not None
     assert growth.after == {"blocks.0.up": 11, "blocks": 4}
@@ -469,14 +538,16 @@ def test_one_grower_over_width_and_depth() -> None:
 
 def test_gains_per_flop_rank_units_and_blocks() -> None:
     model = Net()
-    ranked = grower(model, how=ms.how.GradMax(), where=ms.where.ByGain(per_flop=True), amount=6)
+    ranked = grower(
+        model, how=ms.how.GradMax(), where=ms.where.ByGain(per_flop=True), amount=6
+    )
     growth = ranked.step()
     assert growth is not None
     assert sum(growth.added.values()) == 6
     kinds = {ms.find_axes(model, X)[name].kind for name in growth.added}
-    offered = ranked._offers  # both sorts were offered, whichever won
     assert kinds <= {"width", "depth"}
-    assert callable(offered)
+    both = {axis.kind for axis in sharing._open_axes(ranked._asked(math.inf))}
+    assert both > {"depth"}  # both sorts were offered, whichever won
 
 
 def test_an_int_goes_to_one_sort_of_axes() -> None:
@@ -490,7 +561,12 @@ def test_an_int_goes_to_one_sort_of_axes() -> None:
 
 def test_a_budget_binds_depth() -> None:
     model = Net()
-    bound = grower(model, how=ms.how.Stack(), amount={"blocks": 9}, budget=ms.Budget(sizes={"blocks": 5}))
+    bound = grower(
+        model,
+        how=ms.how.Stack(),
+        amount={"blocks": 9},
+        budget=ms.Budget(sizes={"blocks": 5}),
+    )
     growth = bound.step()
     assert growth is not None
     assert growth.after == {"blocks": 5}
@@ -499,7 +575,9 @@ def test_a_budget_binds_depth() -> None:
 def test_the_stack_recipe_grows_once_at_its_moment() -> None:
     model = Net(1)
     opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    recipe = ms.recipes.stack(model, opt, loss=loss_of, data=[X], to={"blocks": 4}, at=0.5, total="10 steps")
+    recipe = ms.recipes.stack(
+        model, opt, loss=loss_of, data=[X], to={"blocks": 4}, at=0.5, total="10 steps"
+    )
     depth = []
     for _ in range(10):
         opt.zero_grad()
@@ -524,7 +602,9 @@ def test_the_stack_recipe_grows_once_at_its_moment() -> None:
         ({"to": {"blocs": 4}}, ms.UnknownAxis, "Did you mean 'blocks'"),
     ],
 )
-def test_the_stack_recipe_says_what_is_wrong(change: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_the_stack_recipe_says_what_is_wrong(
+    change: dict[str, Any], error: type[Exception], words: str
+) -> None:
     model = Net(1)
     opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
     asked = {"to": {"blocks": 4}, "at": 0.5, "total": "10 steps"} | change
@@ -549,10 +629,16 @@ class Modulated(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.condition, self.up, self.down = nn.Linear(6, 6), nn.Linear(6, 9), nn.Linear(9, 6)
+        self.condition, self.up, self.down = (
+            nn.Linear(6, 6),
+            nn.Linear(6, 9),
+            nn.Linear(9, 6),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.condition(x.mean(0, keepdim=True)) * self.down(torch.tanh(self.up(x)))
+        return x + self.condition(x.mean(0, keepdim=True)) * self.down(
+            torch.tanh(self.up(x))
+        )
 
 
 class OwnNorm(nn.Module):
@@ -571,7 +657,12 @@ class Sandwiched(nn.Module):
 
     def __init__(self, shifted: bool = False) -> None:
         super().__init__()
-        self.pre, self.up, self.down, self.post = OwnNorm(shifted), nn.Linear(6, 9), nn.Linear(9, 6), OwnNorm(shifted)
+        self.pre, self.up, self.down, self.post = (
+            OwnNorm(shifted),
+            nn.Linear(6, 9),
+            nn.Linear(9, 6),
+            OwnNorm(shifted),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.post(self.down(torch.tanh(self.up(self.pre(x)))))
@@ -618,8 +709,12 @@ def test_ids_that_are_no_positions_stay_where_one_block_is_all_there_is() -> Non
     assert [block.layer_idx for block in net.blocks] == [0, 1, 2]
 
 
-@pytest.mark.parametrize(("name", "depth"), [("layer_num", 1), ("lid", 2), ("i", 2), ("whatever", 3)])
-def test_positions_are_known_by_their_name_or_by_counting_on(name: str, depth: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "depth"), [("layer_num", 1), ("lid", 2), ("i", 2), ("whatever", 3)]
+)
+def test_positions_are_known_by_their_name_or_by_counting_on(
+    name: str, depth: int
+) -> None:
     net = Net(depth)
     for i, block in enumerate(net.blocks):
         setattr(block, name, i)
@@ -634,7 +729,11 @@ def test_a_lone_first_block_that_differs_leads_into_the_run() -> None:
     net.num_layers = 3
     net.blocks[0].up = nn.Sequential(nn.Linear(6, 9))
     axes = ms.find_axes(net, X)
-    assert {name: axis.size for name, axis in axes.items() if axis.kind == "depth" and ":" not in name} == {"blocks": 3}
+    assert {
+        name: axis.size
+        for name, axis in axes.items()
+        if axis.kind == "depth" and ":" not in name
+    } == {"blocks": 3}
     growth = ms.grow_(net, {"blocks": 2}, X, how=ms.how.Stack())
     assert [block.layer_idx for block in net.blocks] == [0, 1, 2, 3, 4]
     assert net.num_layers == 5
@@ -717,7 +816,13 @@ def test_a_layer_inside_a_block_that_is_in_no_run_grows_again_and_narrows() -> N
 def test_wrong_arguments_of_the_grower_are_named_at_once() -> None:
     net = Net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    given = {"loss": loss_of, "data": [X], "when": ms.when.Every(steps=1), "how": ms.how.Stack(), "axes": "blocks"}
+    given = {
+        "loss": loss_of,
+        "data": [X],
+        "when": ms.when.Every(steps=1),
+        "how": ms.how.Stack(),
+        "axes": "blocks",
+    }
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"when": "2 steps"}, TypeError, "when must be a trigger"),
         ({"budget": 30}, TypeError, "budget must be a meristem.Budget"),
@@ -730,7 +835,9 @@ def test_wrong_arguments_of_the_grower_are_named_at_once() -> None:
         with pytest.raises(kind, match=message):
             ms.Grower(net, optimizer, **given | wrong)
     with pytest.raises(TypeError, match="number of blocks is an int"):
-        ms.recipes.stack(net, optimizer, loss=loss_of, data=[X], to={"blocks": 6.5}, total="4 steps")
+        ms.recipes.stack(
+            net, optimizer, loss=loss_of, data=[X], to={"blocks": 6.5}, total="4 steps"
+        )
     with pytest.raises(ms.GrowthRefused, match="unit 0 is named twice"):
         ms.narrow_(net, {"blocks": [0, 0]}, X)
     with pytest.raises(ms.UnknownAxis, match=r"Did you mean '1\.blocks'"):
@@ -782,7 +889,9 @@ def test_reasons_are_told_for_every_container_of_blocks() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.act(self.up(x))
 
-    assert "change the shape" in reason(nn.Sequential(nn.Sequential(Widening()), nn.Linear(6, 2)), "0")
+    assert "change the shape" in reason(
+        nn.Sequential(nn.Sequential(Widening()), nn.Linear(6, 2)), "0"
+    )
 
 
 class Scaled(nn.Module):
@@ -799,7 +908,9 @@ class Scaled(nn.Module):
 
 @pytest.mark.parametrize("shape", [(), (1,), (6,)])
 @pytest.mark.parametrize("how", [ms.how.ZeroBlock(), ms.how.Interpose(zero=True)])
-def test_a_scale_that_is_still_zero_silences_a_block_by_itself(shape: tuple[int, ...], how: Any) -> None:
+def test_a_scale_that_is_still_zero_silences_a_block_by_itself(
+    shape: tuple[int, ...], how: Any
+) -> None:
     net = chain_of(lambda: Scaled(shape))
     assert ms.grow_(net, {"blocks": 1}, X, how=how).max_change == 0
     net(X).square().mean().backward()
@@ -842,11 +953,21 @@ def test_what_random_weights_cannot_tell_is_left_to_the_real_ones(how: Any) -> N
 
 def test_a_grower_with_a_method_for_depth_grows_depth_and_refuses_at_once() -> None:
     net = Net()
-    given = {"loss": loss_of, "data": [X], "when": ms.when.Every(steps=1), "how": ms.how.Stack(), "amount": 2}
+    given = {
+        "loss": loss_of,
+        "data": [X],
+        "when": ms.when.Every(steps=1),
+        "how": ms.how.Stack(),
+        "amount": 2,
+    }
     grower = ms.Grower(net, torch.optim.SGD(net.parameters(), lr=0.1), **given)
     growth = grower.grow()
     assert growth is not None
     assert growth.added == {"blocks": 2}
     tapped = Tapped()
     with pytest.raises(ms.UnknownAxis, match="would not reach the output"):
-        ms.Grower(tapped, torch.optim.SGD(tapped.parameters(), lr=0.1), **given | {"amount": {"blocks": 1}})
+        ms.Grower(
+            tapped,
+            torch.optim.SGD(tapped.parameters(), lr=0.1),
+            **given | {"amount": {"blocks": 1}},
+        )

@@ -35,11 +35,18 @@ SMALL: dict[str, Any] = {
         "optimizer": {"adamw": {"lr": 1e-3}},
         "schedule": {"wsd": {"decay": 0.3}},
     },
-    "grow": {"when": {"every": "1 epochs"}, "how": {"gradmax": {"scale": 0.5}}, "where": "by_gain", "amount": 8},
+    "grow": {
+        "when": {"every": "1 epochs"},
+        "how": {"gradmax": {"scale": 0.5}},
+        "where": "by_gain",
+        "amount": 8,
+    },
 }
 
 
-def command(*words: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def command(
+    *words: str, cwd: Path, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "meristem.cli", *words],
         cwd=cwd,
@@ -56,17 +63,34 @@ def command(*words: str, cwd: Path, env: dict[str, str] | None = None) -> subpro
         ({"train": {"epocs": 3}}, r"unknown key 'train.epocs'. Did you mean 'epochs'"),
         ({"grow": {"when": {"every": "2"}}}, r"grow.when: a duration carries its unit"),
         ({"grow": {"when": {"evry": "2 epochs"}}}, r"Did you mean 'every'"),
-        ({"grow": {"when": {"every": "2 epochs"}, "how": "gradmx"}}, r"grow.how: .*Did you mean 'gradmax'"),
-        ({"grow": {"when": {"every": "2 epochs"}, "how": {"gradmax": {"scal": 1}}}}, r"Did you mean 'scale'"),
-        ({"grow": {"when": {"every": "2 epochs"}, "budget": {"params": 3}}}, r"unknown key 'grow.budget.params'"),
-        ({"grow": {"when": {"every": "2 epochs"}, "care": ["shrnk"]}}, r"Did you mean 'shrink'"),
-        ({"train": {"epochs": 1, "schedule": {"wsd": {"decay": 3}}}}, r"a fraction of training"),
+        (
+            {"grow": {"when": {"every": "2 epochs"}, "how": "gradmx"}},
+            r"grow.how: .*Did you mean 'gradmax'",
+        ),
+        (
+            {"grow": {"when": {"every": "2 epochs"}, "how": {"gradmax": {"scal": 1}}}},
+            r"Did you mean 'scale'",
+        ),
+        (
+            {"grow": {"when": {"every": "2 epochs"}, "budget": {"params": 3}}},
+            r"unknown key 'grow.budget.params'",
+        ),
+        (
+            {"grow": {"when": {"every": "2 epochs"}, "care": ["shrnk"]}},
+            r"Did you mean 'shrink'",
+        ),
+        (
+            {"train": {"epochs": 1, "schedule": {"wsd": {"decay": 3}}}},
+            r"a fraction of training",
+        ),
         ({"train": {"epochs": 1, "optimizer": "adm"}}, r"Did you mean 'adam'"),
         ({"train": {}}, r"one of epochs, steps and flops"),
         ({"model": "mpl"}, r"Did you mean 'mlp'"),
     ],
 )
-def test_configuration_errors_name_the_key_and_the_nearest(change: dict[str, Any], message: str) -> None:
+def test_configuration_errors_name_the_key_and_the_nearest(
+    change: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         checked(SMALL | change)
 
@@ -75,7 +99,17 @@ def test_a_run_writes_one_json_file_and_is_not_repeated(tmp_path: Path) -> None:
     experiment = checked(SMALL)
     path = run(experiment, tmp_path, "small")
     result = json.loads(path.read_text())
-    wanted = {"accuracy", "loss", "parameters", "widths", "growths", "training_flops", "seed", "versions", "hardware"}
+    wanted = {
+        "accuracy",
+        "loss",
+        "parameters",
+        "widths",
+        "growths",
+        "training_flops",
+        "seed",
+        "versions",
+        "hardware",
+    }
     assert wanted <= result.keys()
     assert sum(result["widths"].values()) == 12 + 3 * 8
     assert result["training_flops"] > result["growth_flops"] > 0
@@ -101,22 +135,36 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path) -> None:
         first.train(tmp_path / "part")
     second = Run(experiment)
     second.train(tmp_path / "part")
-    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            whole.model.parameters(), second.model.parameters(), strict=True
+        )
+    )
     assert second.progress.flops == pytest.approx(whole.progress.flops)
-    assert [p["loss"] for p in second.progress.curve] == [p["loss"] for p in whole.progress.curve]
+    assert [p["loss"] for p in second.progress.curve] == [
+        p["loss"] for p in whole.progress.curve
+    ]
 
 
 def test_equal_flops_sets_the_length_of_training() -> None:
     fixed = {k: v for k, v in SMALL.items() if k != "grow"}
     long = Run(checked(fixed))
-    flops = 3 * long.flops_per_example * len(long.data.x_train)  # three epochs, the smaller last batches included
+    flops = (
+        3 * long.flops_per_example * len(long.data.x_train)
+    )  # three epochs, the smaller last batches included
     half = Run(checked(fixed | {"train": {"flops": flops / 2, "batch_size": 128}}))
     assert half.progress.steps == 11 + 5  # 673 of 1,347 examples in batches of 128
 
 
 def test_schedules() -> None:
-    wsd = checked(SMALL | {"train": {"epochs": 1, "schedule": {"wsd": {"decay": 0.25, "warmup": 0.1}}}})
-    assert [rate(wsd, p) for p in (0.05, 0.5, 0.75, 0.875)] == pytest.approx([0.5, 1, 1, 0.5])
+    wsd = checked(
+        SMALL
+        | {"train": {"epochs": 1, "schedule": {"wsd": {"decay": 0.25, "warmup": 0.1}}}}
+    )
+    assert [rate(wsd, p) for p in (0.05, 0.5, 0.75, 0.875)] == pytest.approx(
+        [0.5, 1, 1, 0.5]
+    )
     cosine = checked(SMALL | {"train": {"epochs": 1, "schedule": "cosine"}})
     assert [rate(cosine, p) for p in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
     assert rate(checked(SMALL | {"train": {"epochs": 1}}), 0.9) == 1
@@ -127,14 +175,22 @@ def test_plain_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     rng = np.random.default_rng(0)
     images = rng.integers(0, 255, (20, 6, 6, 3), dtype=np.uint8)
     np.savez(
-        tmp_path / "cifar10.npz", x_train=images, y_train=np.arange(20) % 4, x_test=images[:4], y_test=np.arange(4)
+        tmp_path / "cifar10.npz",
+        x_train=images,
+        y_train=np.arange(20) % 4,
+        x_test=images[:4],
+        y_test=np.arange(4),
     )
     loaded = datasets.load("cifar10")
     assert loaded.x_train.shape == (20, 3, 6, 6)
     assert loaded.outputs == 4
     assert abs(loaded.x_train.mean().item()) < 1e-5
     (tmp_path / "tabular").mkdir()
-    np.savez(tmp_path / "tabular" / "toy.npz", x=rng.normal(size=(50, 3)), y=rng.normal(size=50))
+    np.savez(
+        tmp_path / "tabular" / "toy.npz",
+        x=rng.normal(size=(50, 3)),
+        y=rng.normal(size=50),
+    )
     assert datasets.load("tabular/toy").task == "regression"
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "toy.txt").write_text("to grow is to live " * 100)
@@ -162,8 +218,22 @@ def test_regression_and_text_train_and_grow(
     x = np.random.default_rng(0).normal(size=(90, 3))
     np.savez(tmp_path / "tabular" / "toy.npz", x=x, y=x.sum(1))
     (tmp_path / "text" / "toy.txt").write_text("to grow is to live " * 200)
-    grow = {"when": {"at": "1 epochs"}, "how": "random", "amount": 2, "axes": ["*", "!*:heads"]}
-    one = Run(checked({"data": name, "model": model, "train": {"epochs": 2, "batch_size": 16}, "grow": grow}))
+    grow = {
+        "when": {"at": "1 epochs"},
+        "how": "random",
+        "amount": 2,
+        "axes": ["*", "!*:heads"],
+    }
+    one = Run(
+        checked(
+            {
+                "data": name,
+                "model": model,
+                "train": {"epochs": 2, "batch_size": 16},
+                "grow": grow,
+            }
+        )
+    )
     one.train(tmp_path / "run")
     assert len(one.grower.history) == 1
     assert one.result()["loss"] > 0
@@ -182,7 +252,11 @@ def test_downloads_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     files = {}
     for name in datasets.SOURCES["mnist"][1]:
         shape = (6, 4, 4) if "images" in name else (6,)
-        body = bytes([0, 0, 8, len(shape)]) + struct.pack(f">{len(shape)}I", *shape) + bytes(range(int(np.prod(shape))))
+        body = (
+            bytes([0, 0, 8, len(shape)])
+            + struct.pack(f">{len(shape)}I", *shape)
+            + bytes(range(int(np.prod(shape))))
+        )
         (served / name).write_bytes(gzip.compress(body))
         files[name] = "md5:" + hashlib.md5((served / name).read_bytes()).hexdigest()
     server = http.server.ThreadingHTTPServer(
@@ -230,7 +304,9 @@ amount = 8
 """
     (tmp_path / "long.toml").write_text(lines)
     words = [sys.executable, "-m", "meristem.cli", "run", "long.toml"]
-    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     for _ in range(600):
         if (tmp_path / "started").exists():
             break
@@ -249,7 +325,9 @@ amount = 8
 
 
 def test_the_command_tells_a_users_mistakes_without_a_traceback(tmp_path: Path) -> None:
-    (tmp_path / "bad.toml").write_text('model = "mlp"\ndata = "digits"\n[train]\nepoch = 3\n')
+    (tmp_path / "bad.toml").write_text(
+        'model = "mlp"\ndata = "digits"\n[train]\nepoch = 3\n'
+    )
     (tmp_path / "mine.py").write_text(
         "import torch\ndef net():\n    return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))\n"
     )
@@ -303,8 +381,19 @@ def test_a_run_grows_depth_at_a_fraction_of_its_steps(tmp_path: Path) -> None:
     table = {
         "model": {"resnet": {"width": 4, "blocks": 1}},
         "data": {"digits": {"examples": 256}},
-        "train": {"steps": 8, "batch_size": 64, "clip": 1.0, "evaluate": 2, "optimizer": {"sgd": {"lr": 0.1}}},
-        "grow": {"when": {"at": 0.5}, "how": ["stack", "net2net"], "axes": "stage?", "amount": [3]},
+        "train": {
+            "steps": 8,
+            "batch_size": 64,
+            "clip": 1.0,
+            "evaluate": 2,
+            "optimizer": {"sgd": {"lr": 0.1}},
+        },
+        "grow": {
+            "when": {"at": 0.5},
+            "how": ["stack", "net2net"],
+            "axes": "stage?",
+            "amount": [3],
+        },
     }
     result = json.loads(run(checked(table), tmp_path, "deep").read_text())
     assert [point["step"] for point in result["curve"]] == [2, 4, 6, 8]

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 import meristem as ms
 from meristem.how.gradmax import GradMax, _Space
-from meristem.structure import Structure
 from meristem.lab.laboratory import Lab, Loan
+from meristem.structure import Structure
 
 
 def mse(model: nn.Module, batch: Any) -> Tensor:
@@ -26,7 +26,9 @@ def output_gradient(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return torch.autograd.grad(F.mse_loss(out, y), out)[0]
 
 
-def space(model: nn.Module, axis: str, count: int, data: list[Any], **options: Any) -> _Space:
+def space(
+    model: nn.Module, axis: str, count: int, data: list[Any], **options: Any
+) -> _Space:
     structure = Structure(model, data[0][0])
     lab = Lab(structure, Loan(torch.Generator().manual_seed(0), mse, data))
     return _Space(lab, structure.axes[axis], count, GradMax(**options))
@@ -42,39 +44,63 @@ def test_dense_operator_is_the_papers_matrix() -> None:
     x, y = data[0]
     g = output_gradient(net, x, y)
     b = g.T @ x  # sum over the batch: the loss is already a mean
-    inward, values, outward = space(net, "0", 3, data).triplets(*space(net, "0", 3, data).operators(0.0))
+    inward, values, outward = space(net, "0", 3, data).triplets(
+        *space(net, "0", 3, data).operators(0.0)
+    )
     u, s, v = torch.linalg.svd(b)
     torch.testing.assert_close(values[:6], s)
-    torch.testing.assert_close((outward[:3] @ u[:, :3]).abs(), torch.eye(3, dtype=torch.float64), atol=1e-6, rtol=0)
-    torch.testing.assert_close((inward[:3] @ v[:3].T).abs(), torch.eye(3, dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        (outward[:3] @ u[:, :3]).abs(),
+        torch.eye(3, dtype=torch.float64),
+        atol=1e-6,
+        rtol=0,
+    )
+    torch.testing.assert_close(
+        (inward[:3] @ v[:3].T).abs(),
+        torch.eye(3, dtype=torch.float64),
+        atol=1e-6,
+        rtol=0,
+    )
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_new_gradient_is_the_predicted_one_and_beats_random_frames(count: int) -> None:
     net, data = dense()
     norm = net[2].weight.norm(dim=0).mean().item()
-    growth = ms.grow_(net, {"0": count}, data[0][0], how=GradMax(scale=0.5), loss=mse, data=data)
+    growth = ms.grow_(
+        net, {"0": count}, data[0][0], how=GradMax(scale=0.5), loss=mse, data=data
+    )
     assert growth.max_change <= 1e-15
     mse(net, data[0]).backward()
     reached = net[0].weight.grad[5:].square().sum().item()
     assert net[2].weight.grad[:, 5:].abs().max() == 0
     fan_out = net[2].weight[:, 5:].detach()
     gram = fan_out.T @ fan_out
-    torch.testing.assert_close(gram, (0.5 * norm) ** 2 * torch.eye(count, dtype=torch.float64))
+    torch.testing.assert_close(
+        gram, (0.5 * norm) ** 2 * torch.eye(count, dtype=torch.float64)
+    )
     assert (fan_out.gather(0, fan_out.abs().argmax(0, keepdim=True)) > 0).all()
     x, y = data[0]
     g = output_gradient(net, x, y)
     b = g.T @ x
     singular = torch.linalg.svdvals(b)[:count]
-    assert reached == pytest.approx((0.5 * norm) ** 2 * singular.square().sum().item(), rel=1e-8)
+    assert reached == pytest.approx(
+        (0.5 * norm) ** 2 * singular.square().sum().item(), rel=1e-8
+    )
     for _ in range(1000):
-        frame = torch.linalg.qr(torch.randn(6, count, dtype=torch.float64))[0] * 0.5 * norm
+        frame = (
+            torch.linalg.qr(torch.randn(6, count, dtype=torch.float64))[0] * 0.5 * norm
+        )
         assert (frame.T @ b).square().sum().item() <= reached * (1 + 1e-9)
 
 
-def exact_conv(x: Tensor, g: Tensor, conv1: nn.Conv2d, conv2: nn.Conv2d, hidden: tuple[int, int]) -> Tensor:
+def exact_conv(
+    x: Tensor, g: Tensor, conv1: nn.Conv2d, conv2: nn.Conv2d, hidden: tuple[int, int]
+) -> Tensor:
     """M of the specification, by explicit sums: unfold(x) Q^T."""
-    patches = F.unfold(x, conv1.kernel_size, conv1.dilation, conv1.padding, conv1.stride)  # (n, C k1^2, R)
+    patches = F.unfold(
+        x, conv1.kernel_size, conv1.dilation, conv1.padding, conv1.stride
+    )  # (n, C k1^2, R)
     n, o = g.shape[:2]
     k2 = conv2.kernel_size[0]
     rows = []
@@ -83,8 +109,14 @@ def exact_conv(x: Tensor, g: Tensor, conv1: nn.Conv2d, conv2: nn.Conv2d, hidden:
             kernel = torch.zeros(1, 1, k2, k2, dtype=x.dtype)
             kernel.view(-1)[q] = 1
             spread = torch.zeros(n, 1, *hidden, dtype=x.dtype, requires_grad=True)
-            image = F.conv2d(spread, kernel, None, conv2.stride, conv2.padding, conv2.dilation)
-            rows.append(torch.autograd.grad((image[:, 0] * g[:, out]).sum(), spread)[0].flatten(1))
+            image = F.conv2d(
+                spread, kernel, None, conv2.stride, conv2.padding, conv2.dilation
+            )
+            rows.append(
+                torch.autograd.grad((image[:, 0] * g[:, out]).sum(), spread)[0].flatten(
+                    1
+                )
+            )
     spread_all = torch.stack(rows, 1)  # (n, O k2^2, R)
     return torch.einsum("ncr,nqr->cq", patches, spread_all)
 
@@ -102,7 +134,9 @@ def test_convolution_reaches_the_optimum_of_the_exact_operator(size: int) -> Non
         p1, p2 = (padded * (k1 // 2) * dilation, padded * (k2 // 2))
         torch.manual_seed(k1)
         conv1 = nn.Conv2d(2, 4, k1, s1, p1, dilation, bias=False)
-        net = nn.Sequential(conv1, nn.Tanh(), nn.Conv2d(4, 3, k2, s2, p2, bias=False)).double()
+        net = nn.Sequential(
+            conv1, nn.Tanh(), nn.Conv2d(4, 3, k2, s2, p2, bias=False)
+        ).double()
         x = torch.randn(3, 2, size, size, dtype=torch.float64)
         try:
             hidden = net[0](x).shape[-2:]
@@ -113,12 +147,22 @@ def test_convolution_reaches_the_optimum_of_the_exact_operator(size: int) -> Non
         g = output_gradient(net, x, target)
         m = exact_conv(x, g, net[0], net[2], tuple(hidden))
         best = torch.linalg.svdvals(m)[:2].square().sum().item()
-        length = net[2].weight.transpose(0, 1).flatten(1).norm(dim=1).mean().item() * 0.5
+        length = (
+            net[2].weight.transpose(0, 1).flatten(1).norm(dim=1).mean().item() * 0.5
+        )
         ms.grow_(net, {"0": 2}, x, how=GradMax(), loss=mse, data=[(x, target)])
         net.zero_grad()
         mse(net, (x, target)).backward()
         reached = net[0].weight.grad[4:].square().sum().item() / length**2
-        assert reached == pytest.approx(best, rel=1e-4), (s1, s2, k1, k2, p1, p2, dilation)
+        assert reached == pytest.approx(best, rel=1e-4), (
+            s1,
+            s2,
+            k1,
+            k2,
+            p1,
+            p2,
+            dilation,
+        )
         checked += 1
     assert checked >= 8
 
@@ -132,7 +176,9 @@ def test_subspace_iteration_reaches_the_optimum_where_the_space_is_large() -> No
     x, y = data[0]
     g = output_gradient(net, x, y)
     exact = torch.linalg.svdvals(g.T @ x)[:2]
-    assert values[:2].square().sum().item() == pytest.approx(exact.square().sum().item(), rel=1e-4)
+    assert values[:2].square().sum().item() == pytest.approx(
+        exact.square().sum().item(), rel=1e-4
+    )
 
 
 def test_micro_batches_and_loss_scale_give_the_same_units() -> None:
@@ -143,7 +189,10 @@ def test_micro_batches_and_loss_scale_give_the_same_units() -> None:
     split = space(net, "0", 2, halves, batches=2).frame()
     torch.testing.assert_close(whole[2], split[2], atol=1e-6, rtol=0)
     structure = Structure(net, x)
-    scaled = Lab(structure, Loan(torch.Generator().manual_seed(0), lambda m, b: 1000 * mse(m, b), data))
+    scaled = Lab(
+        structure,
+        Loan(torch.Generator().manual_seed(0), lambda m, b: 1000 * mse(m, b), data),
+    )
     times = _Space(scaled, structure.axes["0"], 2, GradMax()).frame()
     torch.testing.assert_close(whole[2], times[2], atol=1e-6, rtol=0)
 
@@ -154,7 +203,9 @@ def test_zero_gradient_and_small_rank_are_no_trouble() -> None:
     data = [(x, net(x).detach())]
     ms.grow_(net, {"0": 3}, x, how=GradMax(), loss=mse, data=data)
     assert all(torch.isfinite(p).all() for p in net.parameters())
-    growth = ms.grow_(net, {"0": 5}, x, how=GradMax(), loss=mse, data=[(x, torch.randn(16, 2))])
+    growth = ms.grow_(
+        net, {"0": 5}, x, how=GradMax(), loss=mse, data=[(x, torch.randn(16, 2))]
+    )
     assert "3 units are random" in growth.notes["0"]
 
 
@@ -189,5 +240,11 @@ def test_ascent_never_ends_below_its_start() -> None:
     gains = []
     for steps in (0, 20):
         lab = Lab(structure, Loan(torch.Generator().manual_seed(0), loss, [(x, y)]))
-        gains.append(sum(GradMax(zero="fan_out", steps=steps).propose(lab, structure.axes["conv2"], 3).gains))
+        gains.append(
+            sum(
+                GradMax(zero="fan_out", steps=steps)
+                .propose(lab, structure.axes["conv2"], 3)
+                .gains
+            )
+        )
     assert gains[1] >= gains[0] > 0

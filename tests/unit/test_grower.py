@@ -22,15 +22,23 @@ def loss(model: nn.Module, batch: Any) -> Tensor:
 def loader(n: int = 40, batch: int = 8) -> DataLoader:
     torch.manual_seed(3)
     data = TensorDataset(torch.randn(n, 10), torch.randint(0, 4, (n,)))
-    return DataLoader(data, batch_size=batch, shuffle=True, generator=torch.Generator().manual_seed(0))
+    return DataLoader(
+        data, batch_size=batch, shuffle=True, generator=torch.Generator().manual_seed(0)
+    )
 
 
 def grower(model: nn.Module, opt: Any, data: Any, **options: Any) -> ms.Grower:
-    defaults: dict[str, Any] = {"when": ms.when.Every(epochs=1), "how": ms.how.Random(), "amount": 4}
+    defaults: dict[str, Any] = {
+        "when": ms.when.Every(epochs=1),
+        "how": ms.how.Random(),
+        "amount": 4,
+    }
     return ms.Grower(model, opt, loss=loss, data=data, **(defaults | options))
 
 
-def train(model: nn.Module, opt: Any, data: Any, one: ms.Grower, epochs: int) -> list[ms.Growth]:
+def train(
+    model: nn.Module, opt: Any, data: Any, one: ms.Grower, epochs: int
+) -> list[ms.Growth]:
     growths = []
     for _ in range(epochs):
         for batch in data:
@@ -53,7 +61,10 @@ def test_it_grows_at_the_ends_of_epochs_and_tells() -> None:
     assert [g.step for g in growths] == [5, 10, 15]
     assert one.history == growths
     assert model.fc1.out_features == 12 + 3 * 2
-    assert {a: f["dead"] for a, f in growths[0].health["insertion"].items()} == {"fc1": 0.0, "fc2": 0.0}
+    assert {a: f["dead"] for a, f in growths[0].health["insertion"].items()} == {
+        "fc1": 0.0,
+        "fc2": 0.0,
+    }
     assert one.flops > 0
     assert one.metrics == [(5, 0.5), (10, 0.5), (15, 0.5)]
 
@@ -68,7 +79,11 @@ def test_it_grows_at_the_ends_of_epochs_and_tells() -> None:
         (ms.when.Every(steps=100, start=50, growths=1), Clock(step=20), False),
         (ms.when.Every(steps=100, start=50, growths=1), Clock(step=75), False),
         (ms.when.Every(steps=100, start=50, growths=1), Clock(step=200), True),
-        (ms.when.Every(steps=100, start=50, growths=1), Clock(step=300, growths=1), False),
+        (
+            ms.when.Every(steps=100, start=50, growths=1),
+            Clock(step=300, growths=1),
+            False,
+        ),
         (ms.when.Every(epochs=2), Clock(step=9, epoch=2), False),
         (ms.when.Every(epochs=2), Clock(step=9, epoch=2, epoch_ended=True), True),
         (ms.when.At(steps=(3, 7)), Clock(step=7), True),
@@ -114,7 +129,14 @@ def test_by_gain_gives_the_units_to_the_largest_gains() -> None:
     model, data = MLP(), loader(64, 32)
     opt = torch.optim.SGD(model.parameters(), lr=0.1)
     for per_flop in (False, True):
-        one = grower(model, opt, data, how=ms.how.GradMax(), where=ms.where.ByGain(per_flop), amount=6)
+        one = grower(
+            model,
+            opt,
+            data,
+            how=ms.how.GradMax(),
+            where=ms.where.ByGain(per_flop),
+            amount=6,
+        )
         (growth,) = train(model, opt, data, one, 1)
         assert sum(growth.added.values()) == 6
     plain = grower(model, opt, data, where=ms.where.ByGain(), amount=6)
@@ -125,10 +147,16 @@ def test_by_gain_gives_the_units_to_the_largest_gains() -> None:
 @pytest.mark.parametrize(
     ("budget", "most"),
     [
-        (ms.Budget(parameters=400), lambda m: sum(p.numel() for p in m.parameters()) <= 400),
+        (
+            ms.Budget(parameters=400),
+            lambda m: sum(p.numel() for p in m.parameters()) <= 400,
+        ),
         (ms.Budget(units=30), lambda m: m.fc1.out_features + m.fc2.out_features <= 30),
         (ms.Budget(flops=700), lambda m: True),
-        (ms.Budget(sizes={"fc1": 14, "fc2": 9}), lambda m: m.fc1.out_features == 14 and m.fc2.out_features == 9),
+        (
+            ms.Budget(sizes={"fc1": 14, "fc2": 9}),
+            lambda m: m.fc1.out_features == 14 and m.fc2.out_features == 9,
+        ),
         (ms.Budget(growths=2), lambda m: m.fc1.out_features == 20),
     ],
 )
@@ -157,7 +185,13 @@ def test_resuming_is_never_having_stopped(tmp_path: Any) -> None:
         torch.manual_seed(0)
         model, data = MLP(), loader()
         opt = torch.optim.AdamW(model.parameters())
-        one = grower(model, opt, data, how=ms.how.GradMax(), generator=torch.Generator().manual_seed(1))
+        one = grower(
+            model,
+            opt,
+            data,
+            how=ms.how.GradMax(),
+            generator=torch.Generator().manual_seed(1),
+        )
         return model, opt, one, list(data)
 
     model, opt, one, batches = fresh()
@@ -168,9 +202,14 @@ def test_resuming_is_never_having_stopped(tmp_path: Any) -> None:
     ms.save(tmp_path / "run", half, optimizer=half_opt, grower=half_one)
 
     again, again_opt, again_one, batches = fresh()
-    assert ms.load(tmp_path / "run", again, optimizer=again_opt, grower=again_one) is again
+    assert (
+        ms.load(tmp_path / "run", again, optimizer=again_opt, grower=again_one) is again
+    )
     train(again, again_opt, batches, again_one, 2)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
     assert [g.step for g in again_one.history] == [g.step for g in one.history]
 
 
@@ -198,7 +237,9 @@ def test_the_users_iterator_and_generator_are_left_alone() -> None:
         model = MLP()
         opt = torch.optim.SGD(model.parameters(), lr=0.1)
         data.generator.manual_seed(0)
-        one = grower(model, opt, data, when=ms.when.Every(steps=1), how=ms.how.GradMax())
+        one = grower(
+            model, opt, data, when=ms.when.Every(steps=1), how=ms.how.GradMax()
+        )
         seen = []
         for x, y in data:
             seen.append(x)
@@ -216,7 +257,9 @@ def test_the_recipe_runs_on_convolutions() -> None:
     model, x = make("bn_conv")
     opt = torch.optim.SGD(model.parameters(), lr=0.05)
     batch = (x, torch.randint(0, 4, (len(x),)))
-    one = ms.recipes.gradmax(model, opt, loss=loss, data=[batch], when=ms.when.Every(steps=1))
+    one = ms.recipes.gradmax(
+        model, opt, loss=loss, data=[batch], when=ms.when.Every(steps=1)
+    )
     model.train()
     loss(model, batch).backward()
     opt.step()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zoo import ZOO, make
 
 import meristem as ms
-from meristem import growing
+from meristem import event
 
 
 def loss(model: nn.Module, batch: Any) -> Tensor:
@@ -27,7 +27,9 @@ def test_figures_equal_what_hooks_see() -> None:
     data = [torch.randn_like(x) for _ in range(3)]
     before = copy.deepcopy(model.state_dict())
     seen = []
-    hook = model.fc2.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach()))
+    hook = model.fc2.register_forward_pre_hook(
+        lambda m, args: seen.append(args[0].detach())
+    )
     with torch.no_grad():
         for batch in data:
             model.eval()(batch)
@@ -36,7 +38,9 @@ def test_figures_equal_what_hooks_see() -> None:
     model.train()
     found = ms.health(model, loss=loss, data=data)["fc1"]
     assert model.training
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, before[key]) for key, value in model.state_dict().items()
+    )
     assert all(p.grad is None for p in model.parameters())
     assert found["units"] == 10
     assert found["inactive_forward"] == (values.amax(0) <= 0).double().mean().item()
@@ -62,7 +66,11 @@ def test_every_model_can_be_looked_at(name: str) -> None:
     found = ms.health(model, x, loss=lambda m, b: m(b).square().mean(), data=[x])
     assert set(ms.find_axes(model, x)) <= set(found)
     for figures in found.values():
-        assert all(0 <= figures[key] <= 1 for key in ("dead", "inactive_outgoing") if key in figures)
+        assert all(
+            0 <= figures[key] <= 1
+            for key in ("dead", "inactive_outgoing")
+            if key in figures
+        )
 
 
 def test_new_units_are_compared_with_the_others() -> None:
@@ -74,7 +82,9 @@ def test_new_units_are_compared_with_the_others() -> None:
     assert found["cosine"] == pytest.approx(1.0)
     loss(model, x).backward()
     norms = model.fc1.weight.grad.norm(dim=1)
-    assert found["gradient_ratio"] == pytest.approx((norms[3] / norms[torch.arange(12) != 3].mean()).item(), rel=1e-5)
+    assert found["gradient_ratio"] == pytest.approx(
+        (norms[3] / norms[torch.arange(12) != 3].mean()).item(), rel=1e-5
+    )
 
 
 def test_autocast_weights_are_followed() -> None:
@@ -87,7 +97,9 @@ def test_autocast_weights_are_followed() -> None:
     assert "inactive_forward" in ms.health(model, x, loss=mixed, data=[x])["fc1"]
 
 
-def test_history_is_completed_at_later_steps_and_survives_a_checkpoint(tmp_path: Any) -> None:
+def test_history_is_completed_at_later_steps_and_survives_a_checkpoint(
+    tmp_path: Any,
+) -> None:
     def fresh() -> tuple[Any, Any, Any]:
         torch.manual_seed(0)
         model, x = make("mlp")
@@ -131,7 +143,13 @@ def test_units_that_were_narrowed_away_are_not_followed() -> None:
     model, x = make("mlp")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     grower = ms.Grower(
-        model, optimizer, loss=loss, data=[x], when=ms.when.At(steps=(1,)), how=ms.how.Random(), amount={"fc1": 4}
+        model,
+        optimizer,
+        loss=loss,
+        data=[x],
+        when=ms.when.At(steps=(1,)),
+        how=ms.how.Random(),
+        amount={"fc1": 4},
     )
     grower.step()
     ms.narrow_(model, {"fc1": 3}, x, optimizer=optimizer)
@@ -143,7 +161,13 @@ def test_diverged_training_is_noted_not_raised() -> None:
     model, x = make("mlp")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     grower = ms.Grower(
-        model, optimizer, loss=loss, data=[x], when=ms.when.At(steps=(1,)), how=ms.how.Random(), amount=4
+        model,
+        optimizer,
+        loss=loss,
+        data=[x],
+        when=ms.when.At(steps=(1,)),
+        how=ms.how.Random(),
+        amount=4,
     )
     grower.step()
     with torch.no_grad():
@@ -152,12 +176,18 @@ def test_diverged_training_is_noted_not_raised() -> None:
     assert "nothing was changed" in grower.history[0].health["1"]["error"]
 
 
-def test_new_units_are_looked_at_on_a_few_batches_however_many_a_method_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_units_are_looked_at_on_a_few_batches_however_many_a_method_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model, x = make("bn_conv")
     looked = []
-    measure = growing.measure
-    monkeypatch.setattr(growing, "measure", lambda *args: looked.append(len(args[4])) or measure(*args))
+    measure = event.measure
+    monkeypatch.setattr(
+        event, "measure", lambda *args: looked.append(len(args[4])) or measure(*args)
+    )
     data = [torch.randn_like(x) for _ in range(12)]
-    growth = ms.grow_(model, {"fc1": 2}, x, how=ms.how.GradMax(batches=12), loss=loss, data=data)
-    assert looked == [growing.HEALTH_BATCHES]
+    growth = ms.grow_(
+        model, {"fc1": 2}, x, how=ms.how.GradMax(batches=12), loss=loss, data=data
+    )
+    assert looked == [event.HEALTH_BATCHES]
     assert growth.health["insertion"]

@@ -35,11 +35,20 @@ ORDER = {name: level for level, names in enumerate(LEVELS) for name in names}
 def imports(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "meristem":
+        if (
+            isinstance(node, ast.ImportFrom)
+            and (node.module or "").split(".")[0] == "meristem"
+        ):
             parts = (node.module or "").split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+            found |= (
+                {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+            )
         elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("meristem.")}
+            found |= {
+                alias.name.split(".")[1]
+                for alias in node.names
+                if alias.name.startswith("meristem.")
+            }
     return found & ORDER.keys()
 
 
@@ -53,12 +62,20 @@ def test_imports_go_downwards() -> None:
 
 
 def test_only_surgery_swaps_tensors() -> None:
-    writers = {p.relative_to(SRC).as_posix() for p in SRC.rglob("*.py") if "swap_tensors(" in p.read_text()}
+    writers = {
+        p.relative_to(SRC).as_posix()
+        for p in SRC.rglob("*.py")
+        if "swap_tensors(" in p.read_text()
+    }
     assert writers == {"surgery/swap.py"}
 
 
 def test_only_surgery_opens_a_model() -> None:
-    openers = {p.relative_to(SRC).as_posix() for p in SRC.rglob("*.py") if "with opened(" in p.read_text()}
+    openers = {
+        p.relative_to(SRC).as_posix()
+        for p in SRC.rglob("*.py")
+        if "with opened(" in p.read_text()
+    }
     assert openers == {"surgery/exchange.py", "surgery/lineage.py"}
 
 

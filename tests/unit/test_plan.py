@@ -14,7 +14,13 @@ import meristem as ms
 from meristem.core.change import sources_from, spans
 from meristem.structure import Structure, sized
 
-KINDS = {"mlp": "fc1", "bn_conv": "conv2", "resnet18": "layer1", "nanogpt": "h", "pre_norm": None}
+KINDS = {
+    "mlp": "fc1",
+    "bn_conv": "conv2",
+    "resnet18": "layer1",
+    "nanogpt": "h",
+    "pre_norm": None,
+}
 
 
 def wish(name: str) -> tuple[nn.Module, object, dict[str, int]]:
@@ -28,7 +34,7 @@ def wish(name: str) -> tuple[nn.Module, object, dict[str, int]]:
 def test_a_plan_is_applied(name: str) -> None:
     model, x, counts = wish(name)
     plan = ms.plan(model, counts, x)
-    out = model.eval()(x)
+    out = model.eval()(x).detach()
     growth = ms.grow_(model, plan)
     assert growth.after == plan.after
     assert growth.parameters == plan.parameters
@@ -104,7 +110,11 @@ def test_one_layer_viewed_as_a_product_counts_its_own_units() -> None:
     class Viewed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.fc, self.mix, self.out = nn.Linear(5, 12), nn.Linear(4, 4), nn.Linear(3, 2)
+            self.fc, self.mix, self.out = (
+                nn.Linear(5, 12),
+                nn.Linear(4, 4),
+                nn.Linear(3, 2),
+            )
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             y = self.mix(self.fc(x).unflatten(1, (-1, self.mix.in_features)).relu())
@@ -112,7 +122,9 @@ def test_one_layer_viewed_as_a_product_counts_its_own_units() -> None:
 
     model, x = Viewed(), torch.randn(6, 5)
     axes = ms.find_axes(model, x)
-    for axis in [a for a in axes.values() if a.name.startswith("fc") and a.kind == "width"]:
+    for axis in [
+        a for a in axes.values() if a.name.startswith("fc") and a.kind == "width"
+    ]:
         assert axis.size == 12
         plan = ms.plan(model, {axis.name: axis.multiple}, x)
         change = plan.change("fc.weight")

@@ -20,7 +20,9 @@ def squared(model: nn.Module, batch: Any) -> Tensor:
 def data(outputs: int = 2, batches: int = 6) -> list[tuple[Tensor, Tensor]]:
     draw = torch.Generator().manual_seed(1)
     x = torch.randn(batches, 64, 4, generator=draw).double()
-    y = torch.stack([x[..., 0] * x[..., 1], x[..., 2].sin(), x[..., 3].abs()], -1)[..., :outputs]
+    y = torch.stack([x[..., 0] * x[..., 1], x[..., 2].sin(), x[..., 3].abs()], -1)[
+        ..., :outputs
+    ]
     return list(zip(x, y, strict=True))
 
 
@@ -41,20 +43,31 @@ def trained(model: nn.Module, batches: Any, steps: int = 300) -> torch.optim.Opt
 def test_a_score_of_removal_is_what_the_quadratic_model_loses() -> None:
     """freeze: eta with all weights less eta without those of unit i. prune: the same where they must end at zero."""
     draw = torch.Generator().manual_seed(0)
-    a, g = torch.randn(50, 4, generator=draw).double(), torch.randn(50, 2, generator=draw).double()
+    a, g = (
+        torch.randn(50, 4, generator=draw).double(),
+        torch.randn(50, 2, generator=draw).double(),
+    )
     weight = torch.randn(2, 4, generator=draw).double()
     layer = Factors(g.T @ a / 50, a.T @ a / 50, g.T @ g / 50, 50)
     score = removal(layer, weight, [torch.tensor([0]), torch.tensor([1, 2])])
     for unit, gone in enumerate(([0], [1, 2])):
         stay = [i for i in range(4) if i not in gone]
-        rest = Factors(g.T @ a[:, stay] / 50, layer.inputs[stay][:, stay], layer.outputs, 50)
-        assert score.freeze[unit].item() == pytest.approx(layer.score - rest.score)
-        target = weight - torch.linalg.solve(layer.outputs, layer.gradient) @ torch.linalg.inv(layer.inputs)
-        there = target[:, gone]  # where the quadratic model would like the weights of the unit to be
-        left = layer.inputs[gone][:, gone] - layer.inputs[gone][:, stay] @ torch.linalg.solve(
-            layer.inputs[stay][:, stay], layer.inputs[stay][:, gone]
+        rest = Factors(
+            g.T @ a[:, stay] / 50, layer.inputs[stay][:, stay], layer.outputs, 50
         )
-        assert score.prune[unit].item() == pytest.approx(torch.trace(layer.outputs @ there @ left @ there.T).item())
+        assert score.freeze[unit].item() == pytest.approx(layer.score - rest.score)
+        target = weight - torch.linalg.solve(
+            layer.outputs, layer.gradient
+        ) @ torch.linalg.inv(layer.inputs)
+        there = target[
+            :, gone
+        ]  # where the quadratic model would like the weights of the unit to be
+        left = layer.inputs[gone][:, gone] - layer.inputs[gone][
+            :, stay
+        ] @ torch.linalg.solve(layer.inputs[stay][:, stay], layer.inputs[stay][:, gone])
+        assert score.prune[unit].item() == pytest.approx(
+            torch.trace(layer.outputs @ there @ left @ there.T).item()
+        )
 
 
 def test_compensation_takes_over_what_is_linear() -> None:
@@ -65,7 +78,9 @@ def test_compensation_takes_over_what_is_linear() -> None:
     inputs = a.T @ a / 40 + 1e-10 * torch.eye(4).double()
     gone = torch.tensor([3])
     kept = compensated(inputs, weight, gone)
-    torch.testing.assert_close(a[:, :3] @ kept[:, :3].T, a @ weight.T, atol=1e-7, rtol=0)
+    torch.testing.assert_close(
+        a[:, :3] @ kept[:, :3].T, a @ weight.T, atol=1e-7, rtol=0
+    )
 
 
 def test_duplicates_go_and_the_outputs_stay() -> None:
@@ -78,12 +93,16 @@ def test_duplicates_go_and_the_outputs_stay() -> None:
     squared(model, batches[0]).backward()
     optimizer.step()
     optimizer.zero_grad()
-    growth = ms.prune_(model, "0", loss=squared, data=batches, optimizer=optimizer, tolerance=1e-3)
+    growth = ms.prune_(
+        model, "0", loss=squared, data=batches, optimizer=optimizer, tolerance=1e-3
+    )
     assert growth is not None
     assert growth.after["0"] == 6
     with torch.no_grad():
         assert (model(batches[0][0]) - before).abs().max() < 0.05 * before.abs().max()
-    assert all(optimizer.state[p]["exp_avg"].shape == p.shape for p in model.parameters())
+    assert all(
+        optimizer.state[p]["exp_avg"].shape == p.shape for p in model.parameters()
+    )
     squared(model, batches[0]).backward()
     optimizer.step()
 
@@ -93,7 +112,9 @@ def test_a_needed_unit_stays() -> None:
     trained(model, batches)
     before = copy.deepcopy(model.state_dict())
     assert ms.prune_(model, "0", loss=squared, data=batches, tolerance=1e-3) is None
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, before[name]) for name, value in model.state_dict().items()
+    )
 
 
 def test_channels_of_a_convolution_go_with_their_patches() -> None:
@@ -102,7 +123,9 @@ def test_channels_of_a_convolution_go_with_their_patches() -> None:
         nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2),
     ).double().eval()  # fmt: skip
-    batches = [(torch.randn(8, 1, 6, 6).double(), torch.randn(8, 2).double()) for _ in range(6)]
+    batches = [
+        (torch.randn(8, 1, 6, 6).double(), torch.randn(8, 2).double()) for _ in range(6)
+    ]
     ms.grow_(model, {"0": 2}, batches[0][0], how=ms.how.Net2Net())
     with torch.no_grad():
         before = model(batches[0][0])

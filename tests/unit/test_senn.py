@@ -16,13 +16,20 @@ from zoo import make
 import meristem as ms
 from meristem.core.offer import Offer
 from meristem.how.search import Search, _doubtful, _gains, _Space, searched
-from meristem.statistics import curvature
 from meristem.lab.batches import growth_batches
-from meristem.statistics.curvature import Candidates, Factors, bound, exact_score, gain, residual
-from meristem.structure import Structure
-from meristem.structure.twin import Example
 from meristem.lab.laboratory import Lab, Loan
 from meristem.lab.neutral import neutral
+from meristem.statistics import curvature
+from meristem.statistics.curvature import (
+    Candidates,
+    Factors,
+    bound,
+    exact_score,
+    gain,
+    residual,
+)
+from meristem.structure import Structure
+from meristem.structure.twin import Example
 
 
 def factors(a: Tensor, g: Tensor) -> Factors:
@@ -48,18 +55,30 @@ def test_the_golden_case() -> None:
     assert gain(layer, new) == pytest.approx(0.291687, abs=1e-6)
     assert bound(layer, new) == pytest.approx(0.031456, abs=1e-6)
     torch.testing.assert_close(
-        residual(layer, new)[:, 0], torch.tensor([-0.205882, -0.058824]).double(), atol=1e-6, rtol=0
+        residual(layer, new)[:, 0],
+        torch.tensor([-0.205882, -0.058824]).double(),
+        atol=1e-6,
+        rtol=0,
     )
     left = G - A @ torch.linalg.solve(layer.inputs, layer.gradient.T)
-    expected = [[0.470588, -0.294118], [0.823529, 0.235294], [-0.705882, -0.058824], [0.117647, 0.176471]]
+    expected = [
+        [0.470588, -0.294118],
+        [0.823529, 0.235294],
+        [-0.705882, -0.058824],
+        [0.117647, 0.176471],
+    ]
     torch.testing.assert_close(left, torch.tensor(expected).double(), atol=1e-6, rtol=0)
     assert (left.T @ A).abs().max() < 1e-12
     biased = torch.cat([A, ONE], 1)
     assert factors(biased, G).score == pytest.approx(1.909091, abs=1e-6)
-    assert gain(factors(biased, G), candidates(biased, P, G)) == pytest.approx(0.090909, abs=1e-6)
+    assert gain(factors(biased, G), candidates(biased, P, G)) == pytest.approx(
+        0.090909, abs=1e-6
+    )
 
 
-shapes = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 10**6))
+shapes = st.tuples(
+    st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 10**6)
+)
 
 
 @given(shapes)
@@ -73,7 +92,9 @@ def test_the_bound_and_the_gain(shape: tuple[int, int, int, int]) -> None:
     layer, added = factors(a, g), candidates(a, p, g)
     exact = gain(layer, added)
     assert 0 <= bound(layer, added) <= exact * (1 + 1e-9)
-    assert exact == pytest.approx(factors(torch.cat([a, p], 1), g).score - layer.score, rel=1e-6, abs=1e-9)
+    assert exact == pytest.approx(
+        factors(torch.cat([a, p], 1), g).score - layer.score, rel=1e-6, abs=1e-9
+    )
     mixed_a, mixed_p = a @ normal(inputs, inputs), p @ normal(new, new)
     mixed = factors(mixed_a, g), candidates(mixed_a, mixed_p, g)
     assert gain(*mixed) == pytest.approx(exact, rel=1e-5, abs=1e-9)
@@ -82,17 +103,24 @@ def test_the_bound_and_the_gain(shape: tuple[int, int, int, int]) -> None:
 
 def test_a_duplicate_and_a_constant_add_nothing() -> None:
     draw = torch.Generator().manual_seed(0)
-    a = torch.cat([torch.randn(30, 3, generator=draw).double(), torch.ones(30, 1).double()], 1)
+    a = torch.cat(
+        [torch.randn(30, 3, generator=draw).double(), torch.ones(30, 1).double()], 1
+    )
     g = torch.randn(30, 2, generator=draw).double()
     for p in (a[:, :1] * 2, torch.full((30, 1), 3.0).double()):
         assert bound(factors(a, g), candidates(a, p, g)) < 1e-20
         damped = factors(a, g).damped(0.01)
-        assert gain(damped, candidates(a, p, g).damped(0.01, factors(a, g))) < 0.02 * damped.score
+        assert (
+            gain(damped, candidates(a, p, g).damped(0.01, factors(a, g)))
+            < 0.02 * damped.score
+        )
 
 
 def net(activation: type[nn.Module] = nn.Tanh, hidden: int = 6) -> nn.Sequential:
     torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(4, hidden), activation(), nn.Linear(hidden, 3)).double()
+    return nn.Sequential(
+        nn.Linear(4, hidden), activation(), nn.Linear(hidden, 3)
+    ).double()
 
 
 def squared(model: nn.Module, batch: Any) -> Tensor:
@@ -119,7 +147,9 @@ def test_the_score_of_a_network_is_made_of_its_own_moments() -> None:
     torch.testing.assert_close(layer.inputs, expected.inputs)
     torch.testing.assert_close(layer.outputs, expected.outputs)
     assert layer.samples == len(x)
-    assert found.score() == pytest.approx(sum(one.damped(curvature.DAMPING).score for one in found.layers.values()))
+    assert found.score() == pytest.approx(
+        sum(one.damped(curvature.DAMPING).score for one in found.layers.values())
+    )
 
 
 @pytest.mark.parametrize("options", [
@@ -129,7 +159,11 @@ def test_a_convolution_is_scored_over_its_patches(options: dict[str, Any]) -> No
     """The gradient from patches is the gradient that autograd gives the kernel."""
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 4, 3, **options), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+        nn.Conv2d(3, 4, 3, **options),
+        nn.Tanh(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 2),
     ).double()
     batch = torch.randn(5, 3, 8, 8).double(), torch.randn(5, 2).double()
     layer = curvature.measure(copy.deepcopy(model), squared, [batch]).layers["0"]
@@ -141,11 +175,17 @@ def test_a_convolution_is_scored_over_its_patches(options: dict[str, Any]) -> No
     assert torch.linalg.eigvalsh(layer.damped(0.1).inputs).min() > 0
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm([4, 5, 5])])
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm([4, 5, 5])]
+)
 def test_a_norm_is_scored_by_its_scale_and_shift(norm: nn.Module) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1), copy.deepcopy(norm), nn.Tanh(), nn.Flatten(), nn.Linear(100, 2)
+        nn.Conv2d(3, 4, 3, padding=1),
+        copy.deepcopy(norm),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(100, 2),
     ).double()
     batch = torch.randn(6, 3, 5, 5).double(), torch.randn(6, 2).double()
     layer = curvature.measure(copy.deepcopy(model), squared, [batch]).layers["1"]
@@ -157,11 +197,17 @@ def test_a_norm_is_scored_by_its_scale_and_shift(norm: nn.Module) -> None:
 def test_the_exact_score_stays_below_the_loss_gradients_own_norm() -> None:
     """eta = (1/N) ||P g_y||^2 <= lambda = (1/N) ||g_y||^2 with the exact Fisher matrix, here of the outputs."""
     draw = torch.Generator().manual_seed(0)
-    jacobian, back = torch.randn(20, 12, generator=draw).double(), torch.randn(20, generator=draw).double()
+    jacobian, back = (
+        torch.randn(20, 12, generator=draw).double(),
+        torch.randn(20, generator=draw).double(),
+    )
     gradient = jacobian.T @ back / 20
     eta = exact_score(jacobian, gradient)
     assert eta <= back.square().mean().item()
-    assert eta == pytest.approx((back @ jacobian @ torch.linalg.lstsq(jacobian, back[:, None]).solution).item() / 20)
+    assert eta == pytest.approx(
+        (back @ jacobian @ torch.linalg.lstsq(jacobian, back[:, None]).solution).item()
+        / 20
+    )
 
 
 def test_additions_on_frozen_parameters_respect_the_rate_bound() -> None:
@@ -180,13 +226,29 @@ def test_additions_on_frozen_parameters_respect_the_rate_bound() -> None:
         assert taken < curvature.largest_number(alpha, tau, most)
 
 
-def space(model: nn.Module, axis: str = "0", method: ms.how.SENN | None = None, count: int = 2) -> _Space:
+def space(
+    model: nn.Module, axis: str = "0", method: ms.how.SENN | None = None, count: int = 2
+) -> _Space:
     batches = data()
     structure = Structure(model, Example((batches[0][0],), {}))
-    lab = Lab(structure, Loan(torch.Generator().manual_seed(0), squared, growth_batches(batches, 4, torch.Generator())))
+    lab = Lab(
+        structure,
+        Loan(
+            torch.Generator().manual_seed(0),
+            squared,
+            growth_batches(batches, 4, torch.Generator()),
+        ),
+    )
     method = method or ms.how.SENN(candidates=5)
     search = Search(method.candidates, method.steps, method.batches, method.damping)
-    return _Space(lab, squared, structure.axes.named(axis), count, search, search.parts(lab.batches)[0])
+    return _Space(
+        lab,
+        squared,
+        structure.axes.named(axis),
+        count,
+        search,
+        search.parts(lab.batches)[0],
+    )
 
 
 def test_the_gradient_of_the_score_matches_finite_differences() -> None:
@@ -198,24 +260,34 @@ def test_the_gradient_of_the_score_matches_finite_differences() -> None:
         found = tried.whitened({**started, place: strip}, tried.seen(tried.first[0]))
         return sum(layer.square().sum((1, 2)) for layer in found)
 
-    assert torch.autograd.gradcheck(score, started[place].clone().requires_grad_(), atol=1e-6)
+    assert torch.autograd.gradcheck(
+        score, started[place].clone().requires_grad_(), atol=1e-6
+    )
     alone = bound_by_hand(tried, started, 3)
     assert score(started[place])[3].item() == pytest.approx(alone, rel=1e-6)
 
 
 def bound_by_hand(tried: _Space, strips: Any, unit: int) -> float:
     """Delta eta' of one candidate from rows that are computed here; the layer's own moments are those of all batches."""
-    model = tried.lab.structure.model
+    model = tried.lab.copied()
     x, y = tried.first[0]
-    weight, bias = (strips[slot.place] for slot in tried.axis.slots if slot.role != "fan_out")
+    weight, bias = (
+        strips[slot.place] for slot in tried.axis.slots if slot.role != "fan_out"
+    )
     read = torch.tanh(x @ weight[unit].flatten() + bias[unit].item())[:, None]
-    hidden = torch.cat([model[1](model[0](x)), torch.ones(len(x), 1).double()], 1).detach()
+    hidden = torch.cat(
+        [model[1](model[0](x)), torch.ones(len(x), 1).double()], 1
+    ).detach()
     layer = tried.moments["2"]
     back = 2 * (model(x) - y).detach()
     left = back - hidden @ torch.linalg.solve(layer.inputs, layer.gradient.T)
     own = (read.T @ read / len(x)).item() + tried._damping("2")
     against = (left.T @ read / len(x))[:, 0]
-    return (against @ torch.linalg.solve(layer.outputs, against)).item() / own / layer.spread
+    return (
+        (against @ torch.linalg.solve(layer.outputs, against)).item()
+        / own
+        / layer.spread
+    )
 
 
 def test_optimised_candidates_never_score_below_their_start() -> None:
@@ -256,13 +328,23 @@ def test_what_is_inserted_is_what_was_optimised(activation: type[nn.Module]) -> 
     expected = (2 * (before - y)).T @ activation()(new) / len(x)
     torch.testing.assert_close(model[2].weight.grad[:, 6:], expected.detach())
     assert not model[0].weight.grad[6:].any()
-    assert list(offered[0].gains) == sorted(offered[0].gains, reverse=True) or len(offered[0].gains) == 3
+    assert (
+        list(offered[0].gains) == sorted(offered[0].gains, reverse=True)
+        or len(offered[0].gains) == 3
+    )
 
 
 def test_a_layer_is_the_identity_when_it_is_inserted() -> None:
     model = net().float()
     batches = [(x.float(), y.float()) for x, y in data()]
-    growth = ms.grow_(model, {"2:depth": 1}, batches[0][0], how=ms.how.SENN(), loss=squared, data=batches)
+    growth = ms.grow_(
+        model,
+        {"2:depth": 1},
+        batches[0][0],
+        how=ms.how.SENN(),
+        loss=squared,
+        data=batches,
+    )
     assert growth.max_change <= 1e-6
     assert isinstance(model[2][1], ms.Rational)
 
@@ -288,10 +370,17 @@ def linear_start(outputs: int) -> tuple[nn.Sequential, torch.optim.Optimizer]:
 
 
 def grown_in_training(
-    model: nn.Module, optimizer: Any, batches: Any, loss: Any, epochs: int, **options: Any
+    model: nn.Module,
+    optimizer: Any,
+    batches: Any,
+    loss: Any,
+    epochs: int,
+    **options: Any,
 ) -> ms.Grower:
     every = ms.when.Every(epochs=20)
-    grower = ms.recipes.senn(model, optimizer, loss=loss, data=batches, when=every, amount=8, **options)
+    grower = ms.recipes.senn(
+        model, optimizer, loss=loss, data=batches, when=every, amount=8, **options
+    )
     for _ in range(epochs):
         for batch in batches:
             value = loss(model, batch)
@@ -327,7 +416,9 @@ def test_a_linear_target_adds_nothing(seed: int) -> None:
     x = torch.randn(200, 2, generator=draw)
     y = x @ torch.tensor([[1.0], [-2.0]]) + 0.3 * torch.randn(200, 1, generator=draw)
     model, optimizer = linear_start(1)
-    grower = grown_in_training(model, optimizer, list(zip(x.split(20), y.split(20), strict=True)), squared, 120)
+    grower = grown_in_training(
+        model, optimizer, list(zip(x.split(20), y.split(20), strict=True)), squared, 120
+    )
     assert grower.history == []
     assert grower.clock.refusals >= 5
     assert grower.done
@@ -364,10 +455,20 @@ def test_checks_wait_until_they_are_affordable() -> None:
     assert trigger.due(clock(step=10, trained=100.0, least=15.0))
     assert not trigger.due(clock(step=10, trained=100.0, least=16.0))
     assert not trigger.due(clock(step=9, trained=100.0))
-    assert not trigger.due(clock(step=20, trained=290.0, growing=15.0, least=15.0, checked_step=10))
-    assert trigger.due(clock(step=20, trained=300.0, growing=15.0, least=15.0, checked_step=10))
-    assert not trigger.due(clock(step=19, trained=300.0, growing=15.0, least=15.0, checked_step=10))
-    assert trigger.allowance(clock(trained=100.0)) == trigger.allowance(clock(trained=300.0, growing=15.0)) == 15.0
+    assert not trigger.due(
+        clock(step=20, trained=290.0, growing=15.0, least=15.0, checked_step=10)
+    )
+    assert trigger.due(
+        clock(step=20, trained=300.0, growing=15.0, least=15.0, checked_step=10)
+    )
+    assert not trigger.due(
+        clock(step=19, trained=300.0, growing=15.0, least=15.0, checked_step=10)
+    )
+    assert (
+        trigger.allowance(clock(trained=100.0))
+        == trigger.allowance(clock(trained=300.0, growing=15.0))
+        == 15.0
+    )
 
 
 def test_checks_that_find_nothing_become_rare() -> None:
@@ -385,7 +486,12 @@ def squares_of(model: nn.Module, batch: Any) -> Tensor:
 
 
 def priced(
-    model: nn.Module, batches: Any, loss: Any, axes: str, amount: int = 8, how: Any = None
+    model: nn.Module,
+    batches: Any,
+    loss: Any,
+    axes: str,
+    amount: int = 8,
+    how: Any = None,
 ) -> tuple[ms.Grower, float]:
     """A grower that finds nothing worth its while, and what it says that its smallest check costs."""
     grower = ms.Grower(
@@ -480,7 +586,12 @@ def test_odd_batches_never_give_nan(case: str) -> None:
     }[case]
     batches = [(part, torch.randn(len(part), 3)) for part in x]
     growth = ms.grow_(
-        model, {"0": 2, "2:depth": 1}, batches[0][0], how=ms.how.SENN(steps=6), loss=squared, data=batches
+        model,
+        {"0": 2, "2:depth": 1},
+        batches[0][0],
+        how=ms.how.SENN(steps=6),
+        loss=squared,
+        data=batches,
     )
     assert growth.max_change <= 1e-5
     assert all(bool(p.isfinite().all()) for p in model.parameters())
@@ -492,10 +603,14 @@ def test_the_gain_of_candidates_together_is_the_exact_one() -> None:
     strips = tried._drawn()
     joint = tried.together(strips, tried.second)
     order = list(range(tried.trials))
-    model = tried.lab.structure.model
+    model = tried.lab.copied()
     x, y = (torch.cat([batch[i] for batch in tried.second]) for i in range(2))
-    hidden = torch.cat([model[1](model[0](x)), torch.ones(len(x), 1).double()], 1).detach()
-    weight, bias = (strips[slot.place] for slot in tried.axis.slots if slot.role != "fan_out")
+    hidden = torch.cat(
+        [model[1](model[0](x)), torch.ones(len(x), 1).double()], 1
+    ).detach()
+    weight, bias = (
+        strips[slot.place] for slot in tried.axis.slots if slot.role != "fan_out"
+    )
     new = torch.tanh(x @ weight.flatten(1).T + bias.flatten())
     back = 2 * (model(x) - y).detach()
     damping = tried._damping("2")
@@ -506,8 +621,14 @@ def test_the_gain_of_candidates_together_is_the_exact_one() -> None:
         back.T @ hidden / len(x), hidden.T @ hidden / len(x) + damping * eye(7),
         curvature.damped(outputs, curvature.DAMPING), len(x), tried.moments["2"].spread,
     )  # fmt: skip
-    added = Candidates(back.T @ new / len(x), hidden.T @ new / len(x), new.T @ new / len(x) + damping * eye(len(order)))
-    assert sum(_gains(joint, tried.trials, order)) == pytest.approx(gain(layer, added), rel=1e-6)
+    added = Candidates(
+        back.T @ new / len(x),
+        hidden.T @ new / len(x),
+        new.T @ new / len(x) + damping * eye(len(order)),
+    )
+    assert sum(_gains(joint, tried.trials, order)) == pytest.approx(
+        gain(layer, added), rel=1e-6
+    )
 
 
 def test_the_axis_that_fits_the_budget_grows() -> None:
@@ -530,11 +651,20 @@ def test_a_layer_that_is_used_without_being_called_is_named() -> None:
             self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return nn.functional.linear(torch.tanh(self.a(x)), self.b.weight, self.b.bias)
+            return nn.functional.linear(
+                torch.tanh(self.a(x)), self.b.weight, self.b.bias
+            )
 
     model = Odd().double()
     with pytest.raises(ms.GrowthRefused, match="without calling"):
-        ms.grow_(model, {"a": 2}, data()[0][0], how=ms.how.SENN(steps=3), loss=squared, data=data())
+        ms.grow_(
+            model,
+            {"a": 2},
+            data()[0][0],
+            how=ms.how.SENN(steps=3),
+            loss=squared,
+            data=data(),
+        )
     with pytest.raises(ms.GrowthRefused, match="nothing is seen"):
         ms.prune_(model, "a", loss=squared, data=data())
 
@@ -551,8 +681,14 @@ def test_a_loss_in_front_of_the_outputs_does_not_hide_the_examples() -> None:
             loss = (out - y).square().sum(1).mean()
             return (loss, out) if self.first else (out, loss)
 
-    losses = {True: lambda model, batch: model(*batch)[0], False: lambda model, batch: model(*batch)[1]}
-    found = [curvature.measure(Told(first), loss, data()).score() for first, loss in losses.items()]
+    losses = {
+        True: lambda model, batch: model(*batch)[0],
+        False: lambda model, batch: model(*batch)[1],
+    }
+    found = [
+        curvature.measure(Told(first), loss, data()).score()
+        for first, loss in losses.items()
+    ]
     assert found[0] == pytest.approx(found[1])
 
 
@@ -565,13 +701,15 @@ class Residual(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(x)))
 
 
-def looked_at(model: nn.Module, batches: list[Any], loss: Any) -> View:
+def looked_at(model: nn.Module, batches: list[Any], loss: Any) -> Lab:
     structure = Structure(model, Example((batches[0][0],), {}))
     return Lab(structure, Loan(torch.Generator().manual_seed(0), loss, batches))
 
 
 def images(batches: int) -> list[tuple[Tensor, Tensor]]:
-    return [(torch.randn(16, 3, 8, 8), torch.randint(0, 4, (16,))) for _ in range(batches)]
+    return [
+        (torch.randn(16, 3, 8, 8), torch.randint(0, 4, (16,))) for _ in range(batches)
+    ]
 
 
 def rows(batches: int) -> list[tuple[Tensor, Tensor]]:
@@ -579,20 +717,39 @@ def rows(batches: int) -> list[tuple[Tensor, Tensor]]:
 
 
 CONV = nn.Sequential(
-    nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4)
+    nn.Conv2d(3, 6, 3, padding=1),
+    nn.ReLU(),
+    nn.Conv2d(6, 8, 3),
+    nn.ReLU(),
+    nn.Flatten(),
+    nn.Linear(288, 4),
 )
-WIDE = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+WIDE = nn.Sequential(
+    nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)
+)
 
 
-@pytest.mark.parametrize(("model", "make"), [(CONV, images), (WIDE, rows)], ids=["conv", "mlp"])
-@pytest.mark.parametrize("search", [Search(24, 128, 192, 0.01), Search(8, 16, 12, 0.01)], ids=["whole", "small"])
-def test_a_search_costs_about_what_was_said_before(model: nn.Module, make: Any, search: Search) -> None:
+@pytest.mark.parametrize(
+    ("model", "make"), [(CONV, images), (WIDE, rows)], ids=["conv", "mlp"]
+)
+@pytest.mark.parametrize(
+    "search",
+    [Search(24, 128, 192, 0.01), Search(8, 16, 12, 0.01)],
+    ids=["whole", "small"],
+)
+def test_a_search_costs_about_what_was_said_before(
+    model: nn.Module, make: Any, search: Search
+) -> None:
     torch.manual_seed(0)
     loss = lambda net, batch: nn.functional.cross_entropy(net(batch[0]), batch[1])
     lab = looked_at(model, make(18), loss)
-    said = replace(search, batches=min(search.batches, 18)).cost(lab, lab.structure.axes["0"], 4)
+    said = replace(search, batches=min(search.batches, 18)).cost(
+        lab, lab.structure.axes["0"], 4
+    )
     found = searched(lab, loss, lab.structure.axes["0"], 4, search).flops
-    assert 0.2 * said < found < 1.25 * said  # one part of the examples may decide, two more are counted on
+    assert (
+        0.2 * said < found < 1.25 * said
+    )  # one part of the examples may decide, two more are counted on
 
 
 def test_a_search_is_halved_until_it_is_affordable() -> None:
@@ -606,7 +763,9 @@ def test_a_search_is_halved_until_it_is_affordable() -> None:
         assert costs[-1] <= allowance or fits == search.least
     assert costs == sorted(costs, reverse=True)
     assert costs[0] > costs[-1]
-    assert ms.how.SENN().least(lab, axis, 4) == pytest.approx(search.least.cost(lab, axis, 4))
+    assert ms.how.SENN().least(lab, axis, 4) == pytest.approx(
+        search.least.cost(lab, axis, 4)
+    )
     few = looked_at(WIDE, [(x[:20], y[:20]) for x, y in rows(40)], squared)
     chain = [search]
     while chain[-1] != search.least:
@@ -616,9 +775,17 @@ def test_a_search_is_halved_until_it_is_affordable() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gains", "doubt"), [((-0.1, -0.2), False), ((0.1, 0.0), True), ((0.1, 0.12), True), ((0.6, -0.1), False)]
+    ("gains", "doubt"),
+    [
+        ((-0.1, -0.2), False),
+        ((0.1, 0.0), True),
+        ((0.1, 0.12), True),
+        ((0.6, -0.1), False),
+    ],
 )
-def test_one_part_of_the_examples_decides_where_there_is_no_doubt(gains: tuple[float, ...], doubt: bool) -> None:
+def test_one_part_of_the_examples_decides_where_there_is_no_doubt(
+    gains: tuple[float, ...], doubt: bool
+) -> None:
     assert _doubtful(Offer("0", len(gains), gains=gains, error=0.1)) == doubt
 
 
@@ -626,4 +793,11 @@ def test_an_axis_that_has_no_zero_side_is_refused_by_name() -> None:
     model, tokens = make("nanogpt")
     loss = lambda net, x: net(x).square().mean()
     with pytest.raises(ms.GrowthRefused, match="no zero side"):
-        ms.grow_(model, {"wpe:vocabulary": 2}, tokens, how=ms.how.SENN(), loss=loss, data=[tokens] * 3)
+        ms.grow_(
+            model,
+            {"wpe:vocabulary": 2},
+            tokens,
+            how=ms.how.SENN(),
+            loss=loss,
+            data=[tokens] * 3,
+        )

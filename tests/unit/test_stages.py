@@ -20,7 +20,9 @@ def loss(model: nn.Module, batch: Any) -> Tensor:
 
 def net() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    return nn.Sequential(
+        nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)
+    )
 
 
 def batches(count: int, seed: int) -> list[Any]:
@@ -44,7 +46,9 @@ def stages(model: nn.Module, **options: Any) -> Stages:
     return ms.recipes.swe_svod_stages(model, make_optimizer, **arguments)
 
 
-def test_every_stage_ends_with_its_best_weights_and_begins_with_a_fresh_optimizer() -> None:
+def test_every_stage_ends_with_its_best_weights_and_begins_with_a_fresh_optimizer() -> (
+    None
+):
     model, made = net(), []
     validation = batches(2, 0)
     sizes = []
@@ -72,7 +76,12 @@ def test_every_stage_ends_with_its_best_weights_and_begins_with_a_fresh_optimize
 def test_a_stage_stops_when_validation_does_not_improve() -> None:
     model = net()
     endless = stages(
-        model, epochs=50, patience=2, last_patience=3, amount=[2], validation=[(torch.randn(8, 4), torch.randn(8, 2))]
+        model,
+        epochs=50,
+        patience=2,
+        last_patience=3,
+        amount=[2],
+        validation=[(torch.randn(8, 4), torch.randn(8, 2))],
     )
     first, last = list(endless)
     assert first.epochs == first.best_epoch + 2
@@ -96,7 +105,9 @@ def test_growth_reads_its_own_loader_in_order() -> None:
     assert read == []
     next(growing)
     passes = "".join(map(str, read))
-    assert passes.count("012") >= 2 + 1  # two for the votes, one for every layer that grew
+    assert (
+        passes.count("012") >= 2 + 1
+    )  # two for the votes, one for every layer that grew
 
 
 def test_a_resumed_training_equals_one_that_never_stopped(tmp_path: Any) -> None:
@@ -108,7 +119,12 @@ def test_a_resumed_training_equals_one_that_never_stopped(tmp_path: Any) -> None
 
     def stop(running: Stages) -> None:
         if running.index == 1 and running.epoch == 2:
-            ms.save(tmp_path, running.model, optimizer=running.optimizer, extra={"stages": running.state_dict()})
+            ms.save(
+                tmp_path,
+                running.model,
+                optimizer=running.optimizer,
+                extra={"stages": running.state_dict()},
+            )
             raise Stop
 
     cut = stages(net(), report=stop)
@@ -122,7 +138,12 @@ def test_a_resumed_training_equals_one_that_never_stopped(tmp_path: Any) -> None
     resumed.load_state_dict(load_extra(tmp_path)["stages"])
     rest = [(stage.sizes, stage.curve) for stage in resumed]
     assert rest == want[1:]
-    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), model.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            whole.state_dict().values(), model.state_dict().values(), strict=True
+        )
+    )
 
 
 def test_wrong_arguments_are_told_at_once() -> None:
@@ -145,7 +166,12 @@ def test_the_recipe_in_a_loop_keeps_one_optimizer() -> None:
     model, data = net(), batches(4, 0)
     optimizer = torch.optim.Adam(model.parameters())
     grower = ms.recipes.swe_svod(
-        model, optimizer, loss=loss, data=data, when=ms.when.Every(epochs=1, growths=2), amount=3
+        model,
+        optimizer,
+        loss=loss,
+        data=data,
+        when=ms.when.Every(epochs=1, growths=2),
+        amount=3,
     )
     state = copy.deepcopy(optimizer.state_dict()["param_groups"])
     for _ in range(3):

@@ -51,17 +51,29 @@ def test_a_suite_runs_everything_once_with_its_baselines(tmp_path: Path) -> None
     assert len(told) == comparison.runs() == 5 * 2
     rows = {row.title: tables.of(comparison, row) for row in comparison.rows("digits")}
     method, final, equal = (
-        rows[title] for title in ("voted", "final shape of voted, fixed", "final shape of voted, equal FLOPs")
+        rows[title]
+        for title in (
+            "voted",
+            "final shape of voted, fixed",
+            "final shape of voted, equal FLOPs",
+        )
     )
     for seed in (0, 1):
         assert final[seed]["widths"] == equal[seed]["widths"] == method[seed]["widths"]
         assert sum(method[seed]["widths"].values()) == 8 + 6
         step = equal[seed]["training_flops"] / equal[seed]["steps"]
-        assert abs(equal[seed]["training_flops"] - method[seed]["training_flops"]) <= step
+        assert (
+            abs(equal[seed]["training_flops"] - method[seed]["training_flops"]) <= step
+        )
         assert final[seed]["steps"] == 2 * 11
         assert method[seed]["growth_flops"] == method[seed]["growths"][0]["flops"]
-        halves = [final[seed]["training_flops"], rows["small, fixed"][seed]["training_flops"]]
-        assert method[seed]["training_flops"] - method[seed]["growth_flops"] == pytest.approx(sum(halves) / 2)
+        halves = [
+            final[seed]["training_flops"],
+            rows["small, fixed"][seed]["training_flops"],
+        ]
+        assert method[seed]["training_flops"] - method[seed][
+            "growth_flops"
+        ] == pytest.approx(sum(halves) / 2)
         assert method[seed]["growth_flops"] > rows["random"][seed]["growth_flops"]
         assert set(method[seed]["health"]) == {"all", "new"}
         assert method[seed]["growths"][0]["votes"]
@@ -81,8 +93,19 @@ def test_a_suite_runs_everything_once_with_its_baselines(tmp_path: Path) -> None
 
 def test_two_processes_share_the_smoke_of_the_benchmark(tmp_path: Path) -> None:
     shutil.copy(BENCHMARKS / "swe_svod" / "smoke.toml", tmp_path)
-    command = [sys.executable, "-m", "meristem.cli", "compare", str(tmp_path / "smoke.toml")]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    command = [
+        sys.executable,
+        "-m",
+        "meristem.cli",
+        "compare",
+        str(tmp_path / "smoke.toml"),
+    ]
+    both = [
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
     outputs = [one.communicate(timeout=300) for one in both]
     assert [one.returncode for one in both] == [0, 0], outputs
     assert outputs[0][0] == outputs[1][0]
@@ -91,39 +114,61 @@ def test_two_processes_share_the_smoke_of_the_benchmark(tmp_path: Path) -> None:
     assert (tmp_path / "results" / "smoke" / "table.md").read_text() == outputs[0][0]
 
 
-def test_learning_rates_are_tuned_for_every_row_on_held_out_data(tmp_path: Path) -> None:
-    text = SUITE.replace("seeds = [0, 1]", "seeds = [0]\nlearning_rates = [1e-5, 1e-2]").replace(
-        '"small", "final", ', ""
-    )
+def test_learning_rates_are_tuned_for_every_row_on_held_out_data(
+    tmp_path: Path,
+) -> None:
+    text = SUITE.replace(
+        "seeds = [0, 1]", "seeds = [0]\nlearning_rates = [1e-5, 1e-2]"
+    ).replace('"small", "final", ', "")
     comparison = suite(tmp_path, text)
     comparison.finish(1, lambda done, name: None)
     tuning = sorted((tmp_path / "results" / "suite" / "tuning").glob("*.json"))
     assert len(tuning) == 3 * 2
-    assert all(json.loads(file.read_text())["config"]["data"] == {"digits": {"validation": 0.1}} for file in tuning)
+    assert all(
+        json.loads(file.read_text())["config"]["data"]
+        == {"digits": {"validation": 0.1}}
+        for file in tuning
+    )
     for result in comparison.done.values():
         assert result["config"]["train"]["optimizer"] == {"adam": {"lr": 1e-2}}
         assert result["config"]["data"] == "digits"
 
 
-def test_a_row_that_is_not_tuned_takes_the_rate_of_its_kind_in_whatever_order_runs_end() -> None:
+def test_a_row_that_is_not_tuned_takes_the_rate_of_its_kind_in_whatever_order_runs_end() -> (
+    None
+):
     rows = [
         Row("a", "final of m", "m", "final"), Row("a", "equal of m", "m", "equal"), Row("a", "equal of n", "n", "equal"),
         Row("a", "small", None, "small"), Row("b", "equal of m", "m", "equal"),
     ]  # fmt: skip
     found = {rows[1]: 4e-3, rows[0]: 8e-3}
-    assert lent(rows, found) == lent(rows, dict(reversed(found.items()))) == {**found, rows[2]: 4e-3}
+    assert (
+        lent(rows, found)
+        == lent(rows, dict(reversed(found.items())))
+        == {**found, rows[2]: 4e-3}
+    )
     assert lent(rows, {rows[0]: 8e-3})[rows[2]] == 8e-3
 
 
-def test_a_rate_that_diverges_is_not_chosen_and_a_run_that_diverges_is_named(tmp_path: Path) -> None:
-    text = SUITE.replace("adam", "sgd").replace("seeds = [0, 1]", "seeds = [0]\nlearning_rates = [1e12, 1e-2]")
+def test_a_rate_that_diverges_is_not_chosen_and_a_run_that_diverges_is_named(
+    tmp_path: Path,
+) -> None:
+    text = SUITE.replace("adam", "sgd").replace(
+        "seeds = [0, 1]", "seeds = [0]\nlearning_rates = [1e12, 1e-2]"
+    )
     text = text.replace('"small", "final", "equal"', '"small"').replace(
         'voted = { how = "swe", where = "svod" }', "voted = {}"
     )
     comparison = suite(tmp_path, text)
     comparison.finish(1, lambda done, name: None)
-    assert {result["config"]["train"]["optimizer"]["sgd"]["lr"] for result in comparison.done.values()} == {1e-2}
-    wild = suite(tmp_path / "wild", text.replace("lr = 3e-3", "lr = 1e30").replace("learning_rates", "# "))
+    assert {
+        result["config"]["train"]["optimizer"]["sgd"]["lr"]
+        for result in comparison.done.values()
+    } == {1e-2}
+    wild = suite(
+        tmp_path / "wild",
+        text.replace("lr = 3e-3", "lr = 1e30").replace("learning_rates", "# "),
+    )
     with pytest.raises(ms.DataError, match="digits_voted_seed0: the loss"):
         wild.finish(1, lambda done, name: None)
 
@@ -134,16 +179,38 @@ def test_a_rate_that_diverges_is_not_chosen_and_a_run_that_diverges_is_named(tmp
         ('reference = "random"', 'reference = "randon"', "Did you mean 'random'"),
         ("seeds =", "seed =", "Did you mean 'seeds'"),
         ('how = "swe"', 'how = "swee"', "Did you mean 'swe'"),
-        ('baselines_of = ["voted"]', 'baselines_of = ["voter"]', "Did you mean 'voted'"),
+        (
+            'baselines_of = ["voted"]',
+            'baselines_of = ["voter"]',
+            "Did you mean 'voted'",
+        ),
         ('"small", "final"', '"tiny", "final"', "'small', 'final' or 'equal'"),
-        ('how = "swe"', 'how = { swe = { coupling = "half" } }', '"full" or "factored"'),
-        ('where = "svod"', 'where = { svod = { score = "best" } }', '"signed" or "absolute"'),
+        (
+            'how = "swe"',
+            'how = { swe = { coupling = "half" } }',
+            '"full" or "factored"',
+        ),
+        (
+            'where = "svod"',
+            'where = { svod = { score = "best" } }',
+            '"signed" or "absolute"',
+        ),
         ("grow = {", "sizes = {} #", "neither"),
-        ("voted = {", '"random!" = { how = "net2net" }\nvoted = {', "share the file name"),
-        ('data = "digits"', "data = { digits = { validations = 0.1 } }", "Known: examples, validation"),
+        (
+            "voted = {",
+            '"random!" = { how = "net2net" }\nvoted = {',
+            "share the file name",
+        ),
+        (
+            'data = "digits"',
+            "data = { digits = { validations = 0.1 } }",
+            "Known: examples, validation",
+        ),
     ],
 )
-def test_mistakes_in_a_suite_are_told_before_anything_runs(tmp_path: Path, old: str, new: str, message: str) -> None:
+def test_mistakes_in_a_suite_are_told_before_anything_runs(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
     assert old in SUITE
     with pytest.raises(ConfigError, match=".*" + message.replace("(", "\\(")):
         suite(tmp_path, SUITE.replace(old, new))
@@ -157,7 +224,9 @@ STAGED: dict[str, Any] = {
 }
 
 
-def test_stages_run_from_a_file_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_run_from_a_file_and_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from meristem.experiments import run as runner
 
     experiment = checked(STAGED)
@@ -180,7 +249,9 @@ def test_stages_run_from_a_file_and_resume(tmp_path: Path, monkeypatch: pytest.M
     found = resumed.result()
     assert found["curve"] == want["curve"]
     assert found["training_flops"] == want["training_flops"]
-    beside = Run(experiment, lambda progress: setattr(beside, "stopping", bool(progress.beside)))
+    beside = Run(
+        experiment, lambda progress: setattr(beside, "stopping", bool(progress.beside))
+    )
     with pytest.raises(runner.Interrupted, match="which is dropped"):
         beside.train(tmp_path / "beside")
     again = Run(experiment)
@@ -212,21 +283,39 @@ def test_the_released_protocol_has_its_numbers() -> None:
     images = torch.randn(50, 3, 32, 32)
     from meristem.experiments.data import Data
 
-    data = Data("cifar100", "classification", images, torch.arange(50), images, torch.arange(50), 100)
+    data = Data(
+        "cifar100",
+        "classification",
+        images,
+        torch.arange(50),
+        images,
+        torch.arange(50),
+        100,
+    )
     model = build(experiment.model, data)
     assert sum(p.numel() for p in model.parameters()) == 333_786
     assert all((model.get_submodule(f"fc{i}").bias >= 0).all() for i in (1, 2, 3))
     grown = ms.find_axes(model, images[:2], axes=experiment.stages.axes).values()
-    assert [axis.name for axis in grown if axis.kind == "width"] == ["fc1", "fc2", "fc3"]
+    assert [axis.name for axis in grown if axis.kind == "width"] == [
+        "fc1",
+        "fc2",
+        "fc3",
+    ]
 
 
 def test_sizes_give_a_fresh_net_of_another_shape() -> None:
     data = prepared("digits")
     torch.manual_seed(0)
-    model = sized(build({"mlp": {"hidden": [4, 4]}}, data), data.x_train[:4], {"1": 40, "3": 4})
+    model = sized(
+        build({"mlp": {"hidden": [4, 4]}}, data), data.x_train[:4], {"1": 40, "3": 4}
+    )
     assert model[1].out_features == model[3].in_features == 40
-    assert model[3].weight.std().item() == pytest.approx((1 / 40 / 3) ** 0.5, rel=0.2)  # drawn for 40 inputs, not for 4
-    protocol = build({"vgg": {"convs": [[4]], "hidden": [6], "positive_bias": True}}, data)
+    assert model[3].weight.std().item() == pytest.approx(
+        (1 / 40 / 3) ** 0.5, rel=0.2
+    )  # drawn for 40 inputs, not for 4
+    protocol = build(
+        {"vgg": {"convs": [[4]], "hidden": [6], "positive_bias": True}}, data
+    )
     assert (sized(protocol, data.x_train[:4], {"fc1": 30}).fc1.bias >= 0).all()
     with pytest.raises(ConfigError, match="smaller"):
         sized(build({"mlp": {"hidden": [4, 4]}}, data), data.x_train[:4], {"1": 2})
@@ -247,17 +336,27 @@ def test_validation_is_held_out_of_every_class_alike() -> None:
 
 
 def test_images_are_normalised_cropped_and_mirrored_as_asked() -> None:
-    plain, scaled = prepared("digits"), prepared("digits", mean=[0.5], std=[0.25], augment=True)
+    plain, scaled = (
+        prepared("digits"),
+        prepared("digits", mean=[0.5], std=[0.25], augment=True),
+    )
     assert plain.scale is not None
     raw = plain.x_train * plain.scale[1] + plain.scale[0]
     assert torch.allclose(scaled.x_train, (raw - 0.5) / 0.25, atol=1e-5)
     assert scaled.black is not None
     assert scaled.black.tolist() == [-2.0]
     x = torch.arange(2 * 8 * 8).float().reshape(2, 1, 8, 8)
-    still = crop_and_flip(x, torch.tensor([-1.0]), torch.full((2, 2), 4), torch.tensor([False, True]))
+    still = crop_and_flip(
+        x, torch.tensor([-1.0]), torch.full((2, 2), 4), torch.tensor([False, True])
+    )
     assert torch.equal(still[0], x[0])
     assert torch.equal(still[1], x[1].flip(-1))
-    moved = crop_and_flip(x, torch.tensor([-1.0]), torch.tensor([[0, 4], [8, 8]]), torch.tensor([False, False]))
+    moved = crop_and_flip(
+        x,
+        torch.tensor([-1.0]),
+        torch.tensor([[0, 4], [8, 8]]),
+        torch.tensor([False, False]),
+    )
     assert torch.equal(moved[0, 0, 4:], x[0, 0, :4])
     assert (moved[0, 0, :4] == -1).all()
     assert torch.equal(moved[1, 0, :4, :4], x[1, 0, 4:, 4:])
@@ -270,7 +369,13 @@ def test_batches_can_be_read_again_and_from_the_middle() -> None:
     batches = Batches(x, y, 4, shuffle=True)
     assert len(batches) == 3
     whole = [b[1].tolist() for b in batches.epoch(torch.Generator().manual_seed(1))]
-    rest = [b[1].tolist() for b in batches.epoch(torch.Generator().manual_seed(1), skip=1)]
+    rest = [
+        b[1].tolist() for b in batches.epoch(torch.Generator().manual_seed(1), skip=1)
+    ]
     assert rest == whole[1:]
     assert sorted(np.concatenate(whole).tolist()) == list(range(10))
-    assert [b[1].tolist() for b in Batches(x, y, 4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert [b[1].tolist() for b in Batches(x, y, 4)] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [8, 9],
+    ]

@@ -43,12 +43,17 @@ def test_param_groups_keep_their_order_and_options() -> None:
     model, x = MLP(), torch.randn(3, 10)
     decay = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() == 1]
-    first, second = torch.optim.SGD(decay, lr=0.1, momentum=0.9), torch.optim.AdamW([{"params": rest, "lr": 1e-2}])
+    first, second = (
+        torch.optim.SGD(decay, lr=0.1, momentum=0.9),
+        torch.optim.AdamW([{"params": rest, "lr": 1e-2}]),
+    )
     model(x).sum().backward()
     first.step()
     second.step()
     ms.grow_(model, {"fc1": 2}, x, optimizer=[first, second])
-    assert all(a is b for a, b in zip(first.param_groups[0]["params"], decay, strict=True))
+    assert all(
+        a is b for a, b in zip(first.param_groups[0]["params"], decay, strict=True)
+    )
     assert first.state[model.fc1.weight]["momentum_buffer"].shape == (14, 10)
     assert second.state[model.fc1.bias]["exp_avg"].shape == (14,)
 
@@ -56,7 +61,9 @@ def test_param_groups_keep_their_order_and_options() -> None:
 def test_channels_last_and_ties_stay() -> None:
     model, x = make("bn_conv")
     model = model.to(memory_format=torch.channels_last)
-    ms.grow_(model, {"conv1": 2, "conv2": 2}, x.contiguous(memory_format=torch.channels_last))
+    ms.grow_(
+        model, {"conv1": 2, "conv2": 2}, x.contiguous(memory_format=torch.channels_last)
+    )
     assert model.conv2.weight.is_contiguous(memory_format=torch.channels_last)
     gpt, tokens = make("nanogpt")
     ms.grow_(gpt, {"h.0.mlp.c_fc": 4}, tokens)
@@ -94,7 +101,13 @@ def test_cares_that_move_old_weights() -> None:
     model(x).sum().backward()
     opt.step()
     old = {n: p.detach().clone() for n, p in model.named_parameters()}
-    growth = ms.grow_(model, {"fc1": 12}, x, optimizer=opt, care=[ms.care.VarianceTransfer(), ms.care.ResetMoments()])
+    growth = ms.grow_(
+        model,
+        {"fc1": 12},
+        x,
+        optimizer=opt,
+        care=[ms.care.VarianceTransfer(), ms.care.ResetMoments()],
+    )
     torch.testing.assert_close(model.fc2.weight[:, :12], old["fc2.weight"] * 0.5**0.5)
     assert torch.equal(model.fc1.weight[:12], old["fc1.weight"])
     assert not opt.state
@@ -133,12 +146,16 @@ def test_attributes_of_the_users_own_follow() -> None:
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.fc2(
-                F.layer_norm(self.fc1(x).relu(), (10,)) if x.shape[-1] == 3 else self.fc1(x).view(-1, self.width).relu()
+                F.layer_norm(self.fc1(x).relu(), (10,))
+                if x.shape[-1] == 3
+                else self.fc1(x).view(-1, self.width).relu()
             )
 
     model, x = Own(), torch.randn(5, 10)
     plan = ms.plan(model, {"fc1": 3}, x)
-    assert ("width", 12, 15) in [(a.attribute, a.before, a.after) for a in plan.attributes]
+    assert ("width", 12, 15) in [
+        (a.attribute, a.before, a.after) for a in plan.attributes
+    ]
     assert model.width == 12
     ms.grow_(model, {"fc1": 3}, x)
     assert model.width == 15
@@ -155,7 +172,10 @@ def test_narrowing_drops_the_named_units() -> None:
 
 def test_net2net_over_two_neighbouring_axes_at_once() -> None:
     model, x = MLP().double(), torch.randn(3, 10).double()
-    assert ms.grow_(model, {"fc1": 5, "fc2": 4}, x, how=ms.how.Net2Net()).max_change <= 1e-12
+    assert (
+        ms.grow_(model, {"fc1": 5, "fc2": 4}, x, how=ms.how.Net2Net()).max_change
+        <= 1e-12
+    )
 
 
 def test_growth_is_plain_data() -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from meristem.core.axis import Place
+from meristem.core.example import Example, example_from, example_json
 
 Sources = NDArray[np.int64]
 """For every entry of a resized dimension, the old index that it continues, or -1."""
@@ -129,7 +130,7 @@ class Plan:
     flops: tuple[int, int] = (0, 0)
     refusal: str | None = None
     wishes: Mapping[str, int | Sequence[int]] = field(default_factory=dict)
-    example: Any = None
+    example: Example | None = None
     changes: Mapping[Any, Sources] = field(default_factory=dict)
     followed: bool = False
 
@@ -277,48 +278,6 @@ def insertion_from(entry: Mapping[str, Any]) -> Insertion:
 
 def _attribute_json(change: AttributeChange) -> list[Any]:
     return [change.module, change.attribute, change.before, change.after]
-
-
-def example_json(value: Any) -> Any:
-    """A call in plain types: tensors by shape, those of integers by their values, too."""
-    if isinstance(value, Tensor):
-        entry: dict[str, Any] = {
-            "tensor": list(value.shape),
-            "dtype": str(value.dtype).removeprefix("torch."),
-        }
-        if not value.is_floating_point() and not value.is_complex():
-            entry["values"] = value.flatten().tolist()
-        return entry
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return {"value": value}
-    if isinstance(value, (list, tuple)):
-        kind = "list" if isinstance(value, list) else "tuple"
-        return {kind: [example_json(entry) for entry in value]}
-    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {"dict": {key: example_json(entry) for key, entry in value.items()}}
-    return {"unknown": type(value).__name__}
-
-
-def example_from(stored: Any) -> Any:
-    """A call like the stored one; floating-point tensors are drawn anew, always alike."""
-    if "tensor" in stored:
-        dtype = getattr(torch, stored["dtype"])
-        if "values" in stored:
-            return torch.tensor(stored["values"], dtype=dtype).reshape(stored["tensor"])
-        generator = torch.Generator().manual_seed(0)
-        return torch.randn(stored["tensor"], generator=generator).to(dtype)
-    if "dict" in stored:
-        return {key: example_from(entry) for key, entry in stored["dict"].items()}
-    if "list" in stored:
-        return [example_from(entry) for entry in stored["list"]]
-    if "tuple" in stored:
-        return tuple(example_from(entry) for entry in stored["tuple"])
-    if "unknown" in stored:
-        raise ValueError(
-            f"the example of this plan holds a {stored['unknown']}, which JSON cannot keep. "
-            "hint: pass example= when the plan is applied"
-        )
-    return stored["value"]
 
 
 def by_unit(tensor: Tensor, dim: int, layout: Sources) -> Tensor:

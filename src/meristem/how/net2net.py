@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from meristem.core.axis import Axis, Kind, Place
+from meristem.core.errors import GrowthRefused
 from meristem.core.offer import Copies, Offer
 from meristem.lab.laboratory import Lab
 
@@ -49,6 +50,12 @@ class Net2Net:
 
     def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
         """Copies of `count` present units, each unit copied once before any is copied twice."""
+        tied = any(slot.tied for slot in axis.slots)
+        if tied or axis.streamed or not axis.slots:
+            raise GrowthRefused(
+                f"Net2Net copies units and divides what reads them; on axis {axis.name!r} "
+                "a weight is both sides, or a norm runs over it. hint: how.Random grows it"
+            )
         old, new = axis.size // axis.multiple, count // axis.multiple
         rounds = [
             torch.randperm(old, generator=lab.generator) for _ in range(-(-new // old))

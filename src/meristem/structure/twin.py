@@ -8,7 +8,7 @@ import logging
 import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from torch.utils import _pytree as pytree
 
 from meristem.core.change import AttributeChange
 from meristem.core.errors import DiscoveryError
+from meristem.core.example import Example as Example
+from meristem.core.example import as_example as as_example
 
 _WRITABLE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """The models whose modules may be changed: twins, and what surgery has opened."""
@@ -42,29 +44,7 @@ def opened(model: nn.Module) -> Iterator[None]:
             _WRITABLE.discard(model)
 
 
-class Example(NamedTuple):
-    """The arguments of one call of a model."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
 Convert = Callable[[str, Tensor], Tensor]
-
-
-def as_example(example: Any) -> Example:
-    """The (args, kwargs) of a call, from a tensor, a tuple of arguments or a dict of keyword arguments."""
-    if isinstance(example, Example):
-        return example
-    if isinstance(example, dict):
-        return Example((), dict(example))
-    if isinstance(example, tuple):
-        return Example(example, {})
-    if example is None:
-        raise TypeError(
-            "an example input is needed: a tensor, a tuple of arguments or a dict of keyword arguments"
-        )
-    return Example((example,), {})
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

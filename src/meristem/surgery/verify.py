@@ -131,7 +131,7 @@ def check_edit(
             before=run(structure.model, silent, probe.example),
         )
         grown = _grown(plan, axes, silent)
-    blocks = [silent_blocks(structure, one, probe.values) for one in insertions]
+    blocks = [silent_blocks(structure, one, grown) for one in insertions]
     followed = plan if insertions else replace(plan, counts=())
     after = run(structure.model, grown, probe.example, followed, blocks)
     change = relative_change(plan, probe.before, after)
