@@ -10,12 +10,14 @@ and are left out, with a word, where it is not installed.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,23 +160,20 @@ def memory(kind: str, depth: int) -> dict[str, float]:
     depths = next(
         name for name, axis in axes.items() if axis.kind == "depth" and axis.size > 2
     )
-    for name, count in ((width, 256), (depths, 2)):
+    for short, name, count in (("width", width, 256), ("depth", depths, 2)):
         plan = ms.plan(model, {name: count}, example)
         element = next(model.parameters()).element_size()
-        grown = sum(
-            element * int(torch.tensor(change.after).prod()) / 2**20
-            for change in plan.tensors
-        )
+        # A growth writes every tensor that changes anew; the old ones go when it is done.
+        entries = sum(math.prod(change.after) for change in plan.tensors)
         if not plan.tensors:
-            grown = element * (plan.parameters[1] - plan.parameters[0]) / 2**20
-        took: list[float] = []
-        seconds_taken = seconds(
-            lambda: took.append(peak(lambda: ms.grow_(model, plan, example)))
-        )
-        short = "depth" if not plan.tensors else "width"
-        figures[f"{short}_seconds"] = seconds_taken
+            entries = plan.parameters[1] - plan.parameters[0]
+        grown = element * entries / 2**20
+        grow = partial(ms.grow_, model, plan, example)
+        started = time.process_time()
+        took = peak(grow)
+        figures[f"{short}_seconds"] = time.process_time() - started
         figures[f"{short}_grown_mb"] = grown
-        figures[f"{short}_beyond_grown"] = (took[0] - activations - grown) / size
+        figures[f"{short}_beyond_grown"] = (took - activations - grown) / size
     return figures
 
 

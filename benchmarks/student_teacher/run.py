@@ -22,6 +22,7 @@ import meristem as ms
 from meristem.core.axis import Axis
 from meristem.core.offer import Offer
 from meristem.lab.neutral import mean_norm
+from meristem.methods import Lab
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS, STEPS, EVERY, SMALL, BIG = 10, 1500, 200, 5, 10

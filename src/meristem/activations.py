@@ -1,4 +1,6 @@
-"""Activations that start as the identity, so that a layer can be inserted anywhere without changing the function."""
+"""Activations that start as the identity, so that a layer can be inserted anywhere
+without changing the function.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +9,16 @@ from torch import Tensor, nn
 
 
 class Rational(nn.Module):
-    """The rational activation of SENN, per unit: sigma(x) = alpha x + (beta + gamma x) / (1 + x^2).
+    """The rational activation of SENN, per unit: sigma(x) = alpha x + (beta + gamma x)
+    / (1 + x^2).
 
-    It starts as the identity: alpha = 1, beta = gamma = 0. From Mitchell, Mundt, Kersting, "Self-Expanding Neural
-    Networks", 2023, arXiv 2307.04526.
+    It starts as the identity: alpha = 1, beta = gamma = 0. From Mitchell, Mundt,
+    Kersting, "Self-Expanding Neural Networks", 2023, arXiv 2307.04526.
 
     Args:
         width: Units, each with coefficients of its own.
-        dim: The dimension of the input that holds the units: -1 after a linear layer, -3 after a 2-d convolution.
+        dim: The dimension of the input that holds the units: -1 after a linear layer,
+            -3 after a 2-d convolution.
 
     Examples:
         >>> Rational(3)(torch.tensor([[-1.0, 0.0, 2.0]]))
@@ -44,13 +48,16 @@ class Rational(nn.Module):
 
 
 class PReLU(nn.Module):
-    """A rectifier with a slope of its own for every unit: sigma(x) = max(0, x) + slope min(0, x); it starts as the identity.
+    """A rectifier with a slope of its own for every unit: sigma(x) = max(0, x) + slope
+    min(0, x); it starts as the identity.
 
-    As `torch.nn.PReLU`, from He, Zhang, Ren, Sun, "Delving Deep into Rectifiers", 2015, arXiv 1502.01852, along any dimension.
+    As `torch.nn.PReLU`, from He, Zhang, Ren, Sun, "Delving Deep into Rectifiers", 2015,
+    arXiv 1502.01852, along any dimension.
 
     Args:
         width: Units, each with a slope of its own.
-        dim: The dimension of the input that holds the units: -1 after a linear layer, -3 after a 2-d convolution.
+        dim: The dimension of the input that holds the units: -1 after a linear layer,
+            -3 after a 2-d convolution.
 
     Examples:
         >>> PReLU(3)(torch.tensor([[-1.0, 0.0, 2.0]]))

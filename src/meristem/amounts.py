@@ -12,10 +12,11 @@ from meristem.core.change import Plan
 from meristem.structure import Structure, apart, resolve, sized
 
 Amount = int | float | Sequence[int | float] | Mapping[str, int]
-"""Units over all axes per growth, or a fraction of the present widths; a list has one entry
-per growth; a mapping names the units of each axis."""
+"""Units over all axes per growth, or a fraction of the present widths; a list has one
+entry per growth; a mapping names the units of each axis.
+"""
+# Bisections of the share of a wish that a budget allows.
 _HALVINGS = 24
-"""Bisections of the share of a wish that a budget allows."""
 
 
 def check_amount(amount: Amount) -> None:
@@ -24,7 +25,8 @@ def check_amount(amount: Amount) -> None:
         is_number = isinstance(one, (int, float)) and not isinstance(one, bool)
         if not is_number or one <= 0:
             raise ValueError(
-                "amount must be positive: units, or a fraction of the present widths; got "
+                "amount must be positive: units, or a fraction of the present widths; "
+                "got "
                 f"{one!r}"
             )
         if isinstance(amount, Mapping) and not isinstance(one, int):

@@ -12,10 +12,11 @@ from meristem.core.growth import Growth
 MOMENTS = (1, 10, 100, 1000)
 """Steps after a growth at which the health of its units is measured."""
 BEFORE, RECOVERY = 20, 200
-"""Steps that the loss before a growth is averaged over, and steps after it in which a spike
-is looked for."""
+"""Steps that the loss before a growth is averaged over, and steps after it in which a
+spike is looked for.
+"""
+# Steps of the running mean that tells a spike from noise.
 _SMOOTHED = 10
-"""Steps of the running mean that tells a spike from noise."""
 
 
 class LossRecord:
@@ -38,8 +39,8 @@ class LossRecord:
         """The loss before a growth that was `RECOVERY` steps ago, and what followed.
 
         Returns:
-            Its mean before, how far above it the running mean rose, and the step that met
-            it again; None where too few losses are known.
+            Its mean before, how far above it the running mean rose, and the step that
+            met it again; None where too few losses are known.
         """
         if len(self._losses) != self._losses.maxlen:
             return None

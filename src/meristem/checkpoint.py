@@ -1,4 +1,6 @@
-"""Checkpoints that know their shape: lineage, weights and training state in one folder, replaced atomically."""
+"""Checkpoints that know their shape: lineage, weights and training state in one folder,
+replaced atomically.
+"""
 
 from __future__ import annotations
 
@@ -34,17 +36,20 @@ def save(
     grower: Grower | None = None,
     extra: dict[str, Any] | None = None,
 ) -> None:
-    """Write model, optimizer and grower to a folder; a kill at any moment leaves the previous checkpoint loadable.
+    """Write model, optimizer and grower to a folder; a kill at any moment leaves the
+    previous checkpoint loadable.
 
-    The weights are a safetensors file, the training state is read with `weights_only=True`, and a manifest, replaced last,
-    names both and lists the growths.
+    The weights are a safetensors file, the training state is read with
+    `weights_only=True`, and a manifest, replaced last, names both and lists the
+    growths.
 
     Args:
         path: A folder; made where it does not exist.
         model: What to save, grown or not.
         optimizer: Its optimizer, or a list of them.
         grower: Its grower.
-        extra: More state of your own (a scheduler's), of tensors and plain types; `load_extra` gives it back.
+        extra: More state of your own (a scheduler's), of tensors and plain types;
+            `load_extra` gives it back.
 
     Examples:
         >>> import tempfile, torch, meristem as ms
@@ -100,19 +105,23 @@ def load(
     optimizer: Optimizers = None,
     grower: Grower | None = None,
 ) -> Model:
-    """Rebuild a grown model from a freshly built one, and load weights and training state into it, in place.
+    """Rebuild a grown model from a freshly built one, and load weights and training
+    state into it, in place.
 
     Args:
         path: The folder that `save` wrote.
-        model: A new instance of the saved model's class, at its original or at its grown size.
-        optimizer: An optimizer over `model`'s parameters, or the same list of them as was saved.
+        model: A new instance of the saved model's class, at its original or at its
+            grown size.
+        optimizer: An optimizer over `model`'s parameters, or the same list of them as
+            was saved.
         grower: A grower over `model`.
 
     Returns:
         `model`, grown.
 
     Raises:
-        CheckpointError: The folder holds no checkpoint, or the checkpoint does not fit the model or optimizer. The
+        CheckpointError: The folder holds no checkpoint, or the checkpoint does not fit
+        the model or optimizer. The
             model is then unchanged.
     """
     folder = Path(path)
@@ -124,7 +133,8 @@ def load(
     targets = model.state_dict(keep_vars=True)
     lineage = manifest["lineage"]
     growths = _missing(model, lineage, targets, weights)
-    # What the model will be like is tried on a copy without data, so that nothing has changed if it does not fit.
+    # What the model will be like is tried on a copy without data, so that nothing has
+    # changed if it does not fit.
     grown = twin(model, lambda _, tensor: tensor.detach().to("meta"))
     followed = {
         id(p): q for p, q in zip(model.parameters(), grown.parameters(), strict=True)
@@ -186,14 +196,17 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _group_names(optimizer: Optimizer, model: nn.Module) -> list[list[str]]:
-    """The parameters of each group by name, in their order: blocks that grow later stand behind the others."""
+    """The parameters of each group by name, in their order: blocks that grow later
+    stand behind the others.
+    """
     names = {id(p): name for name, p in model.named_parameters()}
     foreign = sum(
         id(p) not in names for group in optimizer.param_groups for p in group["params"]
     )
     if foreign:
         raise CheckpointError(
-            f"the {type(optimizer).__name__} holds {foreign} parameters that are not the model's. hint: save a module that "
+            f"the {type(optimizer).__name__} holds {foreign} parameters that are not "
+            "the model's. hint: save a module that "
             "contains everything the optimizer trains"
         )
     return [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
@@ -205,9 +218,11 @@ def _missing(
     have: dict[str, Tensor],
     saved: dict[str, Tensor],
 ) -> list[Any]:
-    """The growths that a model has not had yet: none of its own, or the first ones of the checkpoint's.
+    """The growths that a model has not had yet: none of its own, or the first ones of
+    the checkpoint's.
 
-    A model that was built at its grown size only lacks the attributes that no constructor knows (an eps).
+    A model that was built at its grown size only lacks the attributes that no
+    constructor knows (an eps).
     """
     own = json.loads(json.dumps(getattr(model, LINEAGE, [])))
     if own and own == lineage[: len(own)]:
@@ -232,7 +247,8 @@ def _replay(grown: nn.Module, growths: list[Any], kind: str) -> None:
         replay(grown, growths)
     except (AttributeError, IndexError, KeyError, StopIteration) as error:
         raise CheckpointError(
-            f"the checkpoint does not belong to this {kind}: its growths cannot be repeated on it ({error})"
+            f"the checkpoint does not belong to this {kind}: its growths cannot be "
+            f"repeated on it ({error})"
         ) from error
 
 
@@ -241,7 +257,8 @@ def _check_shapes(have: dict[str, Tensor], saved: dict[str, Tensor], kind: str) 
     for name, tensor in have.items():
         if tensor.shape != saved[name].shape:
             raise CheckpointError(
-                f"the checkpoint does not belong to this {kind}: {name} was saved as {tuple(saved[name].shape)}, here it is "
+                f"the checkpoint does not belong to this {kind}: {name} was saved as "
+                f"{tuple(saved[name].shape)}, here it is "
                 f"{tuple(tensor.shape)}, and no growth of the checkpoint explains that"
             )
 
@@ -263,9 +280,11 @@ def _check_groups(
     names: dict[int, str],
     known: Container[int],
 ) -> None:
-    """Raise unless the optimizer's groups hold the parameters that were saved, apart from those that growth has added.
+    """Raise unless the optimizer's groups hold the parameters that were saved, apart
+    from those that growth has added.
 
-    `names` are those that the parameters of the freshly built model will have; the dropped ones of `known` have none.
+    `names` are those that the parameters of the freshly built model will have; the
+    dropped ones of `known` have none.
     """
     old = set(names.values())
     sizes = [len(listed) for listed in saved["names"]]
@@ -279,8 +298,10 @@ def _check_groups(
         }
     if not fits:
         raise CheckpointError(
-            f"a {saved['kind']} over parameter groups of sizes {sizes} was saved; got a {type(optimizer).__name__} over "
-            f"{[len(group['params']) for group in optimizer.param_groups]}, or over other parameters"
+            f"a {saved['kind']} over parameter groups of sizes {sizes} was saved; got "
+            f"a {type(optimizer).__name__} over "
+            f"{[len(group['params']) for group in optimizer.param_groups]}, or over "
+            "other parameters"
         )
 
 
@@ -288,13 +309,16 @@ def _check_names(have: set[str], saved: set[str], kind: str) -> None:
     if have != saved:
         odd = sorted(have ^ saved)
         raise CheckpointError(
-            f"the checkpoint does not belong to this {kind}: {', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''} "
+            f"the checkpoint does not belong to this {kind}: "
+            f"{', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''} "
             f"{'is' if len(odd) == 1 else 'are'} on one side only"
         )
 
 
 def _unshared(model: nn.Module) -> dict[str, Tensor]:
-    """Every entry of the state dict in memory of its own; tied tensors are written under each of their names."""
+    """Every entry of the state dict in memory of its own; tied tensors are written
+    under each of their names.
+    """
     return {
         name: tensor.detach().clone().contiguous()
         for name, tensor in model.state_dict().items()

@@ -1,4 +1,6 @@
-"""The command line: data on stdout, everything else on stderr; exit code 2 for a user's mistake, 130 for an interrupt."""
+"""The command line: data on stdout, everything else on stderr; exit code 2 for a user's
+mistake, 130 for an interrupt.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ try:
     from rich.table import Table
 except ImportError as error:
     sys.exit(
-        f"error: the command needs the extra [cli] ({error.name} is missing)\nhint: pip install 'meristem[cli]'"
+        f"error: the command needs the extra [cli] ({error.name} is missing)\nhint: "
+        "pip install 'meristem[cli]'"
     )
 
 from meristem.core.errors import MeristemError
@@ -68,8 +71,12 @@ def _advance(bars: Progress, task: Any, done: int, name: str) -> None:
 
 def _bars() -> Progress:
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"), TimeRemainingColumn()
-    )  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeRemainingColumn(),
+    )
     return Progress(*columns, console=_err)
 
 
@@ -92,7 +99,9 @@ def demo(
         "meristem-demo.png"
     ),
 ) -> None:
-    """Watch a conv net grow on real digits, beside the same net fixed small and fixed large. Under a minute."""
+    """Watch a conv net grow on real digits, beside the same net fixed small and fixed
+    large. Under a minute.
+    """
     from meristem.experiments import demo as demonstration
 
     with _bars() as bars, tempfile.TemporaryDirectory() as folder:
@@ -139,7 +148,9 @@ def run(
         ),
     ] = None,
 ) -> None:
-    """Run one experiment, or what is left of it; the last line on stdout is the path of its JSON file."""
+    """Run one experiment, or what is left of it; the last line on stdout is the path of
+    its JSON file.
+    """
     from meristem.experiments.config import read
     from meristem.experiments.run import run as run_experiment
 
@@ -187,7 +198,10 @@ def compare(
         ),
     ] = 1,
 ) -> None:
-    """Run tasks x methods x seeds and the baselines; what is finished is not run again. The tables go to stdout."""
+    """Run tasks x methods x seeds and the baselines; what is finished is not run again.
+
+    The tables go to stdout.
+    """
     from meristem.experiments import suite, tables
 
     comparisons = [
@@ -247,7 +261,9 @@ def axes(
 
 @app.command()
 def methods() -> None:
-    """List the methods, choices, triggers and cares with their parameters, as a configuration file names them."""
+    """List the methods, choices, triggers and cares with their parameters, as a
+    configuration file names them.
+    """
     from dataclasses import MISSING, fields
 
     from meristem.care import CARES

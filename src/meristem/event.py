@@ -1,8 +1,8 @@
 """One growth, from prepared parts to the record of what was done.
 
 prepare > offer > settle > build > verify > commit. A draft passes from step to step and
-only gains fields; nothing of the user's has changed before the commit. `grow_`, `narrow_`,
-`prune_`, `Grower` and `Stages` all come here.
+only gains fields; nothing of the user's has changed before the commit. `grow_`,
+`narrow_`, `prune_`, `Grower` and `Stages` all come here.
 """
 
 from __future__ import annotations
@@ -63,11 +63,12 @@ DEFAULTS: Mapping[Kind, How] = {
 }
 """What grows an axis of a kind that no chosen method speaks for."""
 TOLERANCE = 1e-5
-"""Largest relative change of an output, in float32, that counts as the same function."""
+"""Largest relative change of an output, in float32, that counts as the same function.
+"""
+# The same in float64.
 _DOUBLE_TOLERANCE = 1e-12
-"""The same in float64."""
+# How many times the model's own rounding gap a change may be.
 _GAPS = 10
-"""How many times the model's own rounding gap a change may be."""
 HEALTH_BATCHES = 4
 """Growth batches that the health of new units is measured on."""
 
@@ -128,7 +129,8 @@ class Draft:
     flops: int = 0
 
 
-# -- preparing ---------------------------------------------------------------------------
+# -- preparing
+# ---------------------------------------------------------------------------
 
 
 def prepare(
@@ -225,7 +227,8 @@ def all_or_nothing(generator: torch.Generator) -> Iterator[None]:
         raise
 
 
-# -- the event ---------------------------------------------------------------------------
+# -- the event
+# ---------------------------------------------------------------------------
 
 
 def propose(event: Event, lab: Lab, axis: Axis, count: int) -> Offer:
@@ -348,8 +351,10 @@ def _settled(event: Event, draft: Draft) -> Draft:
             continue
         if draft.treatment.scaling:
             raise GrowthRefused(
-                f"{type(method).__name__} settles new units beside the present weights; a "
-                "care that scales these afterwards (VarianceTransfer, Shrink) would undo "
+                f"{type(method).__name__} settles new units beside the present "
+                "weights; a "
+                "care that scales these afterwards (VarianceTransfer, Shrink) would "
+                "undo "
                 "it. hint: use WarmMoments or ResetMoments"
             )
         counts = {axis.name: draft.plan.added[axis.name] for axis in units}
@@ -367,7 +372,8 @@ def _built(event: Event, draft: Draft) -> Draft:
     grown = grown_tensors(values, draft.plan, axes, offers, draft.treatment.scaling)
     tensors = {**draft.changed, **grown}
     if draft.settled is not None:
-        # Buffers are left out: what a forward on the side did to them is not the user's.
+        # Buffers are left out: what a forward on the side did to them is not the
+        # user's.
         for name, parameter in event.model.named_parameters():
             value = draft.settled.tensors[name]
             if not torch.equal(value, parameter):
@@ -426,7 +432,9 @@ def _whole_blocks(
 
 
 def _verified(event: Event, draft: Draft) -> Draft:
-    """The function is kept on the real weights, where that was promised; new units live."""
+    """The function is kept on the real weights, where that was promised; new units
+    live.
+    """
     plan = draft.plan
     present = live_values(event.model)
     values = {**present, **draft.tensors}
@@ -459,8 +467,10 @@ def _check_preserved(event: Event, before: Sequence[Tensor], change: float) -> N
     )
     spoken = ", ".join(names) if not event.how else type(event.how[0]).__name__
     raise VerificationError(
-        f"{spoken} should preserve the function, but an output would change by {change:.1e} "
-        "of the largest one; nothing was changed. hint: for widths, an activation that is "
+        f"{spoken} should preserve the function, but an output would change by "
+        f"{change:.1e} "
+        "of the largest one; nothing was changed. hint: for widths, an activation that "
+        "is "
         "not 0 at 0 breaks a zero fan-in; use zero='fan_out'"
     )
 

@@ -1,4 +1,6 @@
-"""Which of the axes that the labels tell of really grow: each kind of block is tried once."""
+"""Which of the axes that the labels tell of really grow: each kind of block is tried
+once.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ from meristem.structure import Structure, clash, resolve
 from meristem.structure.kinds import apart
 from meristem.surgery.verify import check_edit, silence
 
+# Counts of axes that grow together go from one step to this many.
 _DISTINCT = 7
-"""Counts of axes that grow together go from one step to this many."""
 
 Reason = str | None
 
@@ -24,8 +26,8 @@ def growable(
     """The axes of a structure whose growth was tried.
 
     Of axes that are alike one is tried; all are tried together first, and the halves of
-    what fails. Depths whose new blocks cannot preserve the function count where `how` names
-    a method that does not claim to.
+    what fails. Depths whose new blocks cannot preserve the function count where `how`
+    names a method that does not claim to.
     """
     found = structure.axes
     candidates = {**found, **found.ends}
@@ -51,7 +53,8 @@ def _held(structure: Structure, axis: Axis) -> Reason:
     for slot in axis.slots:
         if weakref.getweakrefs(tensors[slot.name]):
             return (
-                f"{slot.name} is held by a weak reference (as in nn.GRU), which would keep "
+                f"{slot.name} is held by a weak reference (as in nn.GRU), which would "
+                "keep "
                 "the old tensor"
             )
     return None
@@ -185,7 +188,8 @@ class _Trial:
             if "could not be checked" in str(error):
                 return str(error)
             return (
-                "no new block of it leaves the function as it is; it grows when its method "
+                "no new block of it leaves the function as it is; it grows when its "
+                "method "
                 "is named, as how.Stack()"
             )
         return None

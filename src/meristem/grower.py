@@ -58,33 +58,35 @@ class Grower:
         model: Any module that runs.
         optimizer: The optimizer, or all of them, whose state follows.
         loss: `loss(model, batch)`, a scalar, the mean over the batch.
-        data: A DataLoader or any re-iterable of batches; read on the side, by a loader of
-            the grower's own.
+        data: A DataLoader or any re-iterable of batches; read on the side, by a loader
+            of the grower's own.
         when: The trigger.
-        how: The method, or several: the first that speaks for the kind of an axis grows it.
-            A kind that none speaks for gets random units with zero fan-out, or
+        how: The method, or several: the first that speaks for the kind of an axis grows
+            it. A kind that none speaks for gets random units with zero fan-out, or
             `how.ZeroBlock`.
         where: Which axis gets how many units.
-        care: What the optimizer and the old weights get; a warm second moment by default.
-        amount: Units per growth: an int over all axes, a fraction of the present widths, a
-            list of either (one per growth), or {axis: count}. An int is shared out among
-            the widths that `axes` lets grow, or among the depths where `axes` or the
-            methods speak for these alone (runs of blocks first);
+        care: What the optimizer and the old weights get; a warm second moment by
+            default.
+        amount: Units per growth: an int over all axes, a fraction of the present
+            widths, a list of either (one per growth), or {axis: count}. An int is
+            shared out among the widths that `axes` lets grow, or among the depths where
+            `axes` or the methods speak for these alone (runs of blocks first);
             `where.ByGain(per_flop=True)` weighs both.
         budget: Upper limits; a growth that would pass one grows what fits.
         axes: Glob patterns of the axes that may grow; a leading "!" excludes.
         round_to: Grown sizes are rounded down to a multiple of this.
-        example: The example input; by default the model's first call inside `loss` on the
-            first batch.
+        example: The example input; by default the model's first call inside `loss` on
+            the first batch.
         generator: The source of randomness; by default a private one of the model.
         progress: Called as `progress(phase, done, total)` while a method trains on the
             side.
 
     Attributes:
         history: Every `Growth` so far.
-        done: True once nothing more can grow; `reason` says why, or why nothing grew last.
-        flops: Floating-point operations that all growths and checks cost together, without
-            later looks at their health.
+        done: True once nothing more can grow; `reason` says why, or why nothing grew
+            last.
+        flops: Floating-point operations that all growths and checks cost together,
+            without later looks at their health.
 
     Raises:
         GrowthRefused: The model is wrapped, or nothing in it can grow.
@@ -277,8 +279,8 @@ class Grower:
         """Grow now, whatever the trigger says.
 
         Returns:
-            The growth, or None where nothing grows: `reason` says why, and `done` whether
-            for good.
+            The growth, or None where nothing grows: `reason` says why, and `done`
+            whether for good.
 
         Raises:
             PendingBackward: A graph still holds the weights. Nothing has changed.
@@ -327,7 +329,8 @@ class Grower:
         )
 
     def prune(self, tolerance: float = 1e-3) -> list[Growth]:
-        """Remove, axis by axis, units that the others can do without (`meristem.prune_`).
+        """Remove, axis by axis, units that the others can do without
+        (`meristem.prune_`).
 
         Growth may go on afterwards.
 
@@ -381,10 +384,11 @@ class Grower:
                     growth.health["loss"] = spike
 
     def measure(self, growth: Growth, moment: str) -> None:
-        """Add the health of a growth's units, as they are now, to `growth.health[moment]`.
+        """Add the health of a growth's units, as they are now, to
+        `growth.health[moment]`.
 
-        What that costs is added to `growth.health_flops`. It never stops the training: an
-        error is written down in place of the figures.
+        What that costs is added to `growth.health_flops`. It never stops the training:
+        an error is written down in place of the figures.
         """
         state = self.generator.get_state()
         try:
@@ -402,7 +406,8 @@ class Grower:
         for axis in axes:
             if axis.size < growth.after[axis.name]:
                 raise GrowthRefused(
-                    f"{axis.name} has been narrowed since; its units are not followed any "
+                    f"{axis.name} has been narrowed since; its units are not followed "
+                    "any "
                     "more"
                 )
         batches = growth_batches(self.data, HEALTH_BATCHES, self.generator)
@@ -441,7 +446,8 @@ class Grower:
         missing = needed - set(state)
         if missing:
             raise DataError(
-                f"this is not the state of a Grower: {', '.join(sorted(missing))} missing"
+                f"this is not the state of a Grower: {', '.join(sorted(missing))} "
+                "missing"
             )
         self.clock = Clock(**state["clock"])
         self.history = []

@@ -54,12 +54,12 @@ def private_generator(model: nn.Module) -> torch.Generator:
 def find_axes(model: nn.Module, example: Any, axes: str | Sequence[str] = "*") -> Axes:
     """The axes that `grow_` accepts, by name; prints as a table.
 
-    The model is run on `example`, on data-free copies of its tensors, and left untouched.
-    An axis is named after the module whose output units it counts; a depth, after the
-    container of its blocks ("h"), a second run there "h:2". Where a layer fits into a
-    chain, the depth is named after the layer that it would stand behind or, at the output,
-    in front of ("fc1:depth"). `.frozen` maps what cannot grow to the reason, `.ends` holds
-    the model's classes and vocabulary.
+    The model is run on `example`, on data-free copies of its tensors, and left
+    untouched. An axis is named after the module whose output units it counts; a depth,
+    after the container of its blocks ("h"), a second run there "h:2". Where a layer
+    fits into a chain, the depth is named after the layer that it would stand behind or,
+    at the output, in front of ("fc1:depth"). `.frozen` maps what cannot grow to the
+    reason, `.ends` holds the model's classes and vocabulary.
 
     Args:
         model: Any module that runs.
@@ -93,7 +93,8 @@ def listed_sizes(structure: Structure) -> dict[str, int]:
 
 
 def plan(model: nn.Module, counts: Mapping[str, int], example: Any) -> Plan:
-    """The dry run of `grow_`: everything that would change, or the refusal and its reason.
+    """The dry run of `grow_`: everything that would change, or the refusal and its
+    reason.
 
     `grow_(model, plan)` carries it out; `plan.json()` stores it.
 
@@ -107,7 +108,8 @@ def plan(model: nn.Module, counts: Mapping[str, int], example: Any) -> Plan:
 
     Raises:
         UnknownAxis: A name is no axis of the model.
-        GrowthRefused: A count is not positive or not a multiple of the axis' granularity.
+        GrowthRefused: A count is not positive or not a multiple of the axis'
+        granularity.
 
     Examples:
         >>> import torch
@@ -144,18 +146,20 @@ def grow_(
 
     Module and Parameter objects stay the same objects; buffers, attributes, gradients,
     optimizer state, devices, dtypes, hooks and tied weights follow. The function is
-    preserved unless the method says otherwise, and that is checked before anything changes.
+    preserved unless the method says otherwise, and that is checked before anything
+    changes.
 
     Args:
         model: Any module that runs.
         counts: Units to add by axis name, or what `plan` gave.
-        example: A tensor, a tuple of arguments or a dict of keyword arguments; None takes
-            that of the plan, else the model's first call inside `loss` on the first batch.
-        how: The method, or several, of which the first that speaks for the kind of an axis
-            grows it; by default random fan-in and zero fan-out for widths, and
+        example: A tensor, a tuple of arguments or a dict of keyword arguments; None
+            takes that of the plan, else the model's first call inside `loss` on the
+            first batch.
+        how: The method, or several, of which the first that speaks for the kind of an
+            axis grows it; by default random fan-in and zero fan-out for widths, and
             `how.ZeroBlock` for depths.
-        care: What the optimizer and the old weights get; by default the new slices get a
-            warm second moment.
+        care: What the optimizer and the old weights get; by default the new slices get
+            a warm second moment.
         optimizer: The optimizer, or all of them, whose state follows.
         loss: For methods that measure or train: `loss(model, batch)`, a mean over the
             batch.
@@ -170,7 +174,8 @@ def grow_(
     Raises:
         GrowthRefused: Unknown axis, wrong count, or the model cannot follow.
         VerificationError: The grown model would compute something else.
-        OptimizerError, DataError, PendingBackward: As their names say. Nothing has changed
+        OptimizerError, DataError, PendingBackward: As their names say. Nothing has
+        changed
             in any case.
 
     Examples:
@@ -223,7 +228,8 @@ def _same(structure: Structure, stored: Plan) -> Plan:
         planned.insertions != stored.insertions
     ):
         raise GrowthRefused(
-            "the plan was made for another model, or for this one before it changed. hint: "
+            "the plan was made for another model, or for this one before it changed. "
+            "hint: "
             "make it anew with meristem.plan"
         )
     return planned
@@ -303,7 +309,8 @@ def _drops(units: Mapping[str, Any]) -> dict[str, int | list[int]]:
     """Checked wishes of `narrow_`: negative counts, or lists of indices."""
     if not isinstance(units, Mapping):
         raise TypeError(
-            f"units must be a dict {{axis: count or indices}}; got {type(units).__name__}"
+            f"units must be a dict {{axis: count or indices}}; got "
+            f"{type(units).__name__}"
         )
     wishes: dict[str, int | list[int]] = {}
     for name, amount in units.items():

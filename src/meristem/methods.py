@@ -64,8 +64,8 @@ class How(Protocol):
     """A method that offers weights for new units.
 
     Attributes:
-        kinds: The kinds of axes that it speaks for, each with whether the network computes
-            the same function right after such a growth.
+        kinds: The kinds of axes that it speaks for, each with whether the network
+            computes the same function right after such a growth.
         batches: How many growth batches it measures on; 0 where it needs neither `loss`
             nor `data`.
     """
@@ -106,7 +106,8 @@ class Choice:
         total: Units to give away.
         growths: How often the net has grown.
         refusals: At how many checks in a row since then nothing was worth growing.
-        offers: One per axis, for as many units as it may get; for rules that `reads_gains`.
+        offers: One per axis, for as many units as it may get; for rules that
+            `reads_gains`.
         flops_per_unit, parameters_per_unit: What a unit of an axis adds.
         lab: For rules that measure.
     """
@@ -126,8 +127,8 @@ class Where(Protocol):
 
     Attributes:
         reads_gains: Whether it looks at the offers.
-        weighs_kinds: Whether it can weigh a unit of a width against a block of a depth; a
-            rule that cannot gets axes of one sort.
+        weighs_kinds: Whether it can weigh a unit of a width against a block of a depth;
+            a rule that cannot gets axes of one sort.
     """
 
     @property
@@ -150,8 +151,8 @@ class Clock:
         epoch_ended: Whether an epoch has just ended.
         refusals: The last checks in a row at which nothing was worth growing.
         checked_step, checked_epoch: When the last check was.
-        trained: What the training steps cost so far, in floating-point operations. Known
-            only where the trigger `Rations`, as `least` is.
+        trained: What the training steps cost so far, in floating-point operations.
+            Known only where the trigger `Rations`, as `least` is.
         least: What the next check costs at least.
         growing: What all growths and checks cost.
         latest: What the last one cost.
@@ -194,8 +195,10 @@ class Care(Protocol):
         ...
 
 
-# -- checks where a part enters ----------------------------------------------------------
+# -- checks where a part enters
+# ----------------------------------------------------------
 
+# By kind of part: its protocol, attributes, methods with their arguments, an example.
 _PARTS: dict[str, tuple[type, tuple[str, ...], dict[str, int], str]] = {
     "how": (
         How,
@@ -212,7 +215,6 @@ _PARTS: dict[str, tuple[type, tuple[str, ...], dict[str, int], str]] = {
     "when": (When, (), {"due": 1}, "a trigger such as meristem.when.Every(steps=100)"),
     "care": (Care, (), {"treat": 3}, "a care such as meristem.care.WarmMoments()"),
 }
-"""By kind of part: its protocol, attributes, methods with their arguments, an example."""
 
 
 def check_part(kind: str, part: Any, known: Mapping[str, type]) -> None:
@@ -280,13 +282,15 @@ def check_kinds(how: How) -> None:
     kinds = how.kinds
     if not isinstance(kinds, Mapping) or not kinds:
         raise TypeError(
-            f"{type(how).__name__}.kinds must map the kinds of axes that it grows to whether "
+            f"{type(how).__name__}.kinds must map the kinds of axes that it grows to "
+            "whether "
             f'the function is preserved, as {{"width": True}}; got {kinds!r}'
         )
     for kind in kinds:
         if kind not in ("width", "heads", "depth"):
             raise TypeError(
-                f"{type(how).__name__}.kinds names {kind!r}; kinds of axes are 'width', "
+                f"{type(how).__name__}.kinds names {kind!r}; kinds of axes are "
+                "'width', "
                 "'heads' and 'depth'"
             )
 
@@ -304,7 +308,8 @@ def check_offer(how: How, lab: Lab, axis: Axis, count: int, offer: Any) -> None:
         )
     if offer.axis != axis.name or offer.count != count:
         raise ValueError(
-            f"{name} was asked for {count} units of {axis.name!r} and offers {offer.count} "
+            f"{name} was asked for {count} units of {axis.name!r} and offers "
+            f"{offer.count} "
             f"of {offer.axis!r}. hint: Offer(axis.name, count, strips)"
         )
     if not axis.slots:
@@ -326,7 +331,8 @@ def _check_strips(
     strange = [place for place in strips if place not in places]
     if strange:
         raise ValueError(
-            f"{name} offers a strip for {tuple(strange[0])}, which axis {axis.name!r} does "
+            f"{name} offers a strip for {tuple(strange[0])}, which axis {axis.name!r} "
+            "does "
             f"not have. Its slots are {[tuple(place) for place in places]}"
         )
     for slot, shape in shapes.items():
@@ -335,7 +341,8 @@ def _check_strips(
             if slot.fill == "draw" and not axis.streamed:
                 raise ValueError(
                     f"{name} offers no weights for {slot.name} (dimension {slot.dim}, "
-                    f"{slot.role}) of axis {axis.name!r}. hint: start from neutral(lab, "
+                    f"{slot.role}) of axis {axis.name!r}. hint: start from "
+                    "neutral(lab, "
                     "axis, count), which has a strip for every slot"
                 )
             continue
@@ -343,11 +350,13 @@ def _check_strips(
             is_tensor = isinstance(strip, Tensor)
             got = tuple(strip.shape) if is_tensor else type(strip).__name__
             raise ValueError(
-                f"the strip of {name} for {slot.name} (dimension {slot.dim}) must have shape "
+                f"the strip of {name} for {slot.name} (dimension {slot.dim}) must have "
+                "shape "
                 f"{shape}: (units, entries per unit, *other dimensions); got {got}"
             )
         if not bool(torch.isfinite(strip).all()):
             raise GrowthRefused(
-                f"{name} offers weights for {slot.name} that are not finite; nothing was "
+                f"{name} offers weights for {slot.name} that are not finite; nothing "
+                "was "
                 "changed"
             )

@@ -27,11 +27,13 @@ from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.tensors import grown_tensors
 from meristem.surgery.verify import grown_twin, live_values
 
+# Growth batches; two thirds to weigh units and to compensate on, the others to see
+# what that costs.
 _BATCHES = 48
-"""Growth batches; two thirds to weigh units and to compensate on, the others to see what that costs."""
 
+# Less than for a score: with more of it, the units that stay would take over less
+# than a duplicate's whole work.
 _DAMPING = 1e-4
-"""Less than for a score: with more of it, the units that stay would take over less than a duplicate's whole work."""
 
 
 def prune_(
@@ -45,21 +47,27 @@ def prune_(
     tolerance: float = 1e-3,
     generator: torch.Generator | None = None,
 ) -> Growth | None:
-    """Remove the units of an axis that are worth least, as many as the loss does not notice; the others take over their work.
+    """Remove the units of an axis that are worth least, as many as the loss does not
+    notice; the others take over their work.
 
-    Units go one by one, the one first whose removal costs least by SENN's score, the larger of
+    Units go one by one, the one first whose removal costs least by SENN's score, the
+    larger of
 
-        freeze_i = d_i ||n_i||^2   and   prune_i = d_i ||n_i - W~_i||^2     (`statistics.curvature.Removal`),
+        freeze_i = d_i ||n_i||^2   and   prune_i = d_i ||n_i - W~_i||^2
+        (`statistics.curvature.Removal`),
 
-    and the weights of the layers that read them take over what is linear in the units that stay,
-    W_act += W_pruned D_pruned,act D_act^-1. The largest number goes for which the loss on examples that had no part in this
-    rises by no more than `tolerance` of itself. From Mitchell, Menzenbach, Kersting, Mundt, "Self-Expanding Neural Networks",
-    2024, arXiv 2307.04526, who compare both scores with a threshold instead.
+    and the weights of the layers that read them take over what is linear in the units
+    that stay, W_act += W_pruned D_pruned,act D_act^-1. The largest number goes for
+    which the loss on examples that had no part in this rises by no more than
+    `tolerance` of itself. From Mitchell, Menzenbach, Kersting, Mundt, "Self-Expanding
+    Neural Networks", 2024, arXiv 2307.04526, who compare both scores with a threshold
+    instead.
 
     Args:
         model: Any module that runs.
         axis: The width.
-        example: A tensor, a tuple of arguments or a dict of keyword arguments; by default the model's first call in `loss`.
+        example: A tensor, a tuple of arguments or a dict of keyword arguments; by
+            default the model's first call in `loss`.
         loss: `loss(model, batch)`, a scalar, the mean over the batch.
         data: A re-iterable of batches.
         optimizer: The optimizer, or all of them, whose state follows.
@@ -70,8 +78,9 @@ def prune_(
         What was done, `added` negative; None where every unit is needed.
 
     Raises:
-        GrowthRefused: The axis is not known, or is read by something else than linear layers and ungrouped convolutions.
-        DataError: `data` is empty, or can be read only once.
+        GrowthRefused: The axis is not known, or is read by something else than linear
+        layers and ungrouped convolutions. DataError: `data` is empty, or can be read
+        only once.
 
     Examples:
         >>> import torch, meristem as ms
@@ -141,7 +150,8 @@ class _Trial:
         for name in layers:
             if name not in factors:
                 raise GrowthRefused(
-                    f"nothing is seen of {name!r}, which reads axis {axis.name!r}. hint: "
+                    f"nothing is seen of {name!r}, which reads axis {axis.name!r}. "
+                    "hint: "
                     "call the module"
                 )
             self.factors[name] = factors[name].damped(_DAMPING)
@@ -163,7 +173,9 @@ class _Trial:
         return flat if bias is None else torch.cat([flat, bias[:, None]], 1)
 
     def order(self) -> list[int]:
-        """All units that could go but the last one, those first that are worth least once the ones before them are gone."""
+        """All units that could go but the last one, those first that are worth least
+        once the ones before them are gone.
+        """
         left = list(range(len(next(iter(self.units.values())))))
         gone: list[int] = []
         while len(left) > 1:
@@ -194,7 +206,9 @@ class _Trial:
         return gone
 
     def without(self, units: list[int]) -> tuple[Plan, dict[str, Tensor]]:
-        """The plan that drops units, and the old tensors that take over their work, at their present shapes."""
+        """The plan that drops units, and the old tensors that take over their work, at
+        their present shapes.
+        """
         multiple = self.axis.multiple
         dropped = [unit * multiple + part for unit in units for part in range(multiple)]
         planned = accepted(resolve(self.structure, {self.axis.name: dropped}))

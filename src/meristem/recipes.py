@@ -41,10 +41,12 @@ def gradmax(
     example: Any = None,
     generator: torch.Generator | None = None,
 ) -> Grower:
-    """GradMax (Evci et al., ICLR 2022, arXiv 2201.05125): all layers at every event, each in proportion to its size.
+    """GradMax (Evci et al., ICLR 2022, arXiv 2201.05125): all layers at every event,
+    each in proportion to its size.
 
-    As published: new weights of `scale` x the mean norm of the present ones, a learning-rate schedule that is left alone.
-    Beyond the paper: new slices get a warm second moment under Adam, where zero would make them jump.
+    As published: new weights of `scale` x the mean norm of the present ones, a
+    learning-rate schedule that is left alone. Beyond the paper: new slices get a warm
+    second moment under Adam, where zero would make them jump.
 
     Args:
         model: As for `Grower`, like every argument that is not listed here.
@@ -53,7 +55,8 @@ def gradmax(
         data: As for `Grower`.
         when: Every epoch unless told otherwise.
         amount: A fraction of the present widths by default.
-        scale: Norm of new weights: .5 on CIFAR and ImageNet, 1 in the student-teacher task.
+        scale: Norm of new weights: .5 on CIFAR and ImageNet, 1 in the student-teacher
+            task.
 
     Returns:
         A `Grower`.
@@ -101,21 +104,25 @@ def senn(
     example: Any = None,
     generator: torch.Generator | None = None,
 ) -> Grower:
-    """SENN (Mitchell et al., 2024, arXiv 2307.04526): width and depth, where the natural-gradient score says that it pays, until
-    it says no more.
+    """SENN (Mitchell et al., 2024, arXiv 2307.04526): width and depth, where the
+    natural-gradient score says that it pays, until it says no more.
 
-    Unlike published: thresholds that follow from the sampling error of the score (see `where.SENN`) in place of ones tuned for
-    every experiment; several units at a time; checks within a share of the cost of training; any first-order optimizer.
+    Unlike published: thresholds that follow from the sampling error of the score (see
+    `where.SENN`) in place of ones tuned for every experiment; several units at a time;
+    checks within a share of the cost of training; any first-order optimizer.
 
     Args:
-        model: As for `Grower`, like every argument that is not listed here. It may start linear: `nn.Sequential(nn.Linear(d, k))`.
+        model: As for `Grower`, like every argument that is not listed here. It may
+            start linear: `nn.Sequential(nn.Linear(d, k))`.
         optimizer: As for `Grower`.
         loss: As for `Grower`.
         data: As for `Grower`.
-        when: `when.SENN()` unless told otherwise: after the first, checks take at most 5 % of the operations of training. In a
-            task of seconds that is next to nothing: name moments there, `when.Every(epochs=20)`.
+        when: `when.SENN()` unless told otherwise: after the first, checks take at most
+            5 % of the operations of training. In a task of seconds that is next to
+            nothing: name moments there, `when.Every(epochs=20)`.
         alpha: Smallest gain of a unit, as published; None for the rule of `where.SENN`.
-        tau: Smallest gain relative to the net's own score, as published; None for no such threshold.
+        tau: Smallest gain relative to the net's own score, as published; None for no
+            such threshold.
         patience: Checks in a row at which nothing is accepted, after which growth ends.
         amount: Units per growth, at the most; the score decides how many of them.
 
@@ -137,9 +144,19 @@ def senn(
         {'0:depth': 1}
     """
     return Grower(
-        model, optimizer, loss=loss, data=data, when=when if when is not None else triggers.SENN(), how=how.SENN(activation="prelu"),
-        where=where.SENN(alpha=alpha, tau=tau, patience=patience), amount=amount, budget=budget, axes=axes, example=example, generator=generator,
-    )  # fmt: skip
+        model,
+        optimizer,
+        loss=loss,
+        data=data,
+        when=when if when is not None else triggers.SENN(),
+        how=how.SENN(activation="prelu"),
+        where=where.SENN(alpha=alpha, tau=tau, patience=patience),
+        amount=amount,
+        budget=budget,
+        axes=axes,
+        example=example,
+        generator=generator,
+    )
 
 
 def stack(
@@ -155,10 +172,12 @@ def stack(
     example: Any = None,
     generator: torch.Generator | None = None,
 ) -> Grower:
-    """Train a shallow net, then repeat its blocks: one growth to the full depth, as in arXiv 2405.15319 and 2511.04981.
+    """Train a shallow net, then repeat its blocks: one growth to the full depth, as in
+    arXiv 2405.15319 and 2511.04981.
 
-    Copies take the optimizer's state along. Use a schedule that holds its rate until after the growth (warm-up, stable,
-    decay), and tune the rate for the grown net as you would for the fixed one: see benchmarks/gpt.
+    Copies take the optimizer's state along. Use a schedule that holds its rate until
+    after the growth (warm-up, stable, decay), and tune the rate for the grown net as
+    you would for the fixed one: see benchmarks/gpt.
 
     Args:
         model: As for `Grower`, like every argument that is not listed here.
@@ -199,7 +218,8 @@ def stack(
     flat = [name for name in to if axes.named(name).slots]
     if flat:
         raise GrowthRefused(
-            f"axis {flat[0]!r} is a {axes.named(flat[0]).kind}, not a depth; only depths are stacked"
+            f"axis {flat[0]!r} is a {axes.named(flat[0]).kind}, not a depth; only "
+            "depths are stacked"
         )
     wrong = [
         size
@@ -212,7 +232,8 @@ def stack(
         )
     if not to or any(size <= sizes[name] for name, size in to.items()):
         raise GrowthRefused(
-            f"to={dict(to)} must give every depth more blocks than it has now: {sizes or 'name a depth axis'}"
+            f"to={dict(to)} must give every depth more blocks than it has now: "
+            f"{sizes or 'name a depth axis'}"
         )
     return Grower(
         model,
@@ -242,14 +263,17 @@ def swe_svod(
     generator: torch.Generator | None = None,
     progress: Progress | None = None,
 ) -> Grower:
-    """SWE + SVoD (Chatzis, Kordonis, Theodosis, Maragos, 2025, arXiv 2509.18842) inside a training loop of your own.
+    """SWE + SVoD (Chatzis, Kordonis, Theodosis, Maragos, 2025, arXiv 2509.18842) inside
+    a training loop of your own.
 
-    Votes decide which layer gets the new units, coupling settles them in; one optimizer throughout, whose new slices get
-    a warm second moment. The paper starts a fresh optimizer after each growth: see `swe_svod_stages`. An event costs two
-    epochs of the candidate-widened copy and one epoch per grown layer.
+    Votes decide which layer gets the new units, coupling settles them in; one optimizer
+    throughout, whose new slices get a warm second moment. The paper starts a fresh
+    optimizer after each growth: see `swe_svod_stages`. An event costs two epochs of the
+    candidate-widened copy and one epoch per grown layer.
 
-    Where the optimizer goes on, the coupling's published learning rate of 1e-3 moves the present weights too far: here it is
-    1e-4, which was better in accuracy and in inactive units (benchmarks/swe_svod/coupling_rate.toml).
+    Where the optimizer goes on, the coupling's published learning rate of 1e-3 moves
+    the present weights too far: here it is 1e-4, which was better in accuracy and in
+    inactive units (benchmarks/swe_svod/coupling_rate.toml).
 
     Args:
         model: As for `Grower`, like every argument that is not listed here.
@@ -257,7 +281,8 @@ def swe_svod(
         loss: As for `Grower`.
         data: As for `Grower`.
         when: Every five epochs unless told otherwise.
-        amount: A fraction of the present widths by default; the paper's rounds add 19 to 27 %.
+        amount: A fraction of the present widths by default; the paper's rounds add 19
+            to 27 %.
 
     Returns:
         A `Grower`.
@@ -310,33 +335,42 @@ def swe_svod_stages(
     progress: Progress | None = None,
     report: Callable[[Stages], None] = lambda stages: None,
 ) -> Stages:
-    """Progressive training as the SWE + SVoD paper runs it (arXiv 2509.18842): one stage more than there are amounts.
+    """Progressive training as the SWE + SVoD paper runs it (arXiv 2509.18842): one
+    stage more than there are amounts.
 
-    Each stage trains everything with a fresh optimizer until the validation loss has not improved for `patience` epochs
-    and goes back to its best weights; then the net expands, and the next stage begins.
+    Each stage trains everything with a fresh optimizer until the validation loss has
+    not improved for `patience` epochs and goes back to its best weights; then the net
+    expands, and the next stage begins.
 
     Args:
         model: Any module that runs.
-        make_optimizer: Called with the parameters at the start of every stage, as `torch.optim.Adam` would be.
+        make_optimizer: Called with the parameters at the start of every stage, as
+            `torch.optim.Adam` would be.
         loss: `loss(model, batch)`, a mean over the batch.
         data: Training batches, read once per epoch.
         validation: Batches for early stopping.
-        amount: New units over all axes, one entry per growth: ints, or fractions of the present widths.
-        adjust_data: What votes and adjustment read; the paper's is not shuffled, in batches of 100. `data` by default.
-        coupling: Of SWE: the paper's by default, whose memory and time grow with new x old units x inputs; "factored" costs
-            little more than training (see `how.SWE`).
+        amount: New units over all axes, one entry per growth: ints, or fractions of the
+            present widths.
+        adjust_data: What votes and adjustment read; the paper's is not shuffled, in
+            batches of 100. `data` by default.
+        coupling: Of SWE: the paper's by default, whose memory and time grow with new x
+            old units x inputs; "factored" costs little more than training (see
+            `how.SWE`).
         epochs: Most epochs of a stage.
         patience: Epochs without improvement that end a stage.
         last_patience: The same for the last stage (30 in the paper's code).
         budget: Upper limits.
         axes: Glob patterns of the axes that may grow; a leading "!" excludes.
-        example: The example input; by default the model's first call inside `loss` on the first batch.
+        example: The example input; by default the model's first call inside `loss` on
+            the first batch.
         generator: The source of randomness; by default a private one of the model.
-        progress: Called as `progress(phase, done, total)` while the growth trains on the side.
+        progress: Called as `progress(phase, done, total)` while the growth trains on
+            the side.
         report: Called with the stages after every epoch.
 
     Returns:
-        `Stages`: iterate to train; each item is a `Stage` that has ended, its best weights in the model.
+        `Stages`: iterate to train; each item is a `Stage` that has ended, its best
+        weights in the model.
 
     Raises:
         DataError: Data that are empty or can be read only once.

@@ -195,7 +195,9 @@ def _open_axes(check: Check) -> list[Axis]:
 
 
 def _one_sort(check: Check, axes: Sequence[Axis]) -> list[Axis]:
-    """What the methods speak for: widths first, runs of blocks before places of a chain."""
+    """What the methods speak for: widths first, runs of blocks before places of a
+    chain.
+    """
     units, blocks = apart(axes)
     runs = [axis for axis in blocks if check.structure.depths[axis.name].copied]
     spoken = {kind for method in check.how for kind in method.kinds}
@@ -207,7 +209,8 @@ def _one_sort(check: Check, axes: Sequence[Axis]) -> list[Axis]:
 def _least_cost(check: Check, axes: Sequence[Axis], total: int) -> float:
     """What the smallest check costs.
 
-    By what the methods say, and by what the last check cost where one of them cannot say.
+    By what the methods say, and by what the last check cost where one of them cannot
+    say.
     """
     event = check.event([peeked(check.data, check.generator)])
     cost = 0.0

@@ -1,4 +1,6 @@
-"""scikit-learn estimators that find their own size: they start linear and grow while the held-out loss says that it pays."""
+"""scikit-learn estimators that find their own size: they start linear and grow while
+the held-out loss says that it pays.
+"""
 
 from __future__ import annotations
 
@@ -47,9 +49,13 @@ except ImportError as error:
     ) from error
 
 FAR = 10.0
-"""Standard deviations at which inputs are cut off: one rare value of 70 would throw the weights of a whole batch about."""
+"""Standard deviations at which inputs are cut off: one rare value of 70 would throw the
+weights of a whole batch about.
+"""
 AVERAGED = 0.99
-"""Weight of the past in the running average of the weights that a trained net ends with."""
+"""Weight of the past in the running average of the weights that a trained net ends
+with.
+"""
 LEAST = 32
 """Units that a width gains at least."""
 LOOKED_AT = 512
@@ -59,7 +65,9 @@ SMALL = 20
 
 
 class _Batches:
-    """Shuffled minibatches of tensors, in another order at every pass, drawn from torch's own generator."""
+    """Shuffled minibatches of tensors, in another order at every pass, drawn from
+    torch's own generator.
+    """
 
     def __init__(self, size: int, *tensors: Tensor) -> None:
         self.size, self.tensors = size, tensors
@@ -82,9 +90,11 @@ class _State:
 
 @dataclass(frozen=True)
 class _Bold:
-    """The axis that adds most by SENN's rule gets half of what it has, `LEAST` units at least, or one layer.
+    """The axis that adds most by SENN's rule gets half of what it has, `LEAST` units at
+    least, or one layer.
 
-    Held-out data stop training in time, so units need not be worth their parameters one by one, as the rule asks.
+    Held-out data stop training in time, so units need not be worth their parameters one
+    by one, as the rule asks.
     """
 
     reads_gains: ClassVar[bool] = True
@@ -103,7 +113,9 @@ class _Bold:
 
 
 class _Growing(BaseEstimator):  # type: ignore[misc]
-    """What both estimators share: scaling, growth early in training, training until the held-out loss stands still."""
+    """What both estimators share: scaling, growth early in training, training until the
+    held-out loss stands still.
+    """
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "max_iter": [Interval(Integral, 1, None, closed="left")],
@@ -186,7 +198,9 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
         return self._meter.total
 
     def plot_growth(self, ax: Any = None) -> Any:
-        """The losses after every pass, and what grew when; on `ax`, or on one of its own. Returns the matplotlib axes."""
+        """The losses after every pass, and what grew when; on `ax`, or on one of its
+        own. Returns the matplotlib axes.
+        """
         check_is_fitted(self, "model_")
         try:
             from matplotlib import pyplot
@@ -242,7 +256,9 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
     def _partial_fit(
         self, x: NDArray[Any], targets: Tensor, weights: NDArray[Any], outputs: int
     ) -> None:
-        """One pass; every `n_iter_growth` of them a growth, where SENN's rule finds one on these very examples."""
+        """One pass; every `n_iter_growth` of them a growth, where SENN's rule finds one
+        on these very examples.
+        """
         if not hasattr(self, "model_"):
             self._start(x, weights, outputs)
         tensors = self._scaled(x), targets, torch.tensor(weights, dtype=torch.float32)
@@ -285,7 +301,9 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
     def _split(
         self, tensors: Sequence[Tensor], strata: Any, seed: int
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """What is trained on, and what is held out to know when to stop; all of it both where there is little."""
+        """What is trained on, and what is held out to know when to stop; all of it both
+        where there is little.
+        """
         count = len(tensors[0])
         if count < SMALL:
             return tensors, tensors
@@ -313,10 +331,12 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
         )
 
     def _fit_and_grow(self, data: _Batches, held_out: Sequence[Tensor]) -> None:
-        """Grow while SENN's rule finds something, a few passes apart; train what has grown until the held-out loss stands still,
-        and once more at a tenth of the rate. A net that has stayed linear is asked again when it has been trained.
+        """Grow while SENN's rule finds something, a few passes apart; train what has
+        grown until the held-out loss stands still, and once more at a tenth of the
+        rate. A net that has stayed linear is asked again when it has been trained.
 
-        Growth comes early: what starts from a small net that was trained to its end ends worse.
+        Growth comes early: what starts from a small net that was trained to its end
+        ends worse.
         """
         state = self._state
         self._grow(state, data, held_out)
@@ -340,7 +360,9 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
             self.growths_ += [growth] if growth is not None else []
 
     def _grower(self, state: _State, data: _Batches) -> Grower | None:
-        """What grows a net; None where growth is used up, or cannot be measured: too few examples, or targets all alike."""
+        """What grows a net; None where growth is used up, or cannot be measured: too
+        few examples, or targets all alike.
+        """
         examples, left = len(data.tensors[0]), self.max_growths - len(self.growths_)
         if (
             examples < SMALL
@@ -351,9 +373,15 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
         looked = _Batches(max(1, min(LOOKED_AT, examples // 12)), *data.tensors)
         budget = Budget(parameters=self.max_parameters, growths=left)
         return Grower(
-            state.model, state.optimizer, loss=self._weighted, data=looked, when=Every(epochs=1), where=_Bold(),
-            how=SENN(activation="prelu", steps=64), budget=budget,
-        )  # fmt: skip
+            state.model,
+            state.optimizer,
+            loss=self._weighted,
+            data=looked,
+            when=Every(epochs=1),
+            where=_Bold(),
+            how=SENN(activation="prelu", steps=64),
+            budget=budget,
+        )
 
     def _grown(self, grower: Grower) -> Growth | None:
         before = grower.flops
@@ -368,7 +396,9 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
     def _trained(
         self, state: _State, data: _Batches, held_out: Sequence[Tensor]
     ) -> _State:
-        """Train until the held-out loss of the averaged weights has not fallen for a while; these, where it was lowest."""
+        """Train until the held-out loss of the averaged weights has not fallen for a
+        while; these, where it was lowest.
+        """
         best, since = copy.deepcopy(state), 0
         lowest = self._held_out_loss(state.model, held_out)
         average = AveragedModel(
@@ -389,7 +419,9 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
         held_out: Sequence[Tensor],
         average: AveragedModel | None = None,
     ) -> float:
-        """One pass of training; the held-out loss after it, of the averaged weights where there are some."""
+        """One pass of training; the held-out loss after it, of the averaged weights
+        where there are some.
+        """
 
         def step(batch: Sequence[Tensor]) -> float:
             loss = self._weighted(state.model, batch)
@@ -445,17 +477,21 @@ def _hidden(model: nn.Module) -> list[int]:
 class GrowingClassifier(ClassifierMixin, _Growing):  # type: ignore[misc]
     """A neural network classifier that starts linear and finds its own width and depth.
 
-    It grows by SENN (`meristem.how.SENN`, `meristem.where.SENN`) early in training, for as long as new units or a layer are worth
-    their parameters; then AdamW trains what has grown until the loss on held-out data stands still. Linear data leave it linear.
-    Inputs are standardised, and cut off at ten standard deviations; NaN, infinite and sparse inputs are refused.
+    It grows by SENN (`meristem.how.SENN`, `meristem.where.SENN`) early in training, for
+    as long as new units or a layer are worth their parameters; then AdamW trains what
+    has grown until the loss on held-out data stands still. Linear data leave it linear.
+    Inputs are standardised, and cut off at ten standard deviations; NaN, infinite and
+    sparse inputs are refused.
 
     Args:
         max_iter: Most passes over the data.
-        batch_size: Examples per step; "auto" is a twentieth of them, between 16 and 128.
+        batch_size: Examples per step; "auto" is a twentieth of them, between 16 and
+            128.
         learning_rate_init: Step size of AdamW; a tenth of it at the end.
         alpha: Weight decay.
         validation_fraction: Share of the data that is held out to know when to stop.
-        n_iter_no_change: Passes without a better held-out loss after which training ends.
+        n_iter_no_change: Passes without a better held-out loss after which training
+            ends.
         tol: Relative improvement of the held-out loss that counts.
         max_growths: Most growths.
         n_iter_growth: Passes between two growths.
@@ -468,9 +504,11 @@ class GrowingClassifier(ClassifierMixin, _Growing):  # type: ignore[misc]
         classes_: The labels.
         hidden_: Widths of the hidden layers, in order.
         growths_: Every `Growth`, with the pass after which it came in `step`.
-        n_parameters_: Trained numbers. `flops_`: floating-point operations that fitting took, growth included.
+        n_parameters_: Trained numbers. `flops_`: floating-point operations that fitting
+            took, growth included.
         n_iter_: Passes over the data.
-        loss_curve_: Training loss after every pass. `validation_curve_`: the held-out one.
+        loss_curve_: Training loss after every pass. `validation_curve_`: the held-out
+            one.
         model_: The torch module. `scaler_`: what scales its inputs.
 
     Examples:
@@ -544,8 +582,9 @@ class GrowingClassifier(ClassifierMixin, _Growing):  # type: ignore[misc]
         classes: ArrayLike | None = None,
         sample_weight: ArrayLike | None = None,
     ) -> Self:
-        """One pass over some examples; a growth at every `n_iter_growth` of them, where one is worth it. The first call scales
-        the inputs for all, and names all `classes`.
+        """One pass over some examples; a growth at every `n_iter_growth` of them, where
+        one is worth it. The first call scales the inputs for all, and names all
+        `classes`.
         """
         first = not hasattr(self, "model_")
         if first:
@@ -559,7 +598,8 @@ class GrowingClassifier(ClassifierMixin, _Growing):  # type: ignore[misc]
             self.classes_, np.unique(np.asarray(classes))
         ):
             raise ValueError(
-                f"`classes={classes!r}` is not the same as on last call to partial_fit, was: {self.classes_!r}"
+                f"`classes={classes!r}` is not the same as on last call to "
+                f"partial_fit, was: {self.classes_!r}"
             )
         x, labels = validate_data(self, X, y, dtype=np.float64, reset=first)
         check_classification_targets(labels)
@@ -604,20 +644,24 @@ class GrowingClassifier(ClassifierMixin, _Growing):  # type: ignore[misc]
 
 
 class GrowingRegressor(RegressorMixin, _Growing):  # type: ignore[misc]
-    """A neural network regressor, of one output or several, that starts linear and finds its own width and depth.
+    """A neural network regressor, of one output or several, that starts linear and
+    finds its own width and depth.
 
-    It grows by SENN (`meristem.how.SENN`, `meristem.where.SENN`) early in training, for as long as new units or a layer are worth
-    their parameters; then AdamW trains what has grown on the squared error until that on held-out data stands still. Linear data
-    leave it linear. Inputs and targets are standardised, and inputs cut off at ten standard deviations; NaN, infinite and sparse
-    inputs are refused.
+    It grows by SENN (`meristem.how.SENN`, `meristem.where.SENN`) early in training, for
+    as long as new units or a layer are worth their parameters; then AdamW trains what
+    has grown on the squared error until that on held-out data stands still. Linear data
+    leave it linear. Inputs and targets are standardised, and inputs cut off at ten
+    standard deviations; NaN, infinite and sparse inputs are refused.
 
     Args:
         max_iter: Most passes over the data.
-        batch_size: Examples per step; "auto" is a twentieth of them, between 16 and 128.
+        batch_size: Examples per step; "auto" is a twentieth of them, between 16 and
+            128.
         learning_rate_init: Step size of AdamW; a tenth of it at the end.
         alpha: Weight decay.
         validation_fraction: Share of the data that is held out to know when to stop.
-        n_iter_no_change: Passes without a better held-out loss after which training ends.
+        n_iter_no_change: Passes without a better held-out loss after which training
+            ends.
         tol: Relative improvement of the held-out loss that counts.
         max_growths: Most growths.
         n_iter_growth: Passes between two growths.
@@ -628,9 +672,11 @@ class GrowingRegressor(RegressorMixin, _Growing):  # type: ignore[misc]
     Attributes:
         hidden_: Widths of the hidden layers, in order.
         growths_: Every `Growth`, with the pass after which it came in `step`.
-        n_parameters_: Trained numbers. `flops_`: floating-point operations that fitting took, growth included.
+        n_parameters_: Trained numbers. `flops_`: floating-point operations that fitting
+            took, growth included.
         n_iter_: Passes over the data.
-        loss_curve_: Training loss after every pass. `validation_curve_`: the held-out one.
+        loss_curve_: Training loss after every pass. `validation_curve_`: the held-out
+            one.
         model_: The torch module. `scaler_`: what scales its inputs.
 
     Examples:
@@ -653,8 +699,8 @@ class GrowingRegressor(RegressorMixin, _Growing):  # type: ignore[misc]
     def partial_fit(
         self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None
     ) -> Self:
-        """One pass over some examples; a growth at every `n_iter_growth` of them, where one is worth it. The first call scales
-        inputs and targets for all.
+        """One pass over some examples; a growth at every `n_iter_growth` of them, where
+        one is worth it. The first call scales inputs and targets for all.
         """
         first = not hasattr(self, "model_")
         if first:
@@ -687,7 +733,8 @@ class GrowingRegressor(RegressorMixin, _Growing):  # type: ignore[misc]
             self._shape = targets.shape[1:]
         elif targets.shape[1:] != self._shape:
             raise ValueError(
-                f"y has the shape {targets.shape[1:]} per example; on the first call it was {self._shape}"
+                f"y has the shape {targets.shape[1:]} per example; on the first call "
+                f"it was {self._shape}"
             )
         return x, targets.reshape(len(x), -1).astype(np.float64), weights
 

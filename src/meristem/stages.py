@@ -1,4 +1,6 @@
-"""Training in stages, as the SWE + SVoD paper runs it: train to early stop, keep the best weights, expand, train on."""
+"""Training in stages, as the SWE + SVoD paper runs it: train to early stop, keep the
+best weights, expand, train on.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,8 @@ class _OnCall:
 
 
 class Stages(Iterator[Stage]):
-    """Iterate to train: yields a `Stage` each time one has ended. See `meristem.recipes.swe_svod_stages`.
+    """Iterate to train: yields a `Stage` each time one has ended. See
+    `meristem.recipes.swe_svod_stages`.
 
     Attributes:
         model: The model.
@@ -161,7 +164,8 @@ class Stages(Iterator[Stage]):
             self.report(self)
         if not self.best_epoch:
             raise DataError(
-                f"the validation loss was not finite in any epoch of stage {self.index}; the model holds its last weights. "
+                "the validation loss was not finite in any epoch of stage "
+                f"{self.index}; the model holds its last weights. "
                 "hint: a smaller learning rate"
             )
         self.model.load_state_dict(self._best_weights)
@@ -222,7 +226,9 @@ class Stages(Iterator[Stage]):
         return total / seen
 
     def state_dict(self) -> dict[str, Any]:
-        """All but the model's present weights and the optimizer's state, which `meristem.save` takes."""
+        """All but the model's present weights and the optimizer's state, which
+        `meristem.save` takes.
+        """
         return {
             "index": self.index,
             "epoch": self.epoch,
@@ -236,7 +242,9 @@ class Stages(Iterator[Stage]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken; load model and optimizer with `meristem.load` afterwards."""
+        """Continue where `state_dict` was taken; load model and optimizer with
+        `meristem.load` afterwards.
+        """
         self.index, self.epoch, self.best_epoch = (
             state["index"],
             state["epoch"],

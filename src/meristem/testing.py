@@ -1,8 +1,8 @@
 """Every contract of a growth, for authors of methods.
 
-`check_how(MyMethod())` grows a small zoo by a method and raises an AssertionError with one
-sentence where a promise is broken. The project's own table of contracts calls the same
-functions.
+`check_how(MyMethod())` grows a small zoo by a method and raises an AssertionError with
+one sentence where a promise is broken. The project's own table of contracts calls the
+same functions.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ from meristem.where import PLACES
 
 EXACT = 1e-10
 """Largest relative change of an output, in float64, that counts as none."""
+# Steps of an axis that grow at once.
 _UNITS = 4
-"""Steps of an axis that grow at once."""
+# Training steps after which every new unit must learn on both its sides.
 _STEPS = 3
-"""Training steps after which every new unit must learn on both its sides."""
 
 
-# -- the zoo -----------------------------------------------------------------------------
+# -- the zoo
+# -----------------------------------------------------------------------------
 
 
 class _Plain(nn.Module):
@@ -141,8 +142,8 @@ class Case:
     Attributes:
         make: Makes it.
         shape: The shape of its inputs.
-        rectified: Whether a unit may be off on all of the data, and so learn nothing. Of
-            such units half must live, of others all.
+        rectified: Whether a unit may be off on all of the data, and so learn nothing.
+            Of such units half must live, of others all.
     """
 
     make: Callable[[], nn.Module]
@@ -201,7 +202,8 @@ class Trial:
         )
 
 
-# -- how ---------------------------------------------------------------------------------
+# -- how
+# ---------------------------------------------------------------------------------
 
 
 def check_how(how: How) -> dict[str, str]:
@@ -365,12 +367,14 @@ def _check_alive(trial: Trial, growth: Growth, axis: Axis, told: str) -> None:
         dead = int((new == 0).sum())
         allowed = len(new) // 2 if ZOO[trial.name].rectified else 0
         assert not slots or dead <= allowed, (
-            f"{told}: {dead} of {len(new)} new units receive no gradient on their {side} "
+            f"{told}: {dead} of {len(new)} new units receive no gradient on their "
+            f"{side} "
             f"after {_STEPS} steps"
         )
 
 
-# -- where, when, care -------------------------------------------------------------------
+# -- where, when, care
+# -------------------------------------------------------------------
 
 
 def check_where(where: Where) -> None:
@@ -432,8 +436,8 @@ def _measuring(where: Where) -> How:
 def check_when(when: When) -> None:
     """Ask a trigger at every step of a training, and hold what is asked of it.
 
-    It answers with a bool, the same for the same clock, and is due at least once in 2,000
-    steps of 100 epochs; one that has `allowance(clock)` gives a number.
+    It answers with a bool, the same for the same clock, and is due at least once in
+    2,000 steps of 100 epochs; one that has `allowance(clock)` gives a number.
 
     Raises:
         AssertionError, TypeError: Something does not hold; the message says what.

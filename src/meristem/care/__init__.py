@@ -1,4 +1,7 @@
-"""Care: what the rest of the net and the optimizer get at a growth. Each says what to do; surgery does it."""
+"""Care: what the rest of the net and the optimizer get at a growth.
+
+Each says what to do; surgery does it.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,12 @@ from meristem.core.offer import Scaling, Treatment
 
 @dataclass(frozen=True)
 class WarmMoments:
-    """New slices start with the mean second moment of their tensor, and a zero first moment.
+    """New slices start with the mean second moment of their tensor, and a zero first
+    moment.
 
-    A zero second moment whose bias correction is spent makes Adam move a new weight by up to 6.6 x the learning rate; the
-    mean of the tensor takes that spike away. Old state is untouched.
+    A zero second moment whose bias correction is spent makes Adam move a new weight by
+    up to 6.6 x the learning rate; the mean of the tensor takes that spike away. Old
+    state is untouched.
 
     Examples:
         >>> WarmMoments()
@@ -30,7 +35,8 @@ class WarmMoments:
 
 @dataclass(frozen=True)
 class ResetMoments:
-    """The optimizer forgets everything: state of all parameters, old and new, steps included.
+    """The optimizer forgets everything: state of all parameters, old and new, steps
+    included.
 
     Examples:
         >>> ResetMoments()
@@ -43,10 +49,12 @@ class ResetMoments:
 
 @dataclass(frozen=True)
 class VarianceTransfer:
-    """Old fan-out weights x sqrt(h_old / h_new), so that pre-activations keep the variance of a net of the new width.
+    """Old fan-out weights x sqrt(h_old / h_new), so that pre-activations keep the
+    variance of a net of the new width.
 
-    Yuan, Savarese, Maire, "Accelerated Training via Incrementally Growing Neural Networks using Variance Transfer and
-    Learning Rate Adaptation", 2023, arXiv 2306.12700. Changes the function.
+    Yuan, Savarese, Maire, "Accelerated Training via Incrementally Growing Neural
+    Networks using Variance Transfer and Learning Rate Adaptation", 2023, arXiv
+    2306.12700. Changes the function.
 
     Examples:
         >>> VarianceTransfer()
@@ -64,10 +72,12 @@ class VarianceTransfer:
 
 @dataclass(frozen=True)
 class Shrink:
-    """Every weight matrix and kernel of the network x `factor`; biases and norms keep their values. Changes the function.
+    """Every weight matrix and kernel of the network x `factor`; biases and norms keep
+    their values. Changes the function.
 
     Args:
-        factor: In (0, 1); .4 won back most of what naive growth lost on a Fashion-MNIST MLP.
+        factor: In (0, 1); .4 won back most of what naive growth lost on a Fashion-MNIST
+            MLP.
 
     Examples:
         >>> Shrink(0.4)

@@ -25,10 +25,12 @@ class Place(NamedTuple):
 class Slot:
     """A tensor dimension that follows an axis.
 
-    `role` is "fan_in" where the tensor produces the units, "fan_out" where it reads them, "carried" where it goes along
-    (biases, norm weights and statistics, depthwise kernels). `fill` says how a new entry starts when nobody says more:
-    drawn as the layer draws its weights, as a bias, zero, one, or the mean of its neighbours. `tied` marks a "fan_out"
-    slot that produces the units as well (a weight used on both sides).
+    `role` is "fan_in" where the tensor produces the units, "fan_out" where it reads
+    them, "carried" where it goes along (biases, norm weights and statistics, depthwise
+    kernels). `fill` says how a new entry starts when nobody says more: drawn as the
+    layer draws its weights, as a bias, zero, one, or the mean of its neighbours. `tied`
+    marks a "fan_out" slot that produces the units as well (a weight used on both
+    sides).
     """
 
     name: str
@@ -51,9 +53,11 @@ class Axis:
         name: The module whose output units it counts ("fc1"), or the bare parameter.
         kind: "width", "heads" or "depth".
         size: Its present size, in its own units (neurons, channels, heads).
-        multiple: Sizes and counts come in multiples of this (channels per group of a group norm).
+        multiple: Sizes and counts come in multiples of this (channels per group of a
+            group norm).
         slots: Every tensor dimension that follows it.
-        norm: What normalises the units on their way: "batch_norm", "layer_norm", "rms_norm" or None.
+        norm: What normalises the units on their way: "batch_norm", "layer_norm",
+            "rms_norm" or None.
         end: "output" or "vocabulary" where the axis is an end of the model, else None.
     """
 
@@ -67,7 +71,9 @@ class Axis:
 
     @property
     def streamed(self) -> bool:
-        """Whether a layer or RMS norm runs over the axis: its producers then follow the rule of a normalised stream."""
+        """Whether a layer or RMS norm runs over the axis: its producers then follow the
+        rule of a normalised stream.
+        """
         return self.norm in ("layer_norm", "rms_norm")
 
     def places(self, role: Role) -> tuple[Slot, ...]:
@@ -78,8 +84,8 @@ class Axis:
 class Axes(Mapping[str, Axis]):
     """The axes of one model by name; prints as a table.
 
-    `frozen` maps what cannot grow to the reason. `ends` holds the model's classes and vocabulary, which grow only when
-    they are named.
+    `frozen` maps what cannot grow to the reason. `ends` holds the model's classes and
+    vocabulary, which grow only when they are named.
     """
 
     def __init__(
@@ -111,18 +117,22 @@ class Axes(Mapping[str, Axis]):
         return self.ends[name] if name in self.ends else self[name]
 
     def unknown(self, name: str) -> UnknownAxis:
-        """The error for a name that is no axis, with its reason where it is frozen, else the nearest names."""
+        """The error for a name that is no axis, with its reason where it is frozen,
+        else the nearest names.
+        """
         if name in self.frozen:
             return UnknownAxis(f"axis {name!r} cannot grow: {self.frozen[name]}")
         known = [*self._axes, *self.ends]
         ending = [other for other in known if other.rpartition(".")[2] == name]
         if ending:
             return UnknownAxis(
-                f"no axis is called {name!r}. Did you mean {' or '.join(map(repr, ending[:3]))}?"
+                f"no axis is called {name!r}. Did you mean "
+                f"{' or '.join(map(repr, ending[:3]))}?"
             )
         listed = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
         return UnknownAxis(
-            f"no axis is called {name!r}.{nearest(name, known)} This model has: {listed or 'none'}"
+            f"no axis is called {name!r}.{nearest(name, known)} This model has: "
+            f"{listed or 'none'}"
         )
 
     def __repr__(self) -> str:

@@ -18,8 +18,9 @@ from meristem.core.example import Example, example_from, example_json
 Sources = NDArray[np.int64]
 """For every entry of a resized dimension, the old index that it continues, or -1."""
 Spans = list[list[int]]
-"""Sources in short: [first old index, length] for entries that go together, [-1, length]
-for new ones."""
+"""Sources in short: [first old index, length] for entries that go together, [-1,
+length] for new ones.
+"""
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ class Plan:
     Attributes:
         before, after: Sizes by axis.
         tensors: Every tensor that changes shape, with the place of every old entry.
-        layout: By axis and place, where the units lie along a dimension after the change:
-            an array (units, entries per unit), old units first.
+        layout: By axis and place, where the units lie along a dimension after the
+            change: an array (units, entries per unit), old units first.
         attributes: Module attributes that mirror a size.
         rescaled: The factor of norm weights whose width changes.
         insertions: Where new blocks stand.
@@ -167,8 +168,8 @@ class Plan:
     def json(self) -> dict[str, Any]:
         """The plan in plain types: what was asked for, and all that it changes.
 
-        The example is kept as shapes, with the values of integers; floating-point inputs
-        are drawn anew when the plan is applied.
+        The example is kept as shapes, with the values of integers; floating-point
+        inputs are drawn anew when the plan is applied.
 
         Examples:
             >>> import json, torch, meristem as ms

@@ -1,4 +1,6 @@
-"""The errors that Meristem raises; all of them leave model, optimizer and random state as they were."""
+"""The errors that Meristem raises; all of them leave model, optimizer and random state
+as they were.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ class MeristemError(Exception):
 
 
 class GrowthRefused(MeristemError, ValueError):
-    """A growth was asked for that this model cannot do; the message says what stands in the way."""
+    """A growth was asked for that this model cannot do; the message says what stands in
+    the way.
+    """
 
 
 class UnknownAxis(GrowthRefused, KeyError):

@@ -17,7 +17,9 @@ class Example(NamedTuple):
 
 
 def as_example(example: Any) -> Example:
-    """The (args, kwargs) of a call, from a tensor, a tuple of arguments or a dict of keyword arguments."""
+    """The (args, kwargs) of a call, from a tensor, a tuple of arguments or a dict of
+    keyword arguments.
+    """
     if isinstance(example, Example):
         return example
     if isinstance(example, dict):
@@ -26,7 +28,8 @@ def as_example(example: Any) -> Example:
         return Example(example, {})
     if example is None:
         raise TypeError(
-            "an example input is needed: a tensor, a tuple of arguments or a dict of keyword arguments"
+            "an example input is needed: a tensor, a tuple of arguments or a dict of "
+            "keyword arguments"
         )
     return Example((example,), {})
 
@@ -71,7 +74,8 @@ def example_from(stored: Any) -> Any:
         return tuple(example_from(entry) for entry in stored["tuple"])
     if "unknown" in stored:
         raise ValueError(
-            f"the example of this plan holds a {stored['unknown']}, which JSON cannot keep. "
+            f"the example of this plan holds a {stored['unknown']}, which JSON cannot "
+            "keep. "
             "hint: pass example= when the plan is applied"
         )
     return stored["value"]

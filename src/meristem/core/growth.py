@@ -17,17 +17,23 @@ class Growth:
         added: Units added (or, for `narrow_`, removed: negative) by axis.
         before, after: Sizes by axis.
         parameters: Count over the whole model, before and after.
-        max_change: Largest change of an output on the example, in eval mode, relative to the largest output.
+        max_change: Largest change of an output on the example, in eval mode, relative
+            to the largest output.
         seconds: What the growth took.
-        flops: What the growth cost, in floating-point operations: votes, proposals, adjustment, verification.
-        health_flops: What later looks at the health of its units cost; diagnostics, like an evaluation.
-        health: Figures of the new units by moment and axis (see `meristem.health`): "insertion", "adjust" where the method
-            adjusts, "1", "10", "100" and "1000" steps later, "trained" at the end of a stage; `health["loss"]` holds the
+        flops: What the growth cost, in floating-point operations: votes, proposals,
+            adjustment, verification.
+        health_flops: What later looks at the health of its units cost; diagnostics,
+            like an evaluation.
+        health: Figures of the new units by moment and axis (see `meristem.health`):
+            "insertion", "adjust" where the method adjusts, "1", "10", "100" and "1000"
+            steps later, "trained" at the end of a stage; `health["loss"]` holds the
             loss before, its spike and the steps to recover. Completed by the grower.
         votes: What `where` decided on, by axis, where it measured.
         notes: What the methods said, by axis.
-        blocks: The places of new blocks, by depth axis, as they were right after the growth.
-        replaced: Old parameter -> new one, where torch did not allow to keep the object. Empty as a rule.
+        blocks: The places of new blocks, by depth axis, as they were right after the
+            growth.
+        replaced: Old parameter -> new one, where torch did not allow to keep the
+            object. Empty as a rule.
     """
 
     added: dict[str, int]

@@ -1,4 +1,6 @@
-"""What the parts of a growth hand on: offered weights, shares, treatments, settled weights."""
+"""What the parts of a growth hand on: offered weights, shares, treatments, settled
+weights.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ class Blocks:
 
     Attributes:
         insertion: Where they stand.
-        values: Tensors of a new block that differ, by its place and their name inside it.
+        values: Tensors of a new block that differ, by its place and their name inside
+            it.
         inherits: Whether the optimizer's state is copied, too.
     """
 
@@ -67,7 +70,8 @@ class Offer:
         strips: The new entries, by place.
         copies: The new units as copies of old ones.
         blocks: New units of a depth axis.
-        gains: Predicted first-order gains per unit, best first, where the method finds them.
+        gains: Predicted first-order gains per unit, best first, where the method finds
+            them.
         error: The standard error of one gain, where gains are measured on a sample.
         freedom: How many weights of a unit were fitted to that very sample.
         flops: What finding the weights cost.
@@ -104,7 +108,9 @@ class Offer:
 
 @dataclass(frozen=True)
 class Scaling:
-    """What care does to the old weights: factors per tensor, or per place along an axis."""
+    """What care does to the old weights: factors per tensor, or per place along an
+    axis.
+    """
 
     tensors: Mapping[str, float] = field(default_factory=dict)
     places: Mapping[Place, float] = field(default_factory=dict)

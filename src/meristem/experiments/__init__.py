@@ -1,1 +1,4 @@
-"""Experiments from a file: configuration, data, built-in models, the runner, the demo. Needs `meristem[cli]`."""
+"""Experiments from a file: configuration, data, built-in models, the runner, the demo.
+
+Needs `meristem[cli]`.
+"""

@@ -1,4 +1,6 @@
-"""What a TOML file may say, checked before anything runs: errors name the key and the nearest valid one."""
+"""What a TOML file may say, checked before anything runs: errors name the key and the
+nearest valid one.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,8 @@ def named(
     )
     if name not in known:
         raise ValueError(
-            f"{key} = {name!r} is not known.{nearest(name, known)} Known: {', '.join(known)}"
+            f"{key} = {name!r} is not known.{nearest(name, known)} Known: "
+            f"{', '.join(known)}"
         )
     return name, dict(parameters)
 
@@ -81,8 +84,8 @@ def named(
 def built(choice: Choice, known: Mapping[str, Any], key: str) -> Any:
     """The object that a choice names, made with its parameters.
 
-    A name is one of the registry, or "package.module:Class" from anywhere. "none" stands
-    for None, which TOML does not have.
+    A name is one of the registry, or "package.module:Class" from anywhere. "none"
+    stands for None, which TOML does not have.
     """
     name = choice if isinstance(choice, str) else next(iter(choice), "")
     if ":" in name:
@@ -110,8 +113,8 @@ def built(choice: Choice, known: Mapping[str, Any], key: str) -> Any:
 
 
 def trigger(choice: Mapping[str, Any], steps: int | None = None) -> When:
-    """A trigger from { every = "2 epochs" }, { at = ["4 epochs", "6 epochs"] }, { at = 0.5 }, a fraction of training, or
-    { senn = { budget = 0.05 } }.
+    """A trigger from { every = "2 epochs" }, { at = ["4 epochs", "6 epochs"] }, { at =
+    0.5 }, a fraction of training, or { senn = { budget = 0.05 } }.
 
     Without the `steps` of the whole run a fraction is only checked.
     """
@@ -121,14 +124,16 @@ def trigger(choice: Mapping[str, Any], steps: int | None = None) -> When:
         return own
     if name not in TRIGGERS or len(choice) != 1:
         raise ValueError(
-            f"when = {dict(choice)} is not known.{nearest(name, TRIGGERS)} Known: {', '.join(TRIGGERS)}"
+            f"when = {dict(choice)} is not known.{nearest(name, TRIGGERS)} Known: "
+            f"{', '.join(TRIGGERS)}"
         )
     if name == "senn":
         try:
             found: SENN = built({name: dict(value or {})}, TRIGGERS, "when")
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"when.senn = {value!r}: {error}. hint: {{ senn = {{ budget = 0.05 }} }}"
+                f"when.senn = {value!r}: {error}. hint: "
+                f"{{ senn = {{ budget = 0.05 }} }}"
             ) from None
         return found
     listed: list[Any] = value if isinstance(value, list) else [value]
@@ -147,9 +152,11 @@ def trigger(choice: Mapping[str, Any], steps: int | None = None) -> When:
 
 
 class Train(_Strict):
-    """How to train, for so many epochs, steps, or floating-point operations; `clip` is the largest norm of a gradient.
+    """How to train, for so many epochs, steps, or floating-point operations; `clip` is
+    the largest norm of a gradient.
 
-    The curve gets a point after every `evaluate` steps; after every epoch, where nothing is said.
+    The curve gets a point after every `evaluate` steps; after every epoch, where
+    nothing is said.
     """
 
     epochs: int | None = Field(None, ge=1)
@@ -184,7 +191,8 @@ class Train(_Strict):
                 )
             if not 0 <= part < 1:
                 raise ValueError(
-                    f"schedule.{name}.{key} is a fraction of training in [0, 1); got {part}"
+                    f"schedule.{name}.{key} is a fraction of training in [0, 1); got "
+                    f"{part}"
                 )
         return value
 
@@ -236,7 +244,9 @@ class Grow(_Strict):
 
 
 class StagesTable(_Strict):
-    """Train to early stop, expand, train on with a fresh optimizer: one stage more than there are amounts."""
+    """Train to early stop, expand, train on with a fresh optimizer: one stage more than
+    there are amounts.
+    """
 
     amount: list[int | float]
     how: Choice = "swe"
@@ -262,7 +272,11 @@ class DataOptions(_Strict):
 
 
 class Experiment(_Strict):
-    """One training run. `sizes` are those of axes that the net starts with, freshly initialised, where they are not the model's."""
+    """One training run.
+
+    `sizes` are those of axes that the net starts with, freshly initialised, where they
+    are not the model's.
+    """
 
     model: Choice
     data: Choice
@@ -298,7 +312,8 @@ class Experiment(_Strict):
                     key = ".".join(map(str, first["loc"]))
                     known = list(DataOptions.model_fields)
                     raise ValueError(
-                        f"{key}: {first['msg']}.{nearest(key, known)} Known: {', '.join(known)}"
+                        f"{key}: {first['msg']}.{nearest(key, known)} Known: "
+                        f"{', '.join(known)}"
                     ) from None
         return value
 
@@ -331,7 +346,8 @@ def read(path: Path, **overrides: Any) -> Experiment:
     """The experiment in a TOML file, with top-level keys overridden.
 
     Raises:
-        ConfigError: The file is missing, is no TOML, or says something unknown; the message names the key.
+        ConfigError: The file is missing, is no TOML, or says something unknown; the
+        message names the key.
     """
     table = toml(path)
     return checked(table | overrides, str(path))
@@ -349,7 +365,8 @@ def checked(table: Mapping[str, Any], source: str = "the configuration") -> Expe
     lengths = [train.epochs, train.steps, train.flops, experiment.stages]
     if sum(length is not None for length in lengths) != 1:
         raise ConfigError(
-            f"{source}: [train] takes one of epochs, steps and flops, to say how long to train, or [stages] does"
+            f"{source}: [train] takes one of epochs, steps and flops, to say how long "
+            "to train, or [stages] does"
         )
     if experiment.stages is not None:
         if experiment.grow is not None:
@@ -358,11 +375,13 @@ def checked(table: Mapping[str, Any], source: str = "the configuration") -> Expe
             )
         if not experiment.data_options[1].validation:
             raise ConfigError(
-                f"{source}: [stages] stop early on held-out data. hint: data = {{ name = {{ validation = 0.2 }} }}"
+                f"{source}: [stages] stop early on held-out data. hint: data = "
+                f"{{ name = {{ validation = 0.2 }} }}"
             )
         if experiment.train.schedule != "constant":
             raise ConfigError(
-                f"{source}: [stages] end by early stopping, so train.schedule can only be 'constant'"
+                f"{source}: [stages] end by early stopping, so train.schedule can only "
+                "be 'constant'"
             )
     return experiment
 

@@ -1,4 +1,6 @@
-"""Data sets by name: bundled digits, plain NAME.npz files under MERISTEM_DATA, or a checked download."""
+"""Data sets by name: bundled digits, plain NAME.npz files under MERISTEM_DATA, or a
+checked download.
+"""
 
 from __future__ import annotations
 
@@ -31,15 +33,33 @@ _MNIST_FILES = (
 SOURCES: dict[str, tuple[str, dict[str, str]]] = {
     "mnist": (
         "https://ossci-datasets.s3.amazonaws.com/mnist/",
-        dict(zip([f"{f}.gz" for f in _MNIST_FILES], (
-            "md5:f68b3c2dcbeaaa9fbdd348bbdeb94873", "md5:d53e105ee54ea40749a09fcbcd1e9432",
-            "md5:9fb629c4189551a2d022fa330f9573f3", "md5:ec29112dd5afa0611ce80d1b7f02629c"), strict=True)),
+        dict(
+            zip(
+                [f"{f}.gz" for f in _MNIST_FILES],
+                (
+                    "md5:f68b3c2dcbeaaa9fbdd348bbdeb94873",
+                    "md5:d53e105ee54ea40749a09fcbcd1e9432",
+                    "md5:9fb629c4189551a2d022fa330f9573f3",
+                    "md5:ec29112dd5afa0611ce80d1b7f02629c",
+                ),
+                strict=True,
+            )
+        ),
     ),
     "fashion_mnist": (
         "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-        dict(zip([f"{f}.gz" for f in _MNIST_FILES], (
-            "md5:8d4fb7e6c68d591d4c3dfef9ec88bf0d", "md5:25c81989df183df01b3e8a0aad5dffbe",
-            "md5:bef4ecab320f06d8554ea6380940ec79", "md5:bb300cfdad3c16e7a12a480ee83cd310"), strict=True)),
+        dict(
+            zip(
+                [f"{f}.gz" for f in _MNIST_FILES],
+                (
+                    "md5:8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+                    "md5:25c81989df183df01b3e8a0aad5dffbe",
+                    "md5:bef4ecab320f06d8554ea6380940ec79",
+                    "md5:bb300cfdad3c16e7a12a480ee83cd310",
+                ),
+                strict=True,
+            )
+        ),
     ),
     "cifar10": (
         "https://www.cs.toronto.edu/~kriz/",
@@ -49,7 +69,7 @@ SOURCES: dict[str, tuple[str, dict[str, str]]] = {
         "https://www.cs.toronto.edu/~kriz/",
         {"cifar-100-python.tar.gz": "md5:eb9058c3a382ffc7106e4002c42a8d85"},
     ),
-}  # fmt: skip
+}
 """Where a data set is downloaded from, and the checksum of every file."""
 
 CONTEXT = 64
@@ -60,11 +80,13 @@ PAD = 4
 
 @dataclass(frozen=True)
 class Data:
-    """A data set in memory: float inputs (characters: int64), targets, and how they are scored.
+    """A data set in memory: float inputs (characters: int64), targets, and how they are
+    scored.
 
-    `outputs` is the number of classes, of regression targets, or of different characters; `held_out` a validation part
-    that training does not see; `black` what a black pixel has become, per channel, where training images are cropped and
-    mirrored at random; `scale` the mean and standard deviation that images were normalised by.
+    `outputs` is the number of classes, of regression targets, or of different
+    characters; `held_out` a validation part that training does not see; `black` what a
+    black pixel has become, per channel, where training images are cropped and mirrored
+    at random; `scale` the mean and standard deviation that images were normalised by.
     """
 
     name: str
@@ -96,9 +118,11 @@ class Data:
 
 
 class Batches:
-    """Batches of tensors in memory, read any number of times: in order, or shuffled anew each time.
+    """Batches of tensors in memory, read any number of times: in order, or shuffled
+    anew each time.
 
-    Randomness comes from torch's global stream, or from the generator that `epoch` is given.
+    Randomness comes from torch's global stream, or from the generator that `epoch` is
+    given.
     """
 
     def __init__(
@@ -145,7 +169,9 @@ class Batches:
 
 
 def crop_and_flip(x: Tensor, black: Tensor, corner: Tensor, flipped: Tensor) -> Tensor:
-    """Each image padded by 4 black pixels, cut out again at its own corner (0 to 8), and mirrored where `flipped`."""
+    """Each image padded by 4 black pixels, cut out again at its own corner (0 to 8),
+    and mirrored where `flipped`.
+    """
     n, c, h, w = x.shape
     padded = black.reshape(1, c, 1, 1).expand(n, c, h + 2 * PAD, w + 2 * PAD).clone()
     padded[:, :, PAD : PAD + h, PAD : PAD + w] = x
@@ -175,7 +201,8 @@ def prepared(
         examples: Train on so many examples, chosen at random once and for all.
         validation: The fraction of the training data to hold out, in every class alike.
         augment: Crop (4 pixels of padding) and mirror training images at random.
-        mean: Per channel, in [0, 1]; with `std`, what images are normalised by. Their own by default.
+        mean: Per channel, in [0, 1]; with `std`, what images are normalised by. Their
+            own by default.
         std: See `mean`.
 
     Raises:
@@ -186,7 +213,8 @@ def prepared(
         data.x_train.dim() != 4 or data.scale is None
     ):
         raise DataError(
-            f"augment, mean and std are for images; data = {name!r} has shape {tuple(data.x_train.shape)}"
+            f"augment, mean and std are for images; data = {name!r} has shape "
+            f"{tuple(data.x_train.shape)}"
         )
     if data.scale is not None:
         own = data.scale
@@ -197,7 +225,8 @@ def prepared(
         if mean is not None or std is not None:
             if any(w.shape != own[0].shape for w in wanted):
                 raise DataError(
-                    f"mean and std take one number per channel: {own[0].numel()} for data = {name!r}"
+                    f"mean and std take one number per channel: {own[0].numel()} for "
+                    f"data = {name!r}"
                 )
             x_train, x_test = (
                 (x * own[1] + own[0] - wanted[0]) / wanted[1]
@@ -211,7 +240,8 @@ def prepared(
     if examples is not None:
         if examples > len(data.x_train):
             raise DataError(
-                f"examples = {examples} asks for more than the {len(data.x_train)} of data = {name!r}"
+                f"examples = {examples} asks for more than the {len(data.x_train)} of "
+                f"data = {name!r}"
             )
         kept = torch.from_numpy(
             np.random.default_rng(42).permutation(len(data.x_train))[:examples]
@@ -221,7 +251,9 @@ def prepared(
 
 
 def _held_out(data: Data, fraction: float) -> Data:
-    """`data` with a part of the training examples set aside: the same fraction of every class, at random."""
+    """`data` with a part of the training examples set aside: the same fraction of every
+    class, at random.
+    """
     generator = np.random.default_rng(42)
     classes = (
         data.y_train.numpy()
@@ -235,7 +267,8 @@ def _held_out(data: Data, fraction: float) -> Data:
     mask = torch.from_numpy(apart)
     if mask.all() or not mask.any():
         raise DataError(
-            f"validation = {fraction} of {len(mask)} examples leaves nothing to train or to validate on"
+            f"validation = {fraction} of {len(mask)} examples leaves nothing to train "
+            "or to validate on"
         )
     held_out = data.x_train[mask], data.y_train[mask]
     return replace(
@@ -252,7 +285,8 @@ def load(
     """A data set by name: "digits", an image set, "tabular/NAME" or "text/NAME".
 
     Raises:
-        DataError: The name is unknown, or its file is neither under MERISTEM_DATA nor to be had.
+        DataError: The name is unknown, or its file is neither under MERISTEM_DATA nor
+        to be had.
     """
     if name == "digits":
         return _digits()
@@ -267,7 +301,8 @@ def load(
     if name not in sources:
         known = ["digits", *sources, *_files_under(root)]
         raise DataError(
-            f"no data set is called {name!r}.{nearest(name, known)} Known: {', '.join(known)}"
+            f"no data set is called {name!r}.{nearest(name, known)} Known: "
+            f"{', '.join(known)}"
         )
     return _images(name, _download(name, *sources[name]))
 
@@ -286,7 +321,8 @@ def _files_under(root: str | None) -> list[str]:
 def _file(root: str | None, relative: str, name: str) -> Path:
     if root is None:
         raise DataError(
-            f"data = {name!r} is read from a file. hint: set MERISTEM_DATA to the folder that holds {relative}"
+            f"data = {name!r} is read from a file. hint: set MERISTEM_DATA to the "
+            f"folder that holds {relative}"
         )
     path = Path(root) / relative
     if not path.exists():
@@ -322,7 +358,8 @@ def _images(name: str, arrays: Arrays) -> Data:
         torch.from_numpy(arrays[key].astype(np.int64)) for key in ("y_train", "y_test")
     )
     classes = int(y_train.max()) + 1
-    # Contiguous: a permuted uint8 array becomes a channels-last float tensor, and batches would inherit that.
+    # Contiguous: a permuted uint8 array becomes a channels-last float tensor, and
+    # batches would inherit that.
     x_train, x_test = ((t - mean).div(std).contiguous() for t in (train, test))
     return Data(
         name,
@@ -368,7 +405,9 @@ def _tabular(name: str, arrays: Arrays) -> Data:
 def _table(
     arrays: Arrays,
 ) -> tuple[NDArray[np.float64], NDArray[Any], NDArray[np.bool_]]:
-    """Inputs, targets and the mask of test rows, from the layouts that tabular files have."""
+    """Inputs, targets and the mask of test rows, from the layouts that tabular files
+    have.
+    """
     if "x_num_train" in arrays:
         parts = []
         for part in ("train", "test"):
@@ -413,8 +452,10 @@ def _download(name: str, base: str, files: dict[str, str]) -> Arrays:
         paths = [Path(fetcher.fetch(file)) for file in files]
     except Exception as error:
         raise DataError(
-            f"data = {name!r} could not be downloaded ({type(error).__name__}: {error}). "
-            f"hint: put {name}.npz (x_train, y_train, x_test, y_test) into a folder and set MERISTEM_DATA to it"
+            f"data = {name!r} could not be downloaded ({type(error).__name__}: "
+            f"{error}). "
+            f"hint: put {name}.npz (x_train, y_train, x_test, y_test) into a folder "
+            "and set MERISTEM_DATA to it"
         ) from error
     if name.startswith("cifar"):
         return _cifar(paths[0], b"fine_labels" if name == "cifar100" else b"labels")
@@ -439,7 +480,9 @@ def _idx(path: Path) -> NDArray[np.uint8]:
 
 
 def _cifar(path: Path, key: bytes) -> Arrays:
-    """The arrays of a CIFAR archive; its pickles are read only after the checksum has matched."""
+    """The arrays of a CIFAR archive; its pickles are read only after the checksum has
+    matched.
+    """
     parts: dict[str, list[Any]] = {"train": [], "test": []}
     with tarfile.open(path) as archive:
         for member in sorted(archive.getmembers(), key=lambda m: m.name):

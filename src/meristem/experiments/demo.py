@@ -1,4 +1,6 @@
-"""The demo: a small conv net grows on the bundled digits, beside the same net fixed small and fixed large."""
+"""The demo: a small conv net grows on the bundled digits, beside the same net fixed
+small and fixed large.
+"""
 
 from __future__ import annotations
 

@@ -33,7 +33,9 @@ def mlp(
 
 
 class ConvNet(nn.Module):
-    """Three 3x3 convolutions of widths w, 2w, 4w with batch norm and ReLU, max-pooling between, average pooling at the end."""
+    """Three 3x3 convolutions of widths w, 2w, 4w with batch norm and ReLU, max-pooling
+    between, average pooling at the end.
+    """
 
     def __init__(self, channels: int, outputs: int, width: int) -> None:
         super().__init__()
@@ -54,7 +56,9 @@ class ConvNet(nn.Module):
 
 
 class PositiveBias(nn.Linear):
-    """A linear layer whose biases start positive: the absolute values of nn.Linear's own."""
+    """A linear layer whose biases start positive: the absolute values of nn.Linear's
+    own.
+    """
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -71,10 +75,12 @@ def vgg(
     strided: bool,
     positive_bias: bool,
 ) -> nn.Sequential:
-    """Blocks of 3x3 convolutions with batch norm and ReLU, each block ending in a max-pool, then linear layers with ReLU.
+    """Blocks of 3x3 convolutions with batch norm and ReLU, each block ending in a
+    max-pool, then linear layers with ReLU.
 
-    The convolutions and the last layer have no bias. `strided` lets the first convolution of a block halve the map instead
-    of a max-pool; `positive_bias` takes the absolute value of the hidden biases.
+    The convolutions and the last layer have no bias. `strided` lets the first
+    convolution of a block halve the map instead of a max-pool; `positive_bias` takes
+    the absolute value of the hidden biases.
     """
     layers: list[tuple[str, nn.Module]] = []
     for b, widths in enumerate(convs, 1):
@@ -182,9 +188,11 @@ class PreActBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Three stages of pre-activation blocks of widths w, 2w, 4w; a strided convolution leads into the second and third.
+    """Three stages of pre-activation blocks of widths w, 2w, 4w; a strided convolution
+    leads into the second and third.
 
-    `stride` is the first convolution's: 2 makes every map half as wide and a step four times as cheap.
+    `stride` is the first convolution's: 2 makes every map half as wide and a step four
+    times as cheap.
     """
 
     def __init__(
@@ -220,7 +228,8 @@ def build(choice: Choice, data: Data) -> nn.Module:
         model = imported(name)(**parameters)
         if not isinstance(model, nn.Module):
             raise ConfigError(
-                f"model = {name!r} gives a {type(model).__name__}, not a torch.nn.Module"
+                f"model = {name!r} gives a {type(model).__name__}, not a "
+                "torch.nn.Module"
             )
         return model
     shape = data.x_train.shape[1:]
@@ -251,7 +260,8 @@ def build(choice: Choice, data: Data) -> nn.Module:
     for key in parameters:
         if key not in defaults:
             raise ConfigError(
-                f"model.{name} has no parameter {key!r}.{nearest(key, defaults)} Known: {', '.join(defaults)}"
+                f"model.{name} has no parameter {key!r}.{nearest(key, defaults)} "
+                f"Known: {', '.join(defaults)}"
             )
     try:
         return make(**fixed, **(defaults | parameters))
@@ -276,8 +286,9 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def sized(model: nn.Module, example: Tensor, sizes: dict[str, int]) -> nn.Module:
-    """`model` with axes of other sizes and fresh weights: every module that has `reset_parameters` calls it, the inner ones
-    first. What a model draws elsewhere keeps the distribution of its small size.
+    """`model` with axes of other sizes and fresh weights: every module that has
+    `reset_parameters` calls it, the inner ones first. What a model draws elsewhere
+    keeps the distribution of its small size.
 
     Raises:
         ConfigError: A size is smaller than the model's own.
@@ -289,7 +300,8 @@ def sized(model: nn.Module, example: Tensor, sizes: dict[str, int]) -> nn.Module
     small = [name for name, count in counts.items() if count < 0]
     if small:
         raise ConfigError(
-            f"sizes.{small[0]} = {sizes[small[0]]} is smaller than the model's {axes.named(small[0]).size}"
+            f"sizes.{small[0]} = {sizes[small[0]]} is smaller than the model's "
+            f"{axes.named(small[0]).size}"
         )
     counts = {name: count for name, count in counts.items() if count}
     if counts:

@@ -1,4 +1,7 @@
-"""The runner: one experiment, from its configuration to one JSON file. A plain loop; started again, it resumes."""
+"""The runner: one experiment, from its configuration to one JSON file.
+
+A plain loop; started again, it resumes.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,9 @@ EVALUATION = 512
 """Examples per batch where nothing is trained."""
 
 HEALTH_TARGETS = 100_000
-"""Most training targets that the last look at the units reads: all images of the usual sets, some pages of a text."""
+"""Most training targets that the last look at the units reads: all images of the usual
+sets, some pages of a text.
+"""
 
 Report = Callable[["Progress"], None]
 
@@ -89,7 +94,8 @@ class Run:
         self.accelerator = Accelerator(mixed_precision=experiment.train.precision)
         if self.accelerator.num_processes > 1:
             raise ConfigError(
-                "a run takes one process so far; hint: start it without torchrun or accelerate launch"
+                "a run takes one process so far; hint: start it without torchrun or "
+                "accelerate launch"
             )
         name, options = experiment.data_options
         self.data = datasets.prepared(name, **options.model_dump())
@@ -165,17 +171,22 @@ class Run:
         )
 
     def _beside(self, phase: str, done: int, total: int | None) -> None:
-        """Tell of training on the side; a growth that is interrupted has changed nothing."""
+        """Tell of training on the side; a growth that is interrupted has changed
+        nothing.
+        """
         self.progress.beside = f"{phase} {done}/{total or '?'}"
         self.report(self.progress)
         self.progress.beside = ""
         if self.stopping:
             raise Interrupted(
-                "stopped during a growth, which is dropped; the run goes on from its last checkpoint"
+                "stopped during a growth, which is dropped; the run goes on from its "
+                "last checkpoint"
             )
 
     def _flops_per_example(self) -> float:
-        """Floating-point operations of a training step at the present size, per example."""
+        """Floating-point operations of a training step at the present size, per
+        example.
+        """
         return step_flops(
             self.model, self.loss, (self.data.x_train[:8], self.data.y_train[:8])
         )
@@ -204,7 +215,8 @@ class Run:
         return max(1, int(epochs) * len(self.batches) + round(rest / train.batch_size))
 
     def train(self, folder: Path) -> None:
-        """Train to the end, saving to `folder` on the way; resumes from it if it holds a checkpoint.
+        """Train to the end, saving to `folder` on the way; resumes from it if it holds
+        a checkpoint.
 
         Raises:
             Interrupted: SIGINT or SIGTERM came; the checkpoint is complete.
@@ -263,7 +275,9 @@ class Run:
         self._save_if_due()
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches from the present step on; the order depends on the seed and the epoch alone."""
+        """Batches from the present step on; the order depends on the seed and the epoch
+        alone.
+        """
         while self.progress.step < self.progress.steps:
             epoch, done = divmod(self.progress.step, len(self.batches))
             generator = torch.Generator().manual_seed(
@@ -320,7 +334,9 @@ class Run:
         progress.curve.append({**point, "sizes": dict(progress.sizes)})
 
     def _health(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Health over the un-augmented training data, of all units and blocks, and of the units that have grown."""
+        """Health over the un-augmented training data, of all units and blocks, and of
+        the units that have grown.
+        """
         some = HEALTH_TARGETS // max(self.data.y_train[0].numel(), 1)
         plain = Batches(self.data.x_train[:some], self.data.y_train[:some], EVALUATION)
         new = {
@@ -426,7 +442,8 @@ def run(
 ) -> Path:
     """Run an experiment, or what is left of it; returns the path of its JSON file.
 
-    A finished run is not run again. The checkpoint lies beside the result until the run is finished.
+    A finished run is not run again. The checkpoint lies beside the result until the run
+    is finished.
     """
     result = out / f"{name}_seed{experiment.seed}.json"
     if result.exists() and _same(json.loads(result.read_text())["config"], experiment):
@@ -443,7 +460,9 @@ def run(
 
 
 def _same(config: Any, experiment: Experiment) -> bool:
-    """Whether a stored configuration asks for this experiment; what it does not say yet has its default."""
+    """Whether a stored configuration asks for this experiment; what it does not say yet
+    has its default.
+    """
     try:
         return Experiment.model_validate(config) == experiment
     except ValidationError:

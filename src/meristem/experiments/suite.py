@@ -1,4 +1,6 @@
-"""Suites: tasks x methods x seeds and the baselines they call for, in one file; resumable, safe to run several times at once."""
+"""Suites: tasks x methods x seeds and the baselines they call for, in one file;
+resumable, safe to run several times at once.
+"""
 
 from __future__ import annotations
 
@@ -37,20 +39,24 @@ TITLES: dict[str, str] = {
     "final": "final shape of {}, fixed",
     "equal": "final shape of {}, equal FLOPs",
 }
-"""B1; B2 and B4 (the grown shape from scratch, on the full budget); B3 (the same, stopped at the method's total FLOPs)."""
+"""B1; B2 and B4 (the grown shape from scratch, on the full budget); B3 (the same,
+stopped at the method's total FLOPs).
+"""
 TUNING_VALIDATION = 0.1
 """Share of the training data on which learning rates are chosen."""
 
 
 class Suite(BaseModel):
-    """What a suite file says. A method's table is merged into the task's [grow] or [stages]; what it says of `model` and
-    `train`, into the task's own.
+    """What a suite file says. A method's table is merged into the task's [grow] or
+    [stages]; what it says of `model` and `train`, into the task's own.
 
-    `score` is what differences are in and what is plotted, for the rows in `drawn` (all of them where nothing is said).
-    Baselines are those of the methods in `baselines_of` (of all where nothing is said); where several methods end in one
-    shape, `final_of` names the one whose final shape is trained. `learning_rates` are tried for every row named in `tuned` (for
-    all of them where nothing is said); the other rows take the rate of the first tuned one of their kind: grown, small, final
-    or equal (of these two, the other's where there is none). `rates` names rates by row, found elsewhere.
+    `score` is what differences are in and what is plotted, for the rows in `drawn` (all
+    of them where nothing is said). Baselines are those of the methods in `baselines_of`
+    (of all where nothing is said); where several methods end in one shape, `final_of`
+    names the one whose final shape is trained. `learning_rates` are tried for every row
+    named in `tuned` (for all of them where nothing is said); the other rows take the
+    rate of the first tuned one of their kind: grown, small, final or equal (of these
+    two, the other's where there is none). `rates` names rates by row, found elsewhere.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -120,7 +126,10 @@ class Comparison:
         return rows
 
     def experiment(self, row: Row, seed: int) -> Experiment:
-        """The experiment of a row. A baseline that hangs on its method's result can be asked for once that is done."""
+        """The experiment of a row.
+
+        A baseline that hangs on its method's result can be asked for once that is done.
+        """
         table = copy.deepcopy(self.suite.tasks[row.task])
         if row.baseline is None:
             assert row.method is not None
@@ -154,7 +163,9 @@ class Comparison:
         return checked(table | {"seed": seed}, f"{self.path}: {row.task}, {row.title}")
 
     def waves(self) -> Iterator[list[Row]]:
-        """Rows that can run side by side: methods first, then the baselines that need their results."""
+        """Rows that can run side by side: methods first, then the baselines that need
+        their results.
+        """
         rows = [row for task in self.suite.tasks for row in self.rows(task)]
         yield [row for row in rows if row.baseline in (None, "small")]
         yield [row for row in rows if row.baseline in ("final", "equal")]
@@ -177,7 +188,8 @@ class Comparison:
         """Run all that is not done yet; `report(done, name)` after every run.
 
         Raises:
-            Interrupted: The runs in progress were stopped; what they last saved is complete.
+            Interrupted: The runs in progress were stopped; what they last saved is
+            complete.
         """
         count = 0
 
@@ -210,7 +222,9 @@ class Comparison:
     def _tuned(
         self, rows: Sequence[Row], workers: int, told: Callable[[Job], None]
     ) -> dict[Row, float]:
-        """The learning rate of each row with the smallest held-out loss, with the first seed."""
+        """The learning rate of each row with the smallest held-out loss, with the first
+        seed.
+        """
         jobs = []
         for row in self._to_tune(rows):
             for rate in self.suite.learning_rates:
@@ -239,10 +253,12 @@ class Comparison:
 
 
 def read(path: Path, out: Path | None = None) -> Comparison:
-    """The comparison that a suite file describes, checked: every run of it that is known now.
+    """The comparison that a suite file describes, checked: every run of it that is
+    known now.
 
     Raises:
-        ConfigError: The file is missing, is no TOML, or says something unknown; the message names the key.
+        ConfigError: The file is missing, is no TOML, or says something unknown; the
+        message names the key.
     """
     try:
         suite = Suite.model_validate(toml(path))
@@ -255,7 +271,8 @@ def read(path: Path, out: Path | None = None) -> Comparison:
             else ""
         )
         raise ConfigError(
-            f"{path}: {key}: {first['msg']}.{hint} Known: {', '.join(Suite.model_fields)}"
+            f"{path}: {key}: {first['msg']}.{hint} Known: "
+            f"{', '.join(Suite.model_fields)}"
         ) from None
     comparison = Comparison(
         path, suite, out if out is not None else path.parent / "results" / path.stem
@@ -271,16 +288,19 @@ def read(path: Path, out: Path | None = None) -> Comparison:
         for title in getattr(suite, key) or []:
             if title not in titles:
                 raise ConfigError(
-                    f"{path}: {key} names {title!r}, which is no row.{nearest(title, titles)}"
+                    f"{path}: {key} names {title!r}, which is no "
+                    f"row.{nearest(title, titles)}"
                 )
     if suite.reference not in titles:
         raise ConfigError(
-            f"{path}: reference = {suite.reference!r} is no row.{nearest(suite.reference, titles)}"
+            f"{path}: reference = {suite.reference!r} is no "
+            f"row.{nearest(suite.reference, titles)}"
         )
     for task, table in suite.tasks.items():
         if "grow" not in table and "stages" not in table:
             raise ConfigError(
-                f"{path}: tasks.{task} says neither [grow] nor [stages]; there is nothing to compare"
+                f"{path}: tasks.{task} says neither [grow] nor [stages]; there is "
+                "nothing to compare"
             )
     files = [
         f"{slug(row.task)}_{slug(row.title)}"
@@ -290,7 +310,8 @@ def read(path: Path, out: Path | None = None) -> Comparison:
     twice = [name for name in files if files.count(name) > 1]
     if twice:
         raise ConfigError(
-            f"{path}: two rows would share the file name {twice[0]!r}. hint: rename a task or a method"
+            f"{path}: two rows would share the file name {twice[0]!r}. hint: rename a "
+            "task or a method"
         )
     for row in next(comparison.waves()):
         comparison.experiment(row, suite.seeds[0])
@@ -298,8 +319,9 @@ def read(path: Path, out: Path | None = None) -> Comparison:
 
 
 def lent(rows: Sequence[Row], rates: dict[Row, float]) -> dict[Row, float]:
-    """The rates with those of the rows that were not tuned: the rate of the first tuned row of their kind (grown, small, final,
-    equal), else of the fixed nets of the grown shapes.
+    """The rates with those of the rows that were not tuned: the rate of the first tuned
+    row of their kind (grown, small, final, equal), else of the fixed nets of the grown
+    shapes.
     """
     result = dict(rates)
     for row in rows:
@@ -351,7 +373,8 @@ def _held_out(experiment: Experiment) -> Experiment:
 def _all(
     jobs: Sequence[Job], out: Path, workers: int, tuning: bool = False
 ) -> Iterator[tuple[Job, Path | None]]:
-    """Every job with the path of its result, as they finish; `workers` at a time in processes of their own.
+    """Every job with the path of its result, as they finish; `workers` at a time in
+    processes of their own.
 
     A job that diverges while tuning has no result; elsewhere its error is raised.
     """
@@ -381,7 +404,9 @@ def _quiet() -> None:
 
 
 def locked(job: Job, out: Path, threads: int | None, tuning: bool) -> Path | None:
-    """`run`, while no other process works on the same result; one that waited finds it done."""
+    """`run`, while no other process works on the same result; one that waited finds it
+    done.
+    """
     if threads is not None:
         torch.set_num_threads(threads)
     locks = out / "locks"

@@ -1,4 +1,6 @@
-"""What a finished comparison says: a table with spreads and paired differences, and the plot of accuracy over FLOPs."""
+"""What a finished comparison says: a table with spreads and paired differences, and the
+plot of accuracy over FLOPs.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,25 @@ from meristem.experiments.suite import Comparison, Row
 Result = Mapping[str, Any]
 
 HEADER = (
-    "net", "test accuracy", "test loss", "training TFLOP", "of it growth", "share of the full cost", "parameters",
-    "inactive new, fwd / out", "inactive all, fwd / out", "minus its B3", "minus reference", "seconds",
-)  # fmt: skip
+    "net",
+    "test accuracy",
+    "test loss",
+    "training TFLOP",
+    "of it growth",
+    "share of the full cost",
+    "parameters",
+    "inactive new, fwd / out",
+    "inactive all, fwd / out",
+    "minus its B3",
+    "minus reference",
+    "seconds",
+)
 
 
 def markdown(comparison: Comparison) -> str:
-    """One table per task: mean ± standard deviation over seeds; differences are paired by seed, with 95 % intervals."""
+    """One table per task: mean ± standard deviation over seeds; differences are paired
+    by seed, with 95 % intervals.
+    """
     parts = []
     for task in comparison.suite.tasks:
         rows = comparison.rows(task)
@@ -46,7 +60,8 @@ def markdown(comparison: Comparison) -> str:
         if "stages" in comparison.suite.tasks[task]:
             lines += [
                 "",
-                "Test accuracy after each stage, % (mean ± population standard deviation, as the paper has it):",
+                "Test accuracy after each stage, % (mean ± population standard "
+                "deviation, as the paper has it):",
                 "",
             ]
             lines += [
@@ -62,7 +77,8 @@ def markdown(comparison: Comparison) -> str:
         else "points of accuracy (in loss for regression)"
     )
     note = (
-        f"Seeds {suite.seeds}. Differences are in {unit}; reference: {suite.reference}. The full cost is that of the final "
+        f"Seeds {suite.seeds}. Differences are in {unit}; reference: "
+        f"{suite.reference}. The full cost is that of the final "
         "shape trained for the whole schedule."
     )
     if first is not None:
@@ -121,7 +137,9 @@ def cells(comparison: Comparison, row: Row) -> list[str]:
 
 
 def share(comparison: Comparison, row: Row, flops: float) -> str:
-    """Training FLOPs as a share of those of the final shape trained in full: the method's own, or the only one there is."""
+    """Training FLOPs as a share of those of the final shape trained in full: the
+    method's own, or the only one there is.
+    """
     finals = [
         r
         for r in comparison.rows(row.task)
@@ -145,7 +163,9 @@ def spread(values: Sequence[float], digits: int) -> str:
 def difference(
     ours: Mapping[int, Result], theirs: Mapping[int, Result], score: str = "accuracy"
 ) -> str:
-    """The mean paired difference with its 95 % confidence interval: points of accuracy, or loss where there is none."""
+    """The mean paired difference with its 95 % confidence interval: points of accuracy,
+    or loss where there is none.
+    """
     from scipy import stats
 
     seeds = sorted(set(ours) & set(theirs))
@@ -166,7 +186,9 @@ def difference(
 
 
 def inactive(runs: Sequence[Result], which: str) -> str:
-    """Shares of units, over all axes, that are inactive forward and going out; mean ± standard deviation over runs."""
+    """Shares of units, over all axes, that are inactive forward and going out; mean ±
+    standard deviation over runs.
+    """
     shares = [pair for run in runs if (pair := shares_of(run, which)) is not None]
     if not shares:
         return "–"
@@ -226,8 +248,8 @@ def allocation(runs: Sequence[Result]) -> str:
 
 
 def draw(comparison: Comparison, path: Path) -> None:
-    """Per task: accuracy (or loss) over training FLOPs, mean over seeds, a dot where a run ends; where accuracy is compared,
-    inactive units below.
+    """Per task: accuracy (or loss) over training FLOPs, mean over seeds, a dot where a
+    run ends; where accuracy is compared, inactive units below.
     """
     import matplotlib
 
@@ -238,9 +260,13 @@ def draw(comparison: Comparison, path: Path) -> None:
     tasks = list(suite.tasks)
     heights = [3, 2] if suite.score == "accuracy" else [1]
     figure, panels = plt.subplots(
-        len(heights), len(tasks), figsize=(7 * len(tasks) + 4, 5 if len(heights) == 1 else 9), layout="constrained",
-        squeeze=False, height_ratios=heights,
-    )  # fmt: skip
+        len(heights),
+        len(tasks),
+        figsize=(7 * len(tasks) + 4, 5 if len(heights) == 1 else 9),
+        layout="constrained",
+        squeeze=False,
+        height_ratios=heights,
+    )
     for column, task in enumerate(tasks):
         rows = [
             r

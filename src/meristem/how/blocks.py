@@ -29,7 +29,8 @@ def only_runs(lab: Lab, axis: Axis, method: str) -> Depth:
     depth = lab.depth(axis)
     if not depth.copied:
         raise GrowthRefused(
-            f"{method} copies blocks, and {axis.name!r} is a place in a chain, which has "
+            f"{method} copies blocks, and {axis.name!r} is a place in a chain, which "
+            "has "
             "none. hint: how.ZeroBlock() inserts an identity layer there"
         )
     return depth
@@ -38,8 +39,9 @@ def only_runs(lab: Lab, axis: Axis, method: str) -> Depth:
 def fresh_blocks(lab: Lab, insertion: Insertion) -> dict[tuple[int, str], Tensor]:
     """Weights as the layers of a new block draw them.
 
-    Every module that has `reset_parameters` calls it, the inner ones first. What has none
-    (a bare scale) starts as in the block that it is made after; what is shared stays.
+    Every module that has `reset_parameters` calls it, the inner ones first. What has
+    none (a bare scale) starts as in the block that it is made after; what is shared
+    stays.
     """
     copied = lab.skeleton()
     known = {id(module) for module in copied.modules()}

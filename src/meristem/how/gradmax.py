@@ -1,20 +1,25 @@
-"""GradMax (Evci, van Merrienboer, Unterthiner, Vladymyrov, Pedregosa, "GradMax: Growing Neural Networks using Gradient
-Information", ICLR 2022, arXiv 2201.05125).
+"""GradMax (Evci, van Merrienboer, Unterthiner, Vladymyrov, Pedregosa, "GradMax: Growing
+Neural Networks using Gradient Information", ICLR 2022, arXiv 2201.05125).
 
-New units start with one side zero, and the other side is chosen so that the gradient that reaches the zero side is
-largest. Everything rests on one operator, the mixed second derivative
+New units start with one side zero, and the other side is chosen so that the gradient
+that reaches the zero side is largest. Everything rests on one operator, the mixed
+second derivative
 
     M = d^2 L / (d W_in d W_out)      at W_in = 0, W_out = 0, for one new unit,
 
-which for a dense pair is B = E[g h^T] of the paper, for a pair of convolutions its exact form for every stride, padding
-and dilation, and which exists for several consumers, pooling, concatenation and residual joins alike. It is never
-formed: two differentiations of the user's own loss, on a copy of the model widened by trial units, multiply it with
-all trial vectors at once, and block subspace iteration finds its leading singular triplets M = sum s_i u_i v_i^T.
+which for a dense pair is B = E[g h^T] of the paper, for a pair of convolutions its
+exact form for every stride, padding and dilation, and which exists for several
+consumers, pooling, concatenation and residual joins alike. It is never formed: two
+differentiations of the user's own loss, on a copy of the model widened by trial units,
+multiply it with all trial vectors at once, and block subspace iteration finds its
+leading singular triplets M = sum s_i u_i v_i^T.
 
-Differences from the paper: the convolution is exact (the released auxiliary convolution is not, with strides); a unit
-whose activation has no slope at zero (ReLU) would stay dead for ever with zero fan-in, so its fan-in takes the first
-gradient step, at a length of a few rounding errors, which opens the activation and preserves the function to rounding;
-a norm on the axis turns the default to zero fan-out, whose preservation outlives the first step.
+Differences from the paper: the convolution is exact (the released auxiliary convolution
+is not, with strides); a unit whose activation has no slope at zero (ReLU) would stay
+dead for ever with zero fan-in, so its fan-in takes the first gradient step, at a length
+of a few rounding errors, which opens the activation and preserves the function to
+rounding; a norm on the axis turns the default to zero fan-out, whose preservation
+outlives the first step.
 """
 
 from __future__ import annotations
@@ -37,30 +42,36 @@ from meristem.lab.neutral import flat_size, mean_norm, unflatten
 
 Operator = Callable[[Tensor], Tensor]
 
+# Pre-activation at which slopes are taken where the activation is flat at zero.
 _OFFSET = 0.5
-"""Pre-activation at which slopes are taken where the activation is flat at zero."""
+# Below this ratio of the slopes at 0 and at the offset an activation counts as flat
+# at zero.
 _FLAT = 0.1
-"""Below this ratio of the slopes at 0 and at the offset an activation counts as flat at zero."""
+# Length of the opening step of a flat activation, in rounding errors of the present
+# fan-in norm.
 _KICK = 4.0
-"""Length of the opening step of a flat activation, in rounding errors of the present fan-in norm."""
 
 
 @dataclass(frozen=True)
 class GradMax:
-    """New units whose zero side receives the largest gradient that weights of their norm can give.
+    """New units whose zero side receives the largest gradient that weights of their
+    norm can give.
 
-    Zero fan-in: W_out = a (u_1, ..., u_k), the leading singular vectors of M; then ||dL/dW_in||_F^2 = a^2 sum s_i^2, the
-    largest possible for orthogonal columns of norm a = scale x the mean fan-out norm of the present units. The predicted
-    first-order gain of unit i is a s_i. Zero fan-out: W_in starts at the v_i and climbs ||dL/dW_out||^2 by Adam, its norm
-    kept at scale x the mean fan-in norm.
+    Zero fan-in: W_out = a (u_1, ..., u_k), the leading singular vectors of M; then
+    ||dL/dW_in||_F^2 = a^2 sum s_i^2, the largest possible for orthogonal columns of
+    norm a = scale x the mean fan-out norm of the present units. The predicted
+    first-order gain of unit i is a s_i. Zero fan-out: W_in starts at the v_i and climbs
+    ||dL/dW_out||^2 by Adam, its norm kept at scale x the mean fan-in norm.
 
     Args:
-        zero: The side that is zero; "auto" takes "fan_in", and "fan_out" where a norm sits on the axis or where the
-            fan-in cannot reach the loss to first order (gated units), and in 16-bit floats.
+        zero: The side that is zero; "auto" takes "fan_in", and "fan_out" where a norm
+            sits on the axis or where the fan-in cannot reach the loss to first order
+            (gated units), and in 16-bit floats.
         scale: Norm of the new weights over the mean norm of the present units'.
         steps: Steps of the climb, with zero fan-out.
         batches: Growth batches that M is averaged over.
-        tolerance: Relative change of sum s_i^2, over the new units, at which the subspace iteration stops.
+        tolerance: Relative change of sum s_i^2, over the new units, at which the
+            subspace iteration stops.
         iterations: Most passes of the subspace iteration.
 
     Examples:
@@ -93,7 +104,8 @@ class GradMax:
         lab.user_loss("GradMax")
         if axis.streamed or axis.end or not axis.places("fan_in"):
             raise GrowthRefused(
-                f"GradMax has no zero side on axis {axis.name!r}. hint: how.Random grows it"
+                f"GradMax has no zero side on axis {axis.name!r}. hint: how.Random "
+                "grows it"
             )
         with counting() as counter:
             space = _Space(lab, axis, count, self)
@@ -136,14 +148,17 @@ class _Space:
             flat_size(shapes, self.outward),
         )
         self.rank = min(self.width_in, self.width_out)
-        # A block that spans the whole space is exact after one pass; a smaller one takes several.
+        # A block that spans the whole space is exact after one pass; a smaller one
+        # takes several.
         block = self.units + 32
         self.trials = self.rank if self.rank <= 4 * block else 2 * block
         self.like = lab.values[self.inward[0].name]
         self.batches = list(lab.batches)[: method.batches]
 
     def strips(self, inward: Tensor, outward: Tensor) -> dict[Place, Tensor]:
-        """Strips from one fan-in and one fan-out vector per unit; depthwise kernels are the mean of the present ones."""
+        """Strips from one fan-in and one fan-out vector per unit; depthwise kernels are
+        the mean of the present ones.
+        """
         shapes = self.lab.shapes(self.axis, len(inward) * self.axis.multiple)
         carried = {
             slot.place: self.kernel(slot, shapes[slot])
@@ -157,13 +172,17 @@ class _Space:
         )
 
     def kernel(self, slot: Slot, shape: tuple[int, ...]) -> Tensor:
-        """The mean present kernel of a depthwise convolution on the axis: what new units are carried by."""
+        """The mean present kernel of a depthwise convolution on the axis: what new
+        units are carried by.
+        """
         return (
             self.lab.units(slot, self.axis).mean(0, keepdim=True).expand(shape).clone()
         )
 
     def operators(self, offset: float) -> tuple[Operator, Operator]:
-        """V -> M V and U -> M^T U for trial vectors in rows, at a pre-activation of `offset`."""
+        """V -> M V and U -> M^T U for trial vectors in rows, at a pre-activation of
+        `offset`.
+        """
         widened = self.lab.widened(self.axis, self.trials * self.axis.multiple)
         parts = []
         with widened.lifted(offset):
@@ -202,7 +221,9 @@ class _Space:
     def triplets(
         self, forward: Operator, adjoint: Operator
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Leading singular triplets of M, in rows: fan-in vectors, singular values, fan-out vectors; float64."""
+        """Leading singular triplets of M, in rows: fan-in vectors, singular values,
+        fan-out vectors; float64.
+        """
         outward = _orthonormal_rows(self.probes())
         values = torch.zeros(self.trials, dtype=torch.float64)
         for _ in range(self.method.iterations):
@@ -227,7 +248,9 @@ class _Space:
         )
 
     def frame(self) -> tuple[Tensor, Tensor, Tensor, bool]:
-        """The k best triplets, random orthonormal directions beyond the rank, and whether the activation is flat at 0."""
+        """The k best triplets, random orthonormal directions beyond the rank, and
+        whether the activation is flat at 0.
+        """
         operators, lifted = self.operators(0.0), self.operators(_OFFSET)
         probes = self.probes()
         flat = bool(operators[0](probes).norm() < _FLAT * lifted[0](probes).norm())
@@ -244,7 +267,9 @@ class _Space:
         return inward * largest, values, outward * largest, flat
 
     def zero_fan_in(self) -> Offer:
-        """Fan-out along the singular vectors; fan-in zero, or opened by a step of rounding size under a flat activation."""
+        """Fan-out along the singular vectors; fan-in zero, or opened by a step of
+        rounding size under a flat activation.
+        """
         inward, values, outward, flat = self.frame()
         length = self.method.scale * (mean_norm(self.lab, self.axis, "fan_out") or 1.0)
         fan_out, fan_in = length * outward, torch.zeros_like(inward)
@@ -266,8 +291,9 @@ class _Space:
     def opened(self, inward: Tensor, outward: Tensor) -> tuple[Tensor, Tensor]:
         """Per unit the sign of the fan-out, and the tiny fan-in, that stay open.
 
-        From either side of the hyperplane and with either sign, the gradients as the activation gates them are followed
-        for a few steps, which is where training will take the unit; the way whose weakest gradient is largest wins.
+        From either side of the hyperplane and with either sign, the gradients as the
+        activation gates them are followed for a few steps, which is where training will
+        take the unit; the way whose weakest gradient is largest wins.
         """
         widened = self.lab.widened(self.axis, self.count)
         length = inward.norm(dim=1, keepdim=True).to(self.like)
@@ -302,7 +328,9 @@ class _Space:
         return best_sign.double().cpu(), best_inward.double().cpu()
 
     def zero_fan_out(self) -> Offer:
-        """Fan-in from the singular vectors, improved by projected ascent on the gradient of the zero fan-out."""
+        """Fan-in from the singular vectors, improved by projected ascent on the
+        gradient of the zero fan-out.
+        """
         start, values, _, _ = self.frame()
         length = self.method.scale * (mean_norm(self.lab, self.axis, "fan_in") or 1.0)
         widened = self.lab.widened(self.axis, self.count)
@@ -351,7 +379,8 @@ class _Space:
     def shortfall(self, values: Tensor) -> str:
         missing = int((values == 0).sum())
         return (
-            f"; the gradient has rank {len(values) - missing}, {missing} units are random"
+            f"; the gradient has rank {len(values) - missing}, {missing} units are "
+            "random"
             if missing
             else ""
         )
@@ -369,9 +398,11 @@ def _orthonormal_rows(rows: Tensor) -> Tensor:
 
 
 def _fill(lab: Lab, rows: Tensor, values: Tensor, count: int) -> Tensor:
-    """The first `count` rows; where their singular value is zero, or there are too few, random unit rows instead.
+    """The first `count` rows; where their singular value is zero, or there are too few,
+    random unit rows instead.
 
-    These are orthogonal among themselves, not to the others: outside the range of M no gradient would reach them.
+    These are orthogonal among themselves, not to the others: outside the range of M no
+    gradient would reach them.
     """
     good = rows[: int((values[:count] > 0).sum())]
     missing = count - len(good)

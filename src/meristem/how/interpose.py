@@ -1,7 +1,8 @@
 """Each block beside its copy.
 
-From Kim et al., "SOLAR 10.7B: Scaling Large Language Models with Simple yet Effective Depth Up-Scaling", 2023, arXiv 2312.15166, as
-compared with stacking in arXiv 2405.15319; with zero outputs it is the block expansion of LLaMA Pro (arXiv 2401.02415).
+From Kim et al., "SOLAR 10.7B: Scaling Large Language Models with Simple yet Effective
+Depth Up-Scaling", 2023, arXiv 2312.15166, as compared with stacking in arXiv
+2405.15319; with zero outputs it is the block expansion of LLaMA Pro (arXiv 2401.02415).
 Costs nothing.
 """
 
@@ -21,8 +22,9 @@ class Interpose:
     """Copies of the present blocks, each behind its own: A B becomes A A B B.
 
     Args:
-        zero: Silence what the copies add to the stream: the function is preserved, and the copies start with fresh optimizer
-            state. Otherwise they take the state along, and the function changes.
+        zero: Silence what the copies add to the stream: the function is preserved, and
+            the copies start with fresh optimizer state. Otherwise they take the state
+            along, and the function changes.
 
     Examples:
         >>> import torch, meristem as ms

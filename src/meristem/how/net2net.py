@@ -1,8 +1,11 @@
-"""Net2Net (Chen, Goodfellow, Shlens, "Net2Net: Accelerating Learning via Knowledge Transfer", 2015, arXiv 1511.05641).
+"""Net2Net (Chen, Goodfellow, Shlens, "Net2Net: Accelerating Learning via Knowledge
+Transfer", 2015, arXiv 1511.05641).
 
-New units copy old ones; the fan-out of a unit and its copies is divided among them, so the function is preserved. The
-paper divides equally and adds noise; here the shares are unequal, which parts the copies under SGD without any noise
-(Wang et al., LEMON, arXiv 2310.07999). Adam does not see the scale of a gradient: with it, add a little noise. Costs nothing.
+New units copy old ones; the fan-out of a unit and its copies is divided among them, so
+the function is preserved. The paper divides equally and adds noise; here the shares are
+unequal, which parts the copies under SGD without any noise (Wang et al., LEMON, arXiv
+2310.07999). Adam does not see the scale of a gradient: with it, add a little noise.
+Costs nothing.
 """
 
 from __future__ import annotations
@@ -20,12 +23,15 @@ from meristem.lab.laboratory import Lab
 
 @dataclass(frozen=True)
 class Net2Net:
-    """Copies of present units, with unequal shares of their fan-out: U_new = share_j U_parent, sum of shares 1.
+    """Copies of present units, with unequal shares of their fan-out: U_new = share_j
+    U_parent, sum of shares 1.
 
-    Optimizer state follows exactly: with share a, a copy's fan-in keeps (a m, a^2 v), its fan-out (m, v).
+    Optimizer state follows exactly: with share a, a copy's fan-in keeps (a m, a^2 v),
+    its fan-out (m, v).
 
     Args:
-        noise: Standard deviation of the noise on the copies' fan-in, as a fraction of its own; 0 preserves the function.
+        noise: Standard deviation of the noise on the copies' fan-in, as a fraction of
+            its own; 0 preserves the function.
 
     Examples:
         >>> import torch, meristem as ms
@@ -49,12 +55,16 @@ class Net2Net:
         return 0
 
     def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
-        """Copies of `count` present units, each unit copied once before any is copied twice."""
+        """Copies of `count` present units, each unit copied once before any is copied
+        twice.
+        """
         tied = any(slot.tied for slot in axis.slots)
         if tied or axis.streamed or not axis.slots:
             raise GrowthRefused(
-                f"Net2Net copies units and divides what reads them; on axis {axis.name!r} "
-                "a weight is both sides, or a norm runs over it. hint: how.Random grows it"
+                "Net2Net copies units and divides what reads them; on axis "
+                f"{axis.name!r} "
+                "a weight is both sides, or a norm runs over it. hint: how.Random "
+                "grows it"
             )
         old, new = axis.size // axis.multiple, count // axis.multiple
         rounds = [

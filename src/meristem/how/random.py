@@ -1,7 +1,7 @@
 """Random new units, the baseline that every method has to beat.
 
-Preserves the function where one side is zero (the default). Costs one batch where it can
-look for dead units, else nothing.
+Preserves the function where one side is zero (the default). Costs one batch where it
+can look for dead units, else nothing.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Random:
 
     Args:
         zero: The side that starts at zero: "fan_out" (the new units compute but are not
-            read yet), "fan_in" (read but silent; dead for ever under an activation whose
-            derivative at 0 is 0, such as ReLU), or None for neither.
+            read yet), "fan_in" (read but silent; dead for ever under an activation
+            whose derivative at 0 is 0, such as ReLU), or None for neither.
         scale: Factor on b.
 
     Examples:
@@ -63,8 +63,8 @@ class Random:
     def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
         """Drawn weights for `count` units; where batches are at hand, none starts dead.
 
-        On a depth axis, fresh blocks behind the present ones (in a chain a fresh layer);
-        their outputs are not zero, so the function changes.
+        On a depth axis, fresh blocks behind the present ones (in a chain a fresh
+        layer); their outputs are not zero, so the function changes.
         """
         if not axis.slots:
             insertion = lab.depth(axis).appended(count)

@@ -1,4 +1,6 @@
-"""The search for new units: candidates that climb the score of the layers that read them (see `how.senn`)."""
+"""The search for new units: candidates that climb the score of the layers that read
+them (see `how.senn`).
+"""
 
 from __future__ import annotations
 
@@ -41,16 +43,17 @@ from meristem.structure import products, sized
 from meristem.structure.layers import channel_of
 from meristem.surgery.tensors import new_units
 
+# Step size of the optimisation of candidates, in root mean squares of their first
+# weights.
 _RATE = 0.1
-"""Step size of the optimisation of candidates, in root mean squares of their first weights."""
+# Examples below which every part of them measures in turn.
 _FEW = 1000
-"""Examples below which every part of them measures in turn."""
+# Standard errors beyond chance at which one part of the examples decides alone.
 _CLEAR = 5
-"""Standard errors beyond chance at which one part of the examples decides alone."""
 LOOKS = 8
 """Batches on which optimised candidates are held against their start."""
+# Below these a search is not worth its name.
 _LEAST_BATCHES, _LEAST_STEPS = 12, 8
-"""Below these a search is not worth its name."""
 
 Parts = tuple[Sequence[Any], Sequence[Any]]
 """Growth batches to choose on, and those to measure on."""
@@ -58,8 +61,8 @@ Parts = tuple[Sequence[Any], Sequence[Any]]
 
 @dataclass(frozen=True)
 class Search:
-    """How much is looked for: so many candidates, climbing so many steps, on so many growth batches; where these are few, so
-    many parts of them measure in turn.
+    """How much is looked for: so many candidates, climbing so many steps, on so many
+    growth batches; where these are few, so many parts of them measure in turn.
     """
 
     candidates: int
@@ -73,7 +76,9 @@ class Search:
         return max(self.candidates, units)
 
     def within(self, lab: Lab, axis: Axis, count: int) -> Search:
-        """As much of this search as the allowance of a lab pays for, halved until it fits."""
+        """As much of this search as the allowance of a lab pays for, halved until it
+        fits.
+        """
         search = replace(self, batches=min(self.batches, len(lab.batches)))
         while search.cost(lab, axis, count) > lab.allowance and search != search.least:
             search = search.halved
@@ -100,7 +105,9 @@ class Search:
         )
 
     def cost(self, lab: Lab, axis: Axis, count: int) -> float:
-        """About the floating-point operations that it takes: the passes of `_Space`, and the products of what they see."""
+        """About the floating-point operations that it takes: the passes of `_Space`,
+        and the products of what they see.
+        """
         batch, trials = (
             lab.batches[0],
             self.trials(count // axis.multiple) * axis.multiple,
@@ -146,8 +153,9 @@ class Search:
         return total * batch_size(batch)
 
     def parts(self, batches: Sequence[Any]) -> list[Parts]:
-        """Two thirds of the growth batches to choose on, the others to measure on; where these hold few examples, other thirds
-        measure in turn. One batch or two are both.
+        """Two thirds of the growth batches to choose on, the others to measure on;
+        where these hold few examples, other thirds measure in turn. One batch or two
+        are both.
         """
         batches = list(batches)[: self.batches]
         if len(batches) < 3:
@@ -163,8 +171,9 @@ class Search:
 
 @dataclass(frozen=True)
 class _Seen:
-    """A growth batch as the next layers see it: how many of its examples are looked at, in all and at every call, and in rows
-    the gradient g_r that the present inputs leave over, whitened by S.
+    """A growth batch as the next layers see it: how many of its examples are looked at,
+    in all and at every call, and in rows the gradient g_r that the present inputs leave
+    over, whitened by S.
     """
 
     batch: Any
@@ -174,11 +183,16 @@ class _Seen:
 
 
 class _Reached(BaseException):
-    """Every next layer has been reached; the rest of the forward is not needed. No Exception: a model may catch those."""
+    """Every next layer has been reached; the rest of the forward is not needed.
+
+    No Exception: a model may catch those.
+    """
 
 
 class _Space:
-    """Candidates for one axis: their weights, what the next layers read from them, and what that is worth."""
+    """Candidates for one axis: their weights, what the next layers read from them, and
+    what that is worth.
+    """
 
     def __init__(
         self, lab: Lab, loss: Loss, axis: Axis, count: int, search: Search, parts: Parts
@@ -209,8 +223,10 @@ class _Space:
         for layer in self.layers:
             if layer not in layers:
                 raise GrowthRefused(
-                    f"SENN sees nothing of {layer!r}, which reads axis {axis.name!r}: its weight is used without calling it, or "
-                    "without gradient. hint: call the module, or grow the axis by how.Random()"
+                    f"SENN sees nothing of {layer!r}, which reads axis {axis.name!r}: "
+                    "its weight is used without calling it, or "
+                    "without gradient. hint: call the module, or grow the axis by "
+                    "how.Random()"
                 )
         self.moments = {
             layer: layers[layer].damped(search.damping) for layer in self.layers
@@ -261,7 +277,9 @@ class _Space:
         )
 
     def _shown(self, step: int) -> _Seen:
-        """The batch of a step of the search; where they are few they come again and are kept."""
+        """The batch of a step of the search; where they are few they come again and are
+        kept.
+        """
         number = step % len(self.first)
         if number in self._kept:
             return self._kept[number]
@@ -273,7 +291,9 @@ class _Space:
     def _reads(
         self, strips: Mapping[Place, Tensor], seen: _Seen
     ) -> dict[str, list[Tensor]]:
-        """What the next layers read, old and new, on one batch: one tensor for every call. The forward stops behind them."""
+        """What the next layers read, old and new, on one batch: one tensor for every
+        call. The forward stops behind them.
+        """
         found: dict[str, list[Tensor]] = {layer: [] for layer in self.layers}
 
         def seen_by(layer: str) -> Any:
@@ -316,8 +336,9 @@ class _Space:
         return torch.cat(rows)
 
     def whitened(self, strips: Mapping[Place, Tensor], seen: _Seen) -> list[Tensor]:
-        """L^-1 C^T S^-1/2 with L L^T = A_p, of every candidate alone: (candidates, entries, outputs) for every next layer, on
-        one batch, differentiable in the strips. Its square is Delta eta'.
+        """L^-1 C^T S^-1/2 with L L^T = A_p, of every candidate alone: (candidates,
+        entries, outputs) for every next layer, on one batch, differentiable in the
+        strips. Its square is Delta eta'.
         """
         found = []
         for layer, reads in self._reads(strips, seen).items():
@@ -359,10 +380,12 @@ class _Space:
     def together(
         self, strips: Mapping[Place, Tensor], batches: Sequence[Any]
     ) -> dict[str, _Joint]:
-        """All candidates at once beyond what the layer's own inputs explain, on some batches.
+        """All candidates at once beyond what the layer's own inputs explain, on some
+        batches.
 
-        Everything is taken from these batches alone: a slope dW A^-1 from elsewhere would leave an error in g_r that candidates
-        optimised on it have learnt to explain.
+        Everything is taken from these batches alone: a slope dW A^-1 from elsewhere
+        would leave an error in g_r that candidates optimised on it have learnt to
+        explain.
         """
         sums: dict[str, _Sums] = {}
         for batch in batches:
@@ -412,7 +435,9 @@ class _Space:
         return sums
 
     def offer(self) -> Offer:
-        """The candidates, optimised on the first batches; the best of them by what each adds to those before it on the others."""
+        """The candidates, optimised on the first batches; the best of them by what each
+        adds to those before it on the others.
+        """
         started = self._drawn()
         silent = {slot.place for slot in self.axis.places("fan_out")}
         moving = [place for place in started if place not in silent]
@@ -449,8 +474,9 @@ class _Space:
         )
 
     def _drawn(self) -> dict[Place, Tensor]:
-        """Random candidates, with learned activations of their own: drawn from U(-1, 1), since the mean of the neighbours is the
-        identity in a layer that has just been inserted.
+        """Random candidates, with learned activations of their own: drawn from U(-1,
+        1), since the mean of the neighbours is the identity in a layer that has just
+        been inserted.
         """
         count = self.trials * self.axis.multiple
         strips = neutral(self.lab, self.axis, count, zero="fan_out")
@@ -464,11 +490,14 @@ class _Space:
     def optimised(
         self, started: Mapping[Place, Tensor], moving: Sequence[Place]
     ) -> dict[Place, Tensor]:
-        """Every candidate after a search uphill, or as it started where that was better.
+        """Every candidate after a search uphill, or as it started where that was
+        better.
 
-        On one batch C is mostly noise, and so is a step along its own square. Each candidate therefore climbs along a random
-        direction u of the outputs of its own, <u, C>, whose mean over batches is the truth; that keeps candidates apart, too.
-        The incoming weights first turn to the mean gradient of some batches, then take steps of Adam.
+        On one batch C is mostly noise, and so is a step along its own square. Each
+        candidate therefore climbs along a random direction u of the outputs of its own,
+        <u, C>, whose mean over batches is the truth; that keeps candidates apart, too.
+        The incoming weights first turn to the mean gradient of some batches, then take
+        steps of Adam.
         """
         strips = {
             place: strip.detach().clone().requires_grad_(place in moving)
@@ -518,7 +547,9 @@ class _Space:
     def _uphill(
         self, strips: Mapping[Place, Tensor], seen: _Seen, along: Sequence[Tensor]
     ) -> None:
-        """Add to the gradients of the strips that of minus <u, C>, summed over candidates and next layers."""
+        """Add to the gradients of the strips that of minus <u, C>, summed over
+        candidates and next layers.
+        """
 
         def climb() -> None:
             with torch.enable_grad():
@@ -535,7 +566,9 @@ class _Space:
 
 @dataclass(frozen=True)
 class _Sums:
-    """Sums over examples for one next layer: g a_p^T, a_p a_p^T, g a^T, a a^T, a a_p^T, batches of E[g g^T], and how many."""
+    """Sums over examples for one next layer: g a_p^T, a_p a_p^T, g a^T, a a^T, a a_p^T,
+    batches of E[g g^T], and how many.
+    """
 
     against: Tensor
     new: Tensor
@@ -553,7 +586,9 @@ class _Sums:
 
 @dataclass(frozen=True)
 class _Joint:
-    """All candidates of one next layer beyond what its own inputs explain: E[g a_p^T], whitened by S, and E[a_p a_p^T]."""
+    """All candidates of one next layer beyond what its own inputs explain: E[g a_p^T],
+    whitened by S, and E[a_p a_p^T].
+    """
 
     against: Tensor
     own: Tensor
@@ -561,8 +596,8 @@ class _Joint:
 
 
 def _best(layers: Mapping[str, _Joint], trials: int, count: int) -> list[int]:
-    """The `count` candidates that add most, each beyond those before it. A chosen one is taken out of the others and of the
-    gradient (Schur complement).
+    """The `count` candidates that add most, each beyond those before it. A chosen one
+    is taken out of the others and of the gradient (Schur complement).
     """
     left: list[int] = list(range(trials))
     chosen: list[int] = []
@@ -601,7 +636,9 @@ def _alone(layers: Mapping[str, _Joint], trials: int) -> Tensor:
 
 
 def _without(joint: _Joint, unit: int, trials: int) -> _Joint:
-    """The moments of what one candidate does not explain; its own block is left as it was."""
+    """The moments of what one candidate does not explain; its own block is left as it
+    was.
+    """
     size = joint.own.shape[0] // trials
     mine = slice(unit * size, (unit + 1) * size)
     root = torch.linalg.cholesky(joint.own[mine, mine])
@@ -631,16 +668,19 @@ def next_layers(lab: Lab, axis: Axis) -> list[str]:
             or not scored(owner)
         ):
             raise GrowthRefused(
-                f"SENN scores linear layers and ungrouped convolutions; {slot.name}, which reads axis {axis.name!r}, belongs "
-                f"to a {type(owner).__name__}. hint: leave it out by axes=, or grow it by how.Random()"
+                f"SENN scores linear layers and ungrouped convolutions; {slot.name}, "
+                f"which reads axis {axis.name!r}, belongs "
+                f"to a {type(owner).__name__}. hint: leave it out by axes=, or grow it "
+                "by how.Random()"
             )
         layers.append(slot.name.rpartition(".")[0])
     return layers
 
 
 def searched(lab: Lab, loss: Loss, axis: Axis, count: int, search: Search) -> Offer:
-    """The best units that were found on the first part of the batches, with what such units add on the average over the parts;
-    the others are left out where the first one leaves no doubt.
+    """The best units that were found on the first part of the batches, with what such
+    units add on the average over the parts; the others are left out where the first one
+    leaves no doubt.
     """
     next_layers(lab, axis)
     search = search.within(lab, axis, count)
@@ -661,7 +701,9 @@ def searched(lab: Lab, loss: Loss, axis: Axis, count: int, search: Search) -> Of
 
 
 def _doubtful(offer: Offer) -> bool:
-    """Whether units are worth something, and not surely so: the best number of them, with the error of their sum."""
+    """Whether units are worth something, and not surely so: the best number of them,
+    with the error of their sum.
+    """
     best = max(
         total / math.sqrt(n)
         for n, total in enumerate(itertools.accumulate(offer.gains), 1)
@@ -670,5 +712,7 @@ def _doubtful(offer: Offer) -> bool:
 
 
 def sampling_error(freedom: float, samples: int) -> float:
-    """The standard error of a score that is zero: N eta is chi-squared, with one degree of freedom per weight that counts."""
+    """The standard error of a score that is zero: N eta is chi-squared, with one degree
+    of freedom per weight that counts.
+    """
     return math.sqrt(2 * freedom) / samples

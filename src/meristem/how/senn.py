@@ -1,18 +1,22 @@
-"""SENN's offers (Mitchell, Menzenbach, Kersting, Mundt, "Self-Expanding Neural Networks", 2024, arXiv 2307.04526).
+"""SENN's offers (Mitchell, Menzenbach, Kersting, Mundt, "Self-Expanding Neural
+Networks", 2024, arXiv 2307.04526).
 
-A new unit is a random one whose incoming weights have been optimised, by autograd, on what it would add to the score:
+A new unit is a random one whose incoming weights have been optimised, by autograd, on
+what it would add to the score:
 
     Delta eta' = Tr[S^-1 C A_p^-1 C^T],     C = E[g_r a_p^T],     g_r = g - dW A^-1 a,
 
-where a_p is what the next layer would read from it, and S, A and dW are that layer's (`statistics.curvature`). Its outgoing
-weights are zero, so the function is preserved. A new layer of a chain is the identity behind an activation that is the
-identity too; it adds to the score through the coefficients of that activation, or through the units that it makes room for. A
-new block of a run is silent and adds through its last projections.
+where a_p is what the next layer would read from it, and S, A and dW are that layer's
+(`statistics.curvature`). Its outgoing weights are zero, so the function is preserved. A
+new layer of a chain is the identity behind an activation that is the identity too; it
+adds to the score through the coefficients of that activation, or through the units that
+it makes room for. A new block of a run is silent and adds through its last projections.
 
-Differences from the paper: units are optimised on some of the growth batches, and their gain, Delta eta, is measured on the
-others, where that has not flattered them; several units are offered at once, each by what it adds to those before it; any
-activation; convolutions over unfolded patches. A gain is given without the part that pure chance gives, one per outgoing
-weight and example.
+Differences from the paper: units are optimised on some of the growth batches, and their
+gain, Delta eta, is measured on the others, where that has not flattered them; several
+units are offered at once, each by what it adds to those before it; any activation;
+convolutions over unfolded patches. A gain is given without the part that pure chance
+gives, one per outgoing weight and example.
 """
 
 from __future__ import annotations
@@ -51,26 +55,31 @@ from meristem.statistics.curvature import (
 )
 from meristem.structure import Structure, flops, sized
 
+# Units that are tried in the width that a layer opens.
 _OPENED = 8
-"""Units that are tried in the width that a layer opens."""
+# Growth batches that are seen at least, whatever they cost.
 _FEWEST = 6
-"""Growth batches that are seen at least, whatever they cost."""
+# Share of the cost of a layer that goes to the search for units in the width that it
+# opens.
 _UNITS_SHARE = 0.75
-"""Share of the cost of a layer that goes to the search for units in the width that it opens."""
 
 
 @dataclass(frozen=True)
 class SENN:
-    """New units optimised on the score that they add, identity layers behind rational activations, silent blocks.
+    """New units optimised on the score that they add, identity layers behind rational
+    activations, silent blocks.
 
     Args:
-        candidates: Random units that are optimised side by side; as many as are wanted, where that is more.
-        steps: Growth batches that their search takes, again from the first where there are fewer.
-        batches: Growth batches; candidates are optimised on two thirds of them and measured on the others. Steps and batches are
-            fewer where a trigger allows less.
+        candidates: Random units that are optimised side by side; as many as are wanted,
+            where that is more.
+        steps: Growth batches that their search takes, again from the first where there
+            are fewer.
+        batches: Growth batches; candidates are optimised on two thirds of them and
+            measured on the others. Steps and batches are fewer where a trigger allows
+            less.
         damping: Share of its mean diagonal that is added to every factor.
-        activation: What stands before an inserted layer: "rational", as published, or "prelu", with a slope for every unit.
-            Both start as the identity.
+        activation: What stands before an inserted layer: "rational", as published, or
+            "prelu", with a slope for every unit. Both start as the identity.
 
     Examples:
         >>> import torch, meristem as ms
@@ -90,7 +99,8 @@ class SENN:
     def __post_init__(self) -> None:
         if self.activation not in IDENTITIES:
             raise ValueError(
-                f"the activation of an inserted layer is one of {', '.join(IDENTITIES)}; got {self.activation!r}"
+                "the activation of an inserted layer is one of "
+                f"{', '.join(IDENTITIES)}; got {self.activation!r}"
             )
 
     @property
@@ -126,7 +136,9 @@ class SENN:
         ).least
 
     def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
-        """The best units that were found, or new blocks; `gains` are what each adds to the score, beyond chance."""
+        """The best units that were found, or new blocks; `gains` are what each adds to
+        the score, beyond chance.
+        """
         loss = lab.user_loss("SENN")
         if axis.slots:
             return searched(lab, loss, axis, count, self._search)
@@ -180,8 +192,9 @@ class SENN:
         )
 
     def _layer(self, lab: Lab, loss: Loss, axis: Axis, count: int) -> Offer:
-        """Identity layers of a chain. The first adds what its activation can give at the identity, or what the best new units of
-        the width that it opens would give, whichever is the surer; those behind it add nothing yet.
+        """Identity layers of a chain. The first adds what its activation can give at
+        the identity, or what the best new units of the width that it opens would give,
+        whichever is the surer; those behind it add nothing yet.
         """
         blocks = Blocks(
             replace(lab.depth(axis).appended(count), activation=self.activation)
@@ -219,7 +232,9 @@ class SENN:
         )
 
     def _units(self, lab: Lab, loss: Loss, axis: Axis) -> Offer:
-        """The best new units of a width, as many as are surest together; their gain is one."""
+        """The best new units of a width, as many as are surest together; their gain is
+        one.
+        """
         offer = searched(lab, loss, axis, _OPENED * axis.multiple, self._search)
         several = [
             replace(
@@ -233,11 +248,14 @@ class SENN:
         return _surest(several)
 
     def _coefficients(self, layer: _Inserted, loss: Loss, number: int) -> Offer:
-        """The score of the coefficients of an inserted activation at the identity on so many batches: of its tangents,
+        """The score of the coefficients of an inserted activation at the identity on so
+        many batches: of its tangents,
 
-            d sigma / d beta = 1 / (1 + x^2),     d sigma / d gamma = x / (1 + x^2)     (rational),
+            d sigma / d beta = 1 / (1 + x^2),     d sigma / d gamma = x / (1 + x^2)
+            (rational),
 
-        beyond what is linear in the input of the layer before it, which its own weights reach.
+        beyond what is linear in the input of the layer before it, which its own weights
+        reach.
         """
         model, before = layer.model, layer.before
         batches, meter = list(layer.lab.batches)[:number], Meter()
@@ -296,8 +314,8 @@ class SENN:
 
 @dataclass(frozen=True)
 class _Inserted:
-    """A copy of the model with one identity layer more, in `lab`: the activation before it, the layer before that, whose width
-    is the axis `opened`, where SENN can grow it.
+    """A copy of the model with one identity layer more, in `lab`: the activation before
+    it, the layer before that, whose width is the axis `opened`, where SENN can grow it.
     """
 
     model: nn.Module
@@ -342,7 +360,9 @@ def _pass(lab: Lab) -> float:
 
 
 def _block_pass(lab: Lab, axis: Axis, count: int) -> float:
-    """The same with `count` more blocks of a run, and the moments of their last projections, which cost about as much again."""
+    """The same with `count` more blocks of a run, and the moments of their last
+    projections, which cost about as much again.
+    """
     more = sized(lab.structure, {axis.name: count}).flops
     return 2 * _pass(lab) * more[1] / max(more[0], 1)
 

@@ -1,7 +1,8 @@
 """The run of blocks repeated: the network starts as itself applied again.
 
-From Du et al., "Stacking Your Transformers: A Closer Look at Model Growth for Efficient LLM Pre-Training", 2024, arXiv
-2405.15319, after Gong et al., "Efficient Training of BERT by Progressively Stacking", ICML 2019. Costs nothing.
+From Du et al., "Stacking Your Transformers: A Closer Look at Model Growth for Efficient
+LLM Pre-Training", 2024, arXiv 2405.15319, after Gong et al., "Efficient Training of
+BERT by Progressively Stacking", ICML 2019. Costs nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from meristem.lab.laboratory import Lab
 
 @dataclass(frozen=True)
 class Stack:
-    """Copies of the present blocks behind them, in their order: A B becomes A B A B. The function changes.
+    """Copies of the present blocks behind them, in their order: A B becomes A B A B.
+    The function changes.
 
     Copies take the optimizer's state along.
 

@@ -1,20 +1,26 @@
-"""SWE, the shared-weights extender (Chatzis, Kordonis, Theodosis, Maragos, "Shared-Weights Extender and Gradient Voting for
-Neural Network Expansion", 2025, arXiv 2509.18842).
+"""SWE, the shared-weights extender (Chatzis, Kordonis, Theodosis, Maragos,
+"Shared-Weights Extender and Gradient Voting for Neural Network Expansion", 2025, arXiv
+2509.18842).
 
-New units are coupled to the present ones while they settle in, so that those which receive no gradient of their own move
-with the gradients of the others. One layer at a time, deepest first: insert, adjust, merge.
+New units are coupled to the present ones while they settle in, so that those which
+receive no gradient of their own move with the gradients of the others. One layer at a
+time, deepest first: insert, adjust, merge.
 
-    coupled forward    old unit i: W_i - sum_j D[j, i]        new unit j: V_j + sum_i D[j, i]
-    its gradient       dL/dD[j, i] = G_new_j - G_old_i        G: gradient of the effective weights
+    coupled forward    old unit i: W_i - sum_j D[j, i]        new unit j: V_j + sum_i
+    D[j, i] its gradient       dL/dD[j, i] = G_new_j - G_old_i        G: gradient of the
+    effective weights
 
-V starts as the layer draws its weights, U' = [U | 0] going out, D near zero. Adjusting trains D and all of the next layer
-for one pass over the data; everything else is frozen and in eval mode. Merging keeps the coupled function and drops D.
+V starts as the layer draws its weights, U' = [U | 0] going out, D near zero. Adjusting
+trains D and all of the next layer for one pass over the data; everything else is frozen
+and in eval mode. Merging keeps the coupled function and drops D.
 
-Beyond the paper, the same formulas on every axis: d is whatever one unit has in a tensor (a kernel, a column of an
-embedding); every tensor that produces the units has a coupling of its own (both halves of a gated unit, all producers
-of a residual stream, depthwise kernels), norms on the axis are extended by their neutral values, "the next layer" is
-every module that reads the units, and tied weights count as next layer. Only the sums R = sum_j D[j] and C = sum_i D[:, i] reach
-the forward pass, so under SGD they are all that is needed:
+Beyond the paper, the same formulas on every axis: d is whatever one unit has in a
+tensor (a kernel, a column of an embedding); every tensor that produces the units has a
+coupling of its own (both halves of a gated unit, all producers of a residual stream,
+depthwise kernels), norms on the axis are extended by their neutral values, "the next
+layer" is every module that reads the units, and tied weights count as next layer. Only
+the sums R = sum_j D[j] and C = sum_i D[:, i] reach the forward pass, so under SGD they
+are all that is needed:
 
     dR_i = -lr (sum_j G_new_j - m G_old_i)        dC_j = -lr (n G_new_j - sum_i G_old_i)
 """
@@ -42,28 +48,33 @@ from meristem.lab.neutral import neutral
 from meristem.statistics.health import Figures, measure
 from meristem.structure.twin import named_tensors
 
+# Standard deviation of the coupling at the start.
 _NOISE = 1e-4
-"""Standard deviation of the coupling at the start."""
+# Operations per coupling number and step: two sums, its gradient, Adam. The counter
+# of contractions does not see them.
 _STEP_WORK = 16
-"""Operations per coupling number and step: two sums, its gradient, Adam. The counter of contractions does not see them."""
 
 
 @dataclass(frozen=True)
 class SWE:
-    """New units coupled to the present ones while they settle in. Trains on all of the data, on the side.
+    """New units coupled to the present ones while they settle in. Trains on all of the
+    data, on the side.
 
-    The insertion preserves the function; adjusting then changes it, for the better on the training data.
+    The insertion preserves the function; adjusting then changes it, for the better on
+    the training data.
 
     Args:
-        coupling: "full" holds one vector per pair of a new and an old unit (the paper; m n d numbers, four times with
-            gradient and Adam's moments); "factored" only their sums ((n + m) d numbers), equal under SGD, and an
-            approximation under Adam, with steps of the same largest size (n x and m x the learning rate). We measured
-            no difference between them but the cost.
+        coupling: "full" holds one vector per pair of a new and an old unit (the paper;
+            m n d numbers, four times with gradient and Adam's moments); "factored" only
+            their sums ((n + m) d numbers), equal under SGD, and an approximation under
+            Adam, with steps of the same largest size (n x and m x the learning rate).
+            We measured no difference between them but the cost.
         optimizer: What adjusts: "adam" as published, or "sgd".
         lr: Its learning rate.
         coupling_lr: Another learning rate for the coupling.
         weight_decay: L2, as torch.optim.Adam has it.
-        decay_base: Also decay the frozen weights of the layer, by about `lr` per step, as the released code does.
+        decay_base: Also decay the frozen weights of the layer, by about `lr` per step,
+            as the released code does.
 
     Examples:
         >>> import torch, meristem as ms
@@ -116,12 +127,15 @@ class SWE:
         """The insertion: fan-in and biases as the layer draws them, zero fan-out."""
         if axis.end:
             raise GrowthRefused(
-                f"SWE adjusts the layer after; {axis.name!r} is an end. hint: how.Random grows it"
+                f"SWE adjusts the layer after; {axis.name!r} is an end. hint: "
+                "how.Random grows it"
             )
         return Offer(axis.name, count, neutral(lab, axis, count, "fan_out"))
 
     def settle(self, sandbox: Sandbox, counts: Mapping[str, int]) -> Settled:
-        """Insert, adjust, merge, the deepest axis first; the grown values of everything that has changed."""
+        """Insert, adjust, merge, the deepest axis first; the grown values of everything
+        that has changed.
+        """
         health: dict[str, dict[str, Figures]] = {"insertion": {}, "adjust": {}}
         notes = {}
         depth = {name: place for place, name in enumerate(sandbox.lab.axes)}
@@ -138,7 +152,8 @@ class SWE:
                     sum(part) / len(part) for part in (losses[:10], losses[-10:])
                 )
                 notes[name] = (
-                    f"adjusted in {len(losses)} steps; loss {first:.4g} in the first ten, {last:.4g} in the last"
+                    f"adjusted in {len(losses)} steps; loss {first:.4g} in the first "
+                    f"ten, {last:.4g} in the last"
                 )
         tensors = {
             name: tensor.detach()
@@ -168,7 +183,9 @@ class Coupling(Protocol):
     """D, or its sums, for one tensor that produces `old` + `new` units."""
 
     def numbers(self) -> list[tuple[Tensor, int]]:
-        """What is trained, each with the factor of Adam's rate that makes its largest step that of the full D."""
+        """What is trained, each with the factor of Adam's rate that makes its largest
+        step that of the full D.
+        """
         ...
 
     def moved(self) -> Tensor:
@@ -200,7 +217,9 @@ class FullCoupling:
 
 
 class FactoredCoupling:
-    """The sums of D alone, as what each unit has gained: -R for old ones, C for new ones. The gains sum to zero."""
+    """The sums of D alone, as what each unit has gained: -R for old ones, C for new
+    ones. The gains sum to zero.
+    """
 
     def __init__(self, rows: Iterator[Tensor], new: int) -> None:
         first = next(rows)
@@ -222,7 +241,9 @@ class FactoredCoupling:
         return self.gained
 
     def before_step(self) -> None:
-        """The sums of dL/dD over new and over old units, from the gradient of the effective weights."""
+        """The sums of dL/dD over new and over old units, from the gradient of the
+        effective weights.
+        """
         gradient = self.gained.grad
         assert gradient is not None
         m, n = len(self.new), len(self.old)
@@ -234,7 +255,9 @@ class FactoredCoupling:
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """What is given is taken: Adam's element-wise steps are brought back to a sum of zero."""
+        """What is given is taken: Adam's element-wise steps are brought back to a sum
+        of zero.
+        """
         surplus = self.gained.sum(0)
         self.old -= surplus / (2 * len(self.old))
         self.new -= surplus / (2 * len(self.new))
@@ -309,7 +332,9 @@ class Adjustment:
         )
 
     def effective(self) -> dict[str, Tensor]:
-        """The tensors of the coupled forward pass, where they differ from the sandbox's."""
+        """The tensors of the coupled forward pass, where they differ from the
+        sandbox's.
+        """
         tensors = {name: self.base[name] for name in self.decayed} | dict(self.free)
         for slot, coupling in self.couplings:
             value = tensors.get(slot.name, self.base[slot.name])
@@ -320,7 +345,9 @@ class Adjustment:
         return tensors
 
     def adjust(self) -> list[float]:
-        """Train the coupling and the next layer for one pass over the data; returns the loss of every step."""
+        """Train the coupling and the next layer for one pass over the data; returns the
+        loss of every step.
+        """
         numbers = [
             (tensor, factor)
             for _, coupling in self.couplings
@@ -337,7 +364,9 @@ class Adjustment:
         return losses
 
     def merge(self) -> None:
-        """Write the coupled values into the sandbox's model; the coupling is not needed any more."""
+        """Write the coupled values into the sandbox's model; the coupling is not needed
+        any more.
+        """
         merged = {name: tensor.detach() for name, tensor in self.effective().items()}
         odd = [
             name
@@ -346,7 +375,8 @@ class Adjustment:
         ]
         if odd:
             raise DataError(
-                f"adjusting {self.axis.name} diverged: {odd[0]} is not finite; nothing was grown. hint: a smaller lr"
+                f"adjusting {self.axis.name} diverged: {odd[0]} is not finite; nothing "
+                "was grown. hint: a smaller lr"
             )
         with torch.no_grad():
             for name, tensor in named_tensors(self.sandbox.model).items():
@@ -381,7 +411,8 @@ class Adjustment:
         loss = self.sandbox.loss(batch, self.effective())
         if not loss.requires_grad:
             raise GrowthRefused(
-                f"the loss does not reach {self.axis.name}, so nothing can settle there; nothing was changed. hint: how.Random"
+                f"the loss does not reach {self.axis.name}, so nothing can settle "
+                "there; nothing was changed. hint: how.Random"
             )
         loss.backward()
         for name in self.decayed:
@@ -395,7 +426,9 @@ class Adjustment:
 
 
 def _spread(moved: Tensor, value: Tensor, dim: int, layout: Sources) -> Tensor:
-    """`moved`, unit by unit, laid out along `dim` of a tensor like `value`; zero where there are no units."""
+    """`moved`, unit by unit, laid out along `dim` of a tensor like `value`; zero where
+    there are no units.
+    """
     flat = moved.flatten(0, 1).movedim(0, dim)
     where = layout.ravel()
     if len(where) == value.shape[dim] and bool((where == np.arange(len(where))).all()):

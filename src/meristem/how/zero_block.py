@@ -1,9 +1,12 @@
-"""Fresh blocks that start silent, so that the function is preserved; in a chain, an identity layer.
+"""Fresh blocks that start silent, so that the function is preserved; in a chain, an
+identity layer.
 
-A residual block x + F(x) whose last projections are zero passes the stream on, and F learns at once through them.
-From Bachlechner et al., "ReZero is All You Need", 2020, arXiv 2003.04887, and Wu et al., "LLaMA Pro: Progressive LLaMA with
-Block Expansion", 2024, arXiv 2401.02415; the identity layer is Net2DeeperNet's (Chen, Goodfellow, Shlens, 2016, arXiv
-1511.05641). Costs one pass forward and backward where a loss and data are at hand, to predict the gain.
+A residual block x + F(x) whose last projections are zero passes the stream on, and F
+learns at once through them. From Bachlechner et al., "ReZero is All You Need", 2020,
+arXiv 2003.04887, and Wu et al., "LLaMA Pro: Progressive LLaMA with Block Expansion",
+2024, arXiv 2401.02415; the identity layer is Net2DeeperNet's (Chen, Goodfellow, Shlens,
+2016, arXiv 1511.05641). Costs one pass forward and backward where a loss and data are
+at hand, to predict the gain.
 """
 
 from __future__ import annotations
@@ -20,11 +23,13 @@ from meristem.lab.ledger import counting
 
 @dataclass(frozen=True)
 class ZeroBlock:
-    """New blocks behind the present ones, drawn as their layers draw, with everything that adds to the stream at zero.
+    """New blocks behind the present ones, drawn as their layers draw, with everything
+    that adds to the stream at zero.
 
-    What adds to the stream is taken from the traced labels: the last projections of the block with their biases, or the
-    norm that follows them. At a place in a chain the new layer is the identity, W = I and b = 0, behind a ReLU where the
-    model has one there, else behind an activation that starts as the identity.
+    What adds to the stream is taken from the traced labels: the last projections of the
+    block with their biases, or the norm that follows them. At a place in a chain the
+    new layer is the identity, W = I and b = 0, behind a ReLU where the model has one
+    there, else behind an activation that starts as the identity.
 
     Examples:
         >>> import torch, meristem as ms
@@ -51,7 +56,11 @@ class ZeroBlock:
         return 0
 
     def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
-        """Silent blocks. The gain of a block is the norm of the gradient that its weights receive on the first batch."""
+        """Silent blocks.
+
+        The gain of a block is the norm of the gradient that its weights receive on the
+        first batch.
+        """
         depth = lab.depth(axis)
         insertion = depth.appended(count)
         with counting() as counter:

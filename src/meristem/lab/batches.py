@@ -21,17 +21,20 @@ def check_reiterable(data: Iterable[Any]) -> None:
     """Raise where `data` can be read only once, or not at all."""
     if isinstance(data, Iterator):
         raise DataError(
-            f"data is a one-shot iterator ({type(data).__name__}): growth would eat the batches that training needs. "
+            f"data is a one-shot iterator ({type(data).__name__}): growth would eat "
+            "the batches that training needs. "
             "hint: pass the DataLoader itself, or a list of batches"
         )
     if not isinstance(data, Iterable):
         raise DataError(
-            f"data must be a DataLoader or a re-iterable of batches; got {type(data).__name__}"
+            "data must be a DataLoader or a re-iterable of batches; got "
+            f"{type(data).__name__}"
         )
     dataset = getattr(data, "dataset", None)
     if isinstance(data, DataLoader) and isinstance(dataset, Iterator):
         raise DataError(
-            f"the dataset of the DataLoader is a one-shot iterator ({type(dataset).__name__}): growth would eat the examples "
+            "the dataset of the DataLoader is a one-shot iterator "
+            f"({type(dataset).__name__}): growth would eat the examples "
             "that training needs. hint: let its __iter__ begin anew"
         )
     if length(data) == 0:
@@ -51,8 +54,9 @@ def growth_batches(
 ) -> list[Any]:
     """`count` batches of `data`, fewer where it has fewer.
 
-    From a DataLoader: by a loader of our own over the same dataset, sampler and collate function, whose generators are
-    borrowed and put back. From another re-iterable: its first ones.
+    From a DataLoader: by a loader of our own over the same dataset, sampler and collate
+    function, whose generators are borrowed and put back. From another re-iterable: its
+    first ones.
     """
     check_reiterable(data)
     seed = int(torch.randint(2**62, (), generator=generator))
@@ -67,7 +71,9 @@ def growth_batches(
 def one_pass(
     data: Iterable[Any], generator: torch.Generator
 ) -> Generator[Any, None, None]:
-    """Every batch of `data` once, in its own order, by a loader of our own; to be closed where it is not used up."""
+    """Every batch of `data` once, in its own order, by a loader of our own; to be
+    closed where it is not used up.
+    """
     check_reiterable(data)
     seed = int(torch.randint(2**62, (), generator=generator))
     empty = True
@@ -104,7 +110,9 @@ def _own_loader(data: Iterable[Any]) -> Iterable[Any]:
 
 @contextlib.contextmanager
 def _borrowed(data: Any, seed: int) -> Iterator[None]:
-    """Seed the generators of a loader and its samplers for our own pass, and restore their state."""
+    """Seed the generators of a loader and its samplers for our own pass, and restore
+    their state.
+    """
     generators: dict[int, torch.Generator] = {}
     holders = [data]
     while holders:
@@ -134,7 +142,8 @@ class _Called(Exception):
 def example_of(
     model: nn.Module, loss: Loss, data: Iterable[Any], generator: torch.Generator
 ) -> Example:
-    """The arguments of the model's first call inside `loss` on the first batch of `data`.
+    """The arguments of the model's first call inside `loss` on the first batch of
+    `data`.
 
     The generator is left as it was.
     """
@@ -168,6 +177,7 @@ def first_call(model: nn.Module, loss: Loss, batch: Any) -> Example:
             args, kwargs = caught.args
             return Example(args, kwargs)
     raise DataError(
-        "loss(model, batch) never calls the model, so no example input is known. hint: pass example=, or call model(...) "
+        "loss(model, batch) never calls the model, so no example input is known. hint: "
+        "pass example=, or call model(...) "
         "inside the loss"
     )

@@ -1,7 +1,8 @@
 """The laboratory: all that a method may look at, measure with, and try weights on.
 
-Nothing that it lends is the user's own: values are copies, the structure belongs to a copy
-without data, and what is trained is a sandbox. Values come back; surgery alone writes them.
+Nothing that it lends is the user's own: values are copies, the structure belongs to a
+copy without data, and what is trained is a sandbox. Values come back; surgery alone
+writes them.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from meristem.surgery.tensors import grown_tensors, new_units
 from meristem.surgery.verify import grown_twin, live_values, run
 
 Progress = Callable[[str, int, int | None], None]
-"""Told what is being done, how many steps of it are done, and of how many, where known."""
+"""Told what is being done, how many steps of it are done, and of how many, where known.
+"""
 
 
 class Values(Mapping[str, Tensor]):
@@ -277,7 +279,8 @@ class Lab:
         yield
         if self.values.untouched() != before:
             raise MeristemError(
-                f"{type(method).__name__} wrote into the tensors of the model itself. hint: "
+                f"{type(method).__name__} wrote into the tensors of the model itself. "
+                "hint: "
                 "work on lab.values, lab.copied() or lab.sandbox()"
             )
 

@@ -61,7 +61,8 @@ def evaluate(
         GrowthRefused: The loss fails on the copy.
         DataError: It is no finite scalar.
     """
-    # Without this a cast that autocast has kept would outlive a step of the weights: our
+    # Without this a cast that autocast has kept would outlive a step of the weights:
+    # our
     # own context keeps its cache open.
     torch.clear_autocast_cache()
     try:
@@ -76,7 +77,8 @@ def evaluate(
         is_tensor = isinstance(value, Tensor)
         received = tuple(value.shape) if is_tensor else type(value).__name__
         raise DataError(
-            f"loss(model, batch) must return a scalar tensor; got {received}; nothing was "
+            f"loss(model, batch) must return a scalar tensor; got {received}; nothing "
+            "was "
             "changed"
         )
     if not bool(torch.isfinite(value)):
@@ -89,13 +91,16 @@ def evaluate(
 def _told(error: Exception, mode: str) -> Exception:
     if "more than 1 value per channel" in str(error):
         return DataError(
-            "a batch norm cannot train on a batch with one value per channel; nothing was "
-            "changed. hint: use a larger batch size, or drop_last=True where only the last "
+            "a batch norm cannot train on a batch with one value per channel; nothing "
+            "was "
+            "changed. hint: use a larger batch size, or drop_last=True where only the "
+            "last "
             "batch is that small"
         )
     return GrowthRefused(
         f"the loss fails on a copy of the model in {mode} mode "
-        f"({type(error).__name__}: {error}); nothing was changed. hint: a weight that only "
+        f"({type(error).__name__}: {error}); nothing was changed. hint: a weight that "
+        "only "
         "the loss uses does not grow; let the model's forward use it"
     )
 

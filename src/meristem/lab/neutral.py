@@ -1,7 +1,7 @@
 """How every slot of new units starts when a method says nothing else.
 
-Weights are drawn as the layers draw their own; what reads the units is zero, so that the
-function is preserved; a normalised stream keeps the rule that makes it exact.
+Weights are drawn as the layers draw their own; what reads the units is zero, so that
+the function is preserved; a normalised stream keeps the rule that makes it exact.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ def neutral(
     """Strips for every slot of `count` new units: the first line of a method.
 
     What produces the units is drawn from U(-b, b) with b = scale / sqrt(fan-in), as
-    nn.Linear and the convolutions draw; depthwise kernels likewise. What reads them is zero.
-    Under a layer or RMS norm that runs over the axis, the producers follow the rule of the
-    stream instead, and what reads is drawn. Where one weight is both sides (tied), the bias
-    is drawn positive: it alone keeps a new unit alive. Norm weights, norm biases and
-    statistics have no strip; they start at one, zero and the like by themselves.
+    nn.Linear and the convolutions draw; depthwise kernels likewise. What reads them is
+    zero. Under a layer or RMS norm that runs over the axis, the producers follow the
+    rule of the stream instead, and what reads is drawn. Where one weight is both sides
+    (tied), the bias is drawn positive: it alone keeps a new unit alive. Norm weights,
+    norm biases and statistics have no strip; they start at one, zero and the like by
+    themselves.
 
     Args:
         lab: The laboratory.
@@ -103,8 +104,8 @@ def awake(
 def bound(lab: Lab, slot: Slot, size: int | None = None) -> float:
     """How wide a layer draws: 1 / sqrt(fan-in), as nn.Linear and the convolutions do.
 
-    Any other tensor is drawn with the standard deviation that its entries have. `size` is
-    the new size of the slot's dimension where that is the fan-in.
+    Any other tensor is drawn with the standard deviation that its entries have. `size`
+    is the new size of the slot's dimension where that is the fan-in.
     """
     if not contracts(lab.owner(slot)):
         spread = lab.values[slot.name].std(correction=0).item()

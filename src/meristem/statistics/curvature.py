@@ -1,19 +1,23 @@
-"""SENN's score: how far the loss could still fall along the natural gradient, with the parameters there are and with some
-that are not there yet.
+"""SENN's score: how far the loss could still fall along the natural gradient, with the
+parameters there are and with some that are not there yet.
 
-For a layer that reads a (with a 1 for the bias) and whose pre-activation receives the gradient g, with the second moments
-A = E[a a^T] and S = E[g g^T] and the gradient dW = E[g a^T] of its weights (K-FAC),
+For a layer that reads a (with a 1 for the bias) and whose pre-activation receives the
+gradient g, with the second moments A = E[a a^T] and S = E[g g^T] and the gradient dW =
+E[g a^T] of its weights (K-FAC),
 
     eta = Tr[S^-1 dW A^-1 dW^T],     summed over the layers,
 
-and candidate inputs a_p of that layer add, with g_r = g - dW A^-1 a and C = E[g_r a_p^T],
+and candidate inputs a_p of that layer add, with g_r = g - dW A^-1 a and C = E[g_r
+a_p^T],
 
     Delta eta  = Tr[S^-1 C (A_p - A_pc A^-1 A_cp)^-1 C^T]    exactly,
     Delta eta' = Tr[S^-1 C A_p^-1 C^T] <= Delta eta.
 
-S is made of the gradients of the loss itself, so nothing has a unit: N eta is Rao's score statistic, and eta / 2 the log
-likelihood per example that a step along the natural gradient would win. From Mitchell, Menzenbach, Kersting, Mundt,
-"Self-Expanding Neural Networks", 2024, arXiv 2307.04526; K-FAC for convolutions: Grosse, Martens, 2016, arXiv 1602.01407.
+S is made of the gradients of the loss itself, so nothing has a unit: N eta is Rao's
+score statistic, and eta / 2 the log likelihood per example that a step along the
+natural gradient would win. From Mitchell, Menzenbach, Kersting, Mundt, "Self-Expanding
+Neural Networks", 2024, arXiv 2307.04526; K-FAC for convolutions: Grosse, Martens, 2016,
+arXiv 1602.01407.
 """
 
 from __future__ import annotations
@@ -34,7 +38,9 @@ from meristem.structure.tracer import tensors
 DAMPING = 0.01
 """Added to every factor: this share of its mean diagonal."""
 ENTRIES = 2**22
-"""Numbers that a layer reads from one batch, at the most; of more examples, whose patches would not fit, the first are taken."""
+"""Numbers that a layer reads from one batch, at the most; of more examples, whose
+patches would not fit, the first are taken.
+"""
 
 
 @dataclass(frozen=True)
@@ -46,9 +52,11 @@ class Factors:
         inputs: A = E[a a^T], the last entry of a being 1 where the layer has a bias.
         outputs: S = E[g g^T].
         samples: The number of examples.
-        spread: What the score of one example is on the average, Tr[S^-1 dW_n A^-1 dW_n^T], in degrees of freedom. It is 1 where
-            g and a are independent, as K-FAC takes them to be, and large where the gradients of many positions of an image
-            point the same way. Scores are divided by it, so that N eta keeps its expectation where nothing is left to learn.
+        spread: What the score of one example is on the average, Tr[S^-1 dW_n A^-1
+            dW_n^T], in degrees of freedom. It is 1 where g and a are independent, as
+            K-FAC takes them to be, and large where the gradients of many positions of
+            an image point the same way. Scores are divided by it, so that N eta keeps
+            its expectation where nothing is left to learn.
     """
 
     gradient: Tensor
@@ -84,7 +92,9 @@ class Factors:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Moments of inputs that a layer does not have yet: gradient E[g a_p^T], cross E[a a_p^T], inputs E[a_p a_p^T]."""
+    """Moments of inputs that a layer does not have yet: gradient E[g a_p^T], cross E[a
+    a_p^T], inputs E[a_p a_p^T].
+    """
 
     gradient: Tensor
     cross: Tensor
@@ -100,8 +110,8 @@ class Candidates:
 
 
 def agreement(layer: Factors, first: Tensor, second: Tensor) -> float:
-    """Tr[S^-1 dW_1 A^-1 dW_2^T]: the score with the gradients of two sets of examples, free of their sampling error where
-    these are independent.
+    """Tr[S^-1 dW_1 A^-1 dW_2^T]: the score with the gradients of two sets of examples,
+    free of their sampling error where these are independent.
     """
     left, right = (
         whitened(layer.outputs, whitened(layer.inputs, one.T).T)
@@ -111,13 +121,17 @@ def agreement(layer: Factors, first: Tensor, second: Tensor) -> float:
 
 
 def residual(layer: Factors, candidates: Candidates) -> Tensor:
-    """C = E[g_r a_p^T]: what of the gradient the layer's own inputs do not explain, against the candidates."""
+    """C = E[g_r a_p^T]: what of the gradient the layer's own inputs do not explain,
+    against the candidates.
+    """
     explained = torch.cholesky_solve(candidates.cross, _root(layer.inputs))
     return candidates.gradient - layer.gradient @ explained
 
 
 def bound(layer: Factors, candidates: Candidates) -> float:
-    """Delta eta' = Tr[S^-1 C A_p^-1 C^T], which punishes candidates that resemble what is there."""
+    """Delta eta' = Tr[S^-1 C A_p^-1 C^T], which punishes candidates that resemble what
+    is there.
+    """
     return _norm(layer, residual(layer, candidates), candidates.inputs)
 
 
@@ -127,19 +141,23 @@ def gain(layer: Factors, candidates: Candidates) -> float:
 
 
 def unexplained(layer: Factors, candidates: Candidates) -> Tensor:
-    """A_p - A_pc A^-1 A_cp: the moments of what the layer's own inputs do not explain of the candidates."""
+    """A_p - A_pc A^-1 A_cp: the moments of what the layer's own inputs do not explain
+    of the candidates.
+    """
     half = whitened(layer.inputs, candidates.cross)
     return candidates.inputs - half.T @ half
 
 
 @dataclass(frozen=True)
 class Removal:
-    """What inputs of a layer are worth, unit by unit; with D = A, n = D^-1 G~, d_i = 1 / (D^-1)_ii (a block, where a unit has
-    several entries), and G~, W~ the gradient and the weights whitened by S,
+    """What inputs of a layer are worth, unit by unit; with D = A, n = D^-1 G~, d_i = 1
+    / (D^-1)_ii (a block, where a unit has several entries), and G~, W~ the gradient and
+    the weights whitened by S,
 
         freeze_i = d_i ||n_i||^2,     prune_i = d_i ||n_i - W~_i||^2:
 
-    what the score loses where the weights that read unit i no longer learn, and where they are set to zero.
+    what the score loses where the weights that read unit i no longer learn, and where
+    they are set to zero.
     """
 
     freeze: Tensor
@@ -173,7 +191,8 @@ def removal(layer: Factors, weight: Tensor, units: Sequence[Tensor]) -> Removal:
 
 
 def compensated(inputs: Tensor, weight: Tensor, gone: Tensor) -> Tensor:
-    """W with W_act + W_pruned D_pruned,act D_act^-1: the inputs that stay take over what is linear in them of those that go.
+    """W with W_act + W_pruned D_pruned,act D_act^-1: the inputs that stay take over
+    what is linear in them of those that go.
 
     Args:
         inputs: D, the second moment of all inputs, damped.
@@ -195,8 +214,8 @@ def exact_score(rows: Tensor, gradient: Tensor, damping: float = 0.0) -> float:
     """eta = g^T F^-1 g with F = J^T J / N, for parameters few enough to hold it.
 
     Args:
-        rows: J, (N, parameters): the derivative of every example's output, as one row (of its loss, for the loss's own
-            metric).
+        rows: J, (N, parameters): the derivative of every example's output, as one row
+            (of its loss, for the loss's own metric).
         gradient: g, (parameters,): the gradient of the mean loss.
         damping: Added to F: this share of its mean diagonal.
     """
@@ -206,15 +225,18 @@ def exact_score(rows: Tensor, gradient: Tensor, damping: float = 0.0) -> float:
 
 
 def largest_number(alpha: float, tau: float, most: float) -> float:
-    """N_s = 1 + (ln lambda - ln alpha) / ln(1 + tau): fewer additions than this can be accepted one after the other while no
-    parameter moves, if each must add more than `tau` of the score and `alpha` in all, and the score never exceeds `most`.
+    """N_s = 1 + (ln lambda - ln alpha) / ln(1 + tau): fewer additions than this can be
+    accepted one after the other while no parameter moves, if each must add more than
+    `tau` of the score and `alpha` in all, and the score never exceeds `most`.
     """
     return 1 + math.log(most / alpha) / math.log1p(tau)
 
 
 @dataclass(frozen=True)
 class Curvature:
-    """Factors of every layer that can be scored, by name: linear layers, ungrouped convolutions, affine norms."""
+    """Factors of every layer that can be scored, by name: linear layers, ungrouped
+    convolutions, affine norms.
+    """
 
     layers: Mapping[str, Factors]
 
@@ -229,7 +251,9 @@ class Curvature:
 
 
 def score(first: Curvature, second: Curvature, damping: float = DAMPING) -> float:
-    """eta of the whole net without its sampling error: the gradients of two sets of examples against each other."""
+    """eta of the whole net without its sampling error: the gradients of two sets of
+    examples against each other.
+    """
     total = 0.0
     for name, layer in (first + second).layers.items():
         total += agreement(
@@ -247,10 +271,12 @@ def measure(
     layers: Sequence[str] | None = None,
     meter: Meter | None = None,
 ) -> Curvature:
-    """The curvature of a copy of a model whose gradients may be written, in eval mode; one pass forward and backward.
+    """The curvature of a copy of a model whose gradients may be written, in eval mode;
+    one pass forward and backward.
 
-    Only one batch at a time is held, so memory does not grow with the data. `layers` names the layers to look at, all that
-    can be scored by default; `meter` counts what it costs.
+    Only one batch at a time is held, so memory does not grow with the data. `layers`
+    names the layers to look at, all that can be scored by default; `meter` counts what
+    it costs.
     """
     found: dict[str, Factors] = {}
     names = (
@@ -278,11 +304,13 @@ def scored(module: nn.Module) -> bool:
 
 
 class Watched:
-    """Sees what some layers of a copy of a model read and which gradient comes back to them, while it is entered.
+    """Sees what some layers of a copy of a model read and which gradient comes back to
+    them, while it is entered.
 
     Attributes:
         calls: By layer, for every call: what it read, and what it gave.
-        samples: Examples of the batch, as the rows of the model's output count them: images, or tokens.
+        samples: Examples of the batch, as the rows of the model's output count them:
+            images, or tokens.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
@@ -359,8 +387,9 @@ class Watched:
         return max(1, self.samples * leading(module, read, given) // len(given))
 
     def rows(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """What a layer reads, with a 1 where it has a bias, (rows, inputs); the gradient g of its pre-activation for the loss
-        of one example, and what it gives, (rows, outputs); in float64.
+        """What a layer reads, with a 1 where it has a bias, (rows, inputs); the
+        gradient g of its pre-activation for the loss of one example, and what it gives,
+        (rows, outputs); in float64.
         """
         module = self.model.get_submodule(name)
         parts = []
@@ -371,18 +400,22 @@ class Watched:
                 if given.grad is not None
                 else torch.zeros_like(given[:first])
             )
-            parts.append((
-                with_bias(module, patches(module, read[:first].detach()).double()),
-                self.samples * flat(module, back).double(),
-                flat(module, given[:first].detach()).double(),
-            ))  # fmt: skip
+            parts.append(
+                (
+                    with_bias(module, patches(module, read[:first].detach()).double()),
+                    self.samples * flat(module, back).double(),
+                    flat(module, given[:first].detach()).double(),
+                )
+            )
         inputs, gradients, outputs = (
             torch.cat(part) for part in zip(*parts, strict=True)
         )
         return inputs, gradients, outputs
 
     def _norm_factors(self, name: str, module: Any) -> Factors:
-        """Scale and shift of a norm: few enough for the Fisher matrix of whole examples."""
+        """Scale and shift of a norm: few enough for the Fisher matrix of whole
+        examples.
+        """
         rows: Tensor | None = None
         for read, given in self.calls[name]:
             gradient = (
@@ -413,7 +446,9 @@ class Watched:
 def _spread(
     inputs: Tensor, gradients: Tensor, within: Tensor, outward: Tensor, samples: int
 ) -> float:
-    """The mean score of single examples, in degrees of freedom; every example has equally many rows."""
+    """The mean score of single examples, in degrees of freedom; every example has
+    equally many rows.
+    """
     read, back = (
         whitened(damped(moment, DAMPING), rows.T).T
         for moment, rows in ((within, inputs), (outward, gradients))
@@ -443,7 +478,9 @@ def patches(module: nn.Module, read: Tensor) -> Tensor:
 
 
 def flat(module: nn.Module, given: Tensor) -> Tensor:
-    """What a layer gives (or its gradient) in rows, as `patches` has them: (rows, outputs)."""
+    """What a layer gives (or its gradient) in rows, as `patches` has them: (rows,
+    outputs).
+    """
     return given.movedim(channel_of(module, given), -1).reshape(
         -1, given.shape[channel_of(module, given)]
     )
@@ -468,12 +505,16 @@ def leading(module: nn.Module, read: Tensor, given: Tensor) -> int:
 
 
 def _classes(output: Tensor) -> int:
-    """How many numbers an output has for one example: the last dimension, or the second of maps."""
+    """How many numbers an output has for one example: the last dimension, or the second
+    of maps.
+    """
     return output.shape[1 if output.dim() > 3 else -1] if output.dim() > 1 else 1
 
 
 def mean_diagonal(matrix: Tensor) -> float:
-    """The mean diagonal entry; never zero, so that a factor without any entry can be damped too."""
+    """The mean diagonal entry; never zero, so that a factor without any entry can be
+    damped too.
+    """
     return (
         max(matrix.diagonal().mean().item(), torch.finfo(torch.float64).tiny)
         if len(matrix)
@@ -489,7 +530,9 @@ def damped(matrix: Tensor, damping: float) -> Tensor:
 
 
 def effective(matrix: Tensor, damping: float) -> float:
-    """How many dimensions a second moment has beside its damping: Tr[M (M + damping)^-1]; the logits of k classes have k - 1."""
+    """How many dimensions a second moment has beside its damping: Tr[M (M +
+    damping)^-1]; the logits of k classes have k - 1.
+    """
     solved = torch.cholesky_solve(matrix, _root(damped(matrix, damping)))
     return float(solved.diagonal().sum())
 

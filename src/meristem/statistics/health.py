@@ -1,4 +1,6 @@
-"""Are the units alive? What they say, whether anybody listens, and whether they still learn."""
+"""Are the units alive? What they say, whether anybody listens, and whether they still
+learn.
+"""
 
 from __future__ import annotations
 
@@ -29,16 +31,20 @@ from meristem.surgery.verify import live_values
 Figures = dict[str, float]
 
 DORMANT = 0.025
-"""A unit is dormant whose mean absolute value is at most this share of its layer's mean."""
+"""A unit is dormant whose mean absolute value is at most this share of its layer's
+mean.
+"""
 UNREAD = 1e-3
-"""A unit is inactive going out whose fan-out norm is below this share of its layer's median."""
+"""A unit is inactive going out whose fan-out norm is below this share of its layer's
+median.
+"""
 
+# Left operand and its contracted dimension, right operand and its own.
 _CONTRACTIONS = {
     torch.ops.aten.mm.default: (0, 1, 1, 0),
     torch.ops.aten.addmm.default: (1, 1, 2, 0),
     torch.ops.aten.bmm.default: (0, 2, 1, 1),
 }
-"""Left operand and its contracted dimension, right operand and its own."""
 
 
 def health(
@@ -51,35 +57,42 @@ def health(
     units: Mapping[str, Sequence[int]] | None = None,
     batches: int | None = None,
 ) -> dict[str, Figures]:
-    """How the units of any model fare, by axis, in eval mode over the data. The model is left untouched.
+    """How the units of any model fare, by axis, in eval mode over the data. The model
+    is left untouched.
 
     Shares of the units looked at:
 
     - `inactive_forward`: never above zero, for any input, as what the next layer reads.
-    - `inactive_outgoing`: fan-out L2 norm below 1e-3 x the median of the layer's units that have any fan-out.
-    - `dormant`: mean absolute value at most .025 of the layer's mean (Sokar, Agarwal, Castro, Evci, "The Dormant
-      Neuron Phenomenon in Deep Reinforcement Learning", 2023, arXiv 2302.12902).
+    - `inactive_outgoing`: fan-out L2 norm below 1e-3 x the median of the layer's units
+      that have any fan-out.
+    - `dormant`: mean absolute value at most .025 of the layer's mean (Sokar, Agarwal,
+      Castro, Evci, "The Dormant Neuron Phenomenon in Deep Reinforcement Learning",
+      2023, arXiv 2302.12902).
     - `dead`: no weight of the unit, on either side, receives gradient from any batch.
 
-    And where `units` names some: `gradient_ratio`, the mean fan-in gradient norm of these over that of the others, and
-    `cosine`, the mean over these of the largest cosine between their fan-in and that of another unit.
+    And where `units` names some: `gradient_ratio`, the mean fan-in gradient norm of
+    these over that of the others, and `cosine`, the mean over these of the largest
+    cosine between their fan-in and that of another unit.
 
-    Of the blocks of a depth axis: `contribution`, ||y - x|| / ||x|| over what goes into a block and comes out, the mean over
-    batches and blocks; `gradient_ratio`, the mean gradient norm of the named blocks over that of the others; `dead`, the share
-    of blocks whose weights receive no gradient.
+    Of the blocks of a depth axis: `contribution`, ||y - x|| / ||x|| over what goes into
+    a block and comes out, the mean over batches and blocks; `gradient_ratio`, the mean
+    gradient norm of the named blocks over that of the others; `dead`, the share of
+    blocks whose weights receive no gradient.
 
     Args:
         model: Any module that runs.
-        example: A tensor, a tuple of arguments or a dict of keyword arguments; by default the model's first call inside
-            `loss` on the first batch.
+        example: A tensor, a tuple of arguments or a dict of keyword arguments; by
+            default the model's first call inside `loss` on the first batch.
         loss: `loss(model, batch)`, a mean over the batch.
         data: A DataLoader or a re-iterable of batches.
         axes: Glob patterns of the axes to look at; a leading "!" excludes.
-        units: Indices of the units to look at, by axis; all units of all axes by default.
+        units: Indices of the units to look at, by axis; all units of all axes by
+            default.
         batches: Look at so many batches only.
 
     Returns:
-        Figures by axis. What is read by other means than matrix products and convolutions has no forward figures.
+        Figures by axis. What is read by other means than matrix products and
+        convolutions has no forward figures.
 
     Raises:
         DataError: The data is empty or one-shot, or a loss is not finite.
@@ -216,10 +229,11 @@ def measure_blocks(
 
     `structure` is the copy's or its like.
 
-    - `contribution`: ||y - x|| / ||x|| over what goes into the block and comes out, the mean
-      over batches and these blocks.
+    - `contribution`: ||y - x|| / ||x|| over what goes into the block and comes out, the
+      mean over batches and these blocks.
     - `gradient_ratio`: the mean gradient norm of these blocks over that of the others.
-    - `dead`: the share of these blocks whose weights receive no gradient from any batch.
+    - `dead`: the share of these blocks whose weights receive no gradient from any
+      batch.
     """
     copied.eval()
     named = {}
@@ -288,7 +302,9 @@ class _BlockWatch:
 
 
 class _Norms:
-    """Squared gradient norms of parameters, batch by batch; no gradient outlives its use."""
+    """Squared gradient norms of parameters, batch by batch; no gradient outlives its
+    use.
+    """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._parameters = {id(p): p for p in parameters}
@@ -412,7 +428,9 @@ def _share(flags: Tensor) -> float:
 
 
 class _Reader(TorchDispatchMode):
-    """Watches what the fan-out weights of some axes are multiplied with: the values that the next layers read."""
+    """Watches what the fan-out weights of some axes are multiplied with: the values
+    that the next layers read.
+    """
 
     def __init__(
         self,
@@ -452,7 +470,8 @@ class _Reader(TorchDispatchMode):
             func is torch.ops.aten._to_copy.default
             and _address(args[0]) in self._watched
         ):
-            # A weight in another precision (autocast): followed under its new address, kept alive so that it stays its own.
+            # A weight in another precision (autocast): followed under its new address,
+            # kept alive so that it stays its own.
             self._watched[_address(result)] = self._watched[_address(args[0])]
             self._alive.append(result)
         return result

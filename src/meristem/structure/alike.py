@@ -1,8 +1,8 @@
 """Blocks that are alike: what is proved of one holds for the others.
 
-Blocks are alike that stand in one run, are made of the same modules with the same numbers
-in them, hold tensors of the same shapes, and ran the same operations on the same shapes.
-Numbers that count on from block to block (a position) may differ.
+Blocks are alike that stand in one run, are made of the same modules with the same
+numbers in them, hold tensors of the same shapes, and ran the same operations on the
+same shapes. Numbers that count on from block to block (a position) may differ.
 """
 
 from __future__ import annotations

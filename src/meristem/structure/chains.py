@@ -15,14 +15,15 @@ from meristem.structure.layers import LAYERS, is_plain, layer_of
 from meristem.structure.tracer import Pass, Tracer
 
 CHAIN = "_meristem_chain"
-"""The attribute of a grown nn.Sequential: where its new layers stand, seen from the old one.
+"""The attribute of a grown nn.Sequential: where its new layers stand, seen from the old
+one.
 
 Its value is "after" or "before".
 """
+# An identity behind a layer that widens more than this would dwarf it (a vocabulary).
 _WIDENS = 4
-"""An identity behind a layer that widens more than this would dwarf it (a vocabulary)."""
+# Up to this many units a layer may widen as it likes.
 _SMALL = 1024
-"""Up to this many units a layer may widen as it likes."""
 
 
 def find_places(
@@ -94,8 +95,8 @@ _SPOKEN_FOR = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def activation_at(form: Form, passed: Pass, tracer: Tracer) -> str:
     """The activation before a new layer.
 
-    Where a ReLU of the model's own follows (or its output comes in), a second one changes
-    nothing; elsewhere it would.
+    Where a ReLU of the model's own follows (or its output comes in), a second one
+    changes nothing; elsewhere it would.
     """
     if form == "after":
         readers = tracer.of(passed.outputs[0]).readers

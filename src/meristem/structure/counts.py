@@ -1,4 +1,6 @@
-"""What follows new blocks: numbers of layers, tables with an entry per block, positions."""
+"""What follows new blocks: numbers of layers, tables with an entry per block,
+positions.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +21,20 @@ from meristem.structure.twin import apply_edits, fake_mode, looking
 
 TRIALS = 30
 """Largest number of re-traces that the search for one attribute may cost."""
+# Names of numbers of layers.
 _COUNT = re.compile(
     r"^(n|num|number_of)_?((hidden|encoder|decoder|transformer)_?)?(layers?|blocks?)$"
     r"|^depth$"
 )
-"""Names of numbers of layers."""
+# Names of positions, where one block is all there is to tell by.
 _POSITION = re.compile(
     r"(^|_)(layer|block|depth|stage)_?(idx|index|id|i|num|number|position)$"
     r"|^layer$|^i_(layer|block)$"
 )
-"""Names of positions, where one block is all there is to tell by."""
+# Names of positions, where two blocks count on.
 _COUNTER = re.compile(
     rf"{_POSITION.pattern}|(^|_)(idx|index|id|number|position|order)$|^(i|n|lid)$"
 )
-"""Names of positions, where two blocks count on."""
 
 Key = tuple[str, str]
 """A module, and one of its attributes."""
@@ -229,8 +231,8 @@ def _is_number_or_table(value: Any) -> bool:
 def positions_in(model: nn.Module, depth: Depth) -> dict[Key, int]:
     """Attributes inside the blocks that number them, with the number of the first.
 
-    Three blocks that count on from their place are evidence enough. Else the name must say
-    so, and that of a lone block together with its number.
+    Three blocks that count on from their place are evidence enough. Else the name must
+    say so, and that of a lone block together with its number.
 
     Returns:
         By (module inside the block, attribute), the number of the first block.

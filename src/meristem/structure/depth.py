@@ -1,4 +1,6 @@
-"""What every depth axis has in common: blocks that stand in an order, and changes of it."""
+"""What every depth axis has in common: blocks that stand in an order, and changes of
+it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ class Depth:
 
     Attributes:
         name: The axis.
-        path: The container of the blocks; in a chain, the layer, or what has grown there.
+        path: The container of the blocks; in a chain, the layer, or what has grown
+            there.
         form: "run" where like blocks stand in a container; "after" and "before" where
             layers stand behind or in front of a layer of a chain.
         first: The place of the first block in its container.

@@ -43,6 +43,7 @@ from meristem.structure.twin import (
 from meristem.structure.undisturbed import undisturbed
 from meristem.structure.widths import Widths
 
+# Classes that wrap a model, and where they hold it.
 _WRAPPERS = {
     "DistributedDataParallel": "module",
     "DataParallel": "module",
@@ -50,15 +51,16 @@ _WRAPPERS = {
     "OptimizedModule": "_orig_mod",
     "ScriptModule": "module",
 }
-"""Classes that wrap a model, and where they hold it."""
 
 
 class Structure:
-    """What can grow in a model, found by running it once on data-free copies of its tensors.
+    """What can grow in a model, found by running it once on data-free copies of its
+    tensors.
 
     Attributes:
         example: The arguments of the call that was traced.
-        fake: Whether the copies hold no data; a model that needs values is run on real ones.
+        fake: Whether the copies hold no data; a model that needs values is run on real
+            ones.
         axes: The axes by name, with `ends` and `frozen`.
         labels: One label for each dimension of the model's tensors.
         atoms: The label that an axis changes, by axis name.
@@ -67,8 +69,8 @@ class Structure:
         depths: Where the blocks of each depth axis stand.
         alike: Which blocks are alike.
         plans: What has been resolved so far.
-        silences: Which tensors of a new block are zero where it adds nothing, by depth axis,
-            as far as that is known.
+        silences: Which tensors of a new block are zero where it adds nothing, by depth
+            axis, as far as that is known.
         verdicts: Why an axis cannot grow, or None, as far as that has been tried.
     """
 
@@ -131,8 +133,10 @@ class Structure:
                 raise DiscoveryError(
                     f"the forward of {type(self.model).__name__} fails on the example "
                     f"({type(error).__name__}: {error}). Received "
-                    f"{_describe(self.example)}. hint: pass the example as the model is "
-                    "called: a tensor, a tuple of arguments or a dict of keyword arguments"
+                    f"{_describe(self.example)}. hint: pass the example as the model "
+                    "is "
+                    "called: a tensor, a tuple of arguments or a dict of keyword "
+                    "arguments"
                 ) from first
 
     def _trace(self, fake: bool) -> None:
@@ -164,8 +168,8 @@ class Structure:
     ) -> None:
         """Label what runs only while training, too (auxiliary heads, drop paths).
 
-        A train-mode forward that fails on the example, as batch norm does on one row, has
-        nothing to tell.
+        A train-mode forward that fails on the example, as batch norm does on one row,
+        has nothing to tell.
         """
         copied.train()
         tracer.recording = False
@@ -214,7 +218,9 @@ class Structure:
         runs: Sequence[Depth],
         passes: Mapping[str, Pass],
     ) -> dict[str, tuple[tuple[str, ...], ...]]:
-        """By run, what of each block adds to the stream; asked of one block of each kind."""
+        """By run, what of each block adds to the stream; asked of one block of each
+        kind.
+        """
         blocks = [block for run in runs for block in run.blocks]
         reader = SilentTensors(copied, blocks, stack.passes, self.trace, self.labels)
         known: dict[str, tuple[str, ...]] = {}
@@ -316,7 +322,9 @@ _STRUCTURES: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Structure]] = (
 
 
 def structure_of(model: nn.Module, example: Any) -> Structure:
-    """The structure of a model; traced again only where the model or its call has changed."""
+    """The structure of a model; traced again only where the model or its call has
+    changed.
+    """
     if not isinstance(model, nn.Module):
         refuse_wrapped(model)
     call = as_example(example)
@@ -378,14 +386,17 @@ def refuse_wrapped(model: nn.Module) -> None:
     for kind in type(model).__mro__:
         if kind.__name__ in _WRAPPERS:
             raise GrowthRefused(
-                f"the model is wrapped in {kind.__name__}, which keeps references to the "
-                f"old tensors. hint: grow the inner model (model.{_WRAPPERS[kind.__name__]}) "
+                f"the model is wrapped in {kind.__name__}, which keeps references to "
+                "the "
+                "old tensors. hint: grow the inner model "
+                f"(model.{_WRAPPERS[kind.__name__]}) "
                 "and wrap it again"
             )
     lazy = nn.parameter.UninitializedParameter
     if any(isinstance(parameter, lazy) for parameter in model.parameters()):
         raise GrowthRefused(
-            "the model has lazy parameters without a shape. hint: run it once before it grows"
+            "the model has lazy parameters without a shape. hint: run it once before "
+            "it grows"
         )
 
 

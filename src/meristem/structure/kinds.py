@@ -55,7 +55,8 @@ def _unit_change(structure: Structure, axis: Axis, amount: Amount) -> Change:
         kept = _without(axis, atom, amount)
     if not len(kept):
         raise GrowthRefused(
-            f"axis {axis.name!r} has {axis.size} units; at least {axis.multiple} must stay"
+            f"axis {axis.name!r} has {axis.size} units; at least {axis.multiple} must "
+            "stay"
         )
     return Change(len(kept) * axis.multiple, {atom: kept})
 
@@ -78,12 +79,14 @@ def _without(axis: Axis, atom: Label, units: Sequence[int]) -> Sources:
     drop = sorted({int(unit) for unit in units})
     if not drop or drop[0] < 0 or drop[-1] >= axis.size:
         raise GrowthRefused(
-            f"axis {axis.name!r} has units 0..{axis.size - 1}; got indices {list(units)}"
+            f"axis {axis.name!r} has units 0..{axis.size - 1}; got indices "
+            f"{list(units)}"
         )
     dropped = sorted({unit // axis.multiple for unit in drop})
     if len(drop) != len(dropped) * axis.multiple:
         raise GrowthRefused(
-            f"axis {axis.name!r} drops whole groups of {axis.multiple} units; got {drop}"
+            f"axis {axis.name!r} drops whole groups of {axis.multiple} units; got "
+            f"{drop}"
         )
     return np.setdiff1d(np.arange(atom.size), np.array(dropped))
 
@@ -130,7 +133,8 @@ def flops(structure: Structure, changes: Changes) -> int:
 def added_by(
     structure: Structure, insertion: Insertion, changes: Changes
 ) -> tuple[int, int]:
-    """Parameters and floating-point operations that an insertion adds, at the new widths.
+    """Parameters and floating-point operations that an insertion adds, at the new
+    widths.
 
     Negative where blocks go.
     """
@@ -192,7 +196,9 @@ def _ends(structure: Structure, depth: Depth, block: int) -> tuple[Label, Label]
 def _squared(
     structure: Structure, depth: Depth, block: int, factors: list[Label]
 ) -> list[Label]:
-    """The multiply-adds of an identity layer, from those of the layer that stands there."""
+    """The multiply-adds of an identity layer, from those of the layer that stands
+    there.
+    """
     out, into = _ends(structure, depth, block)
     kept, gone = (out, into) if depth.form == "after" else (into, out)
     return [kept if label.root is gone.root else label for label in factors]

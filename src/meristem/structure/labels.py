@@ -1,10 +1,12 @@
 """The algebra of dimension labels.
 
-Every dimension of every tensor in a traced forward pass carries a `Label`. A label is an *atom*, an ordered *product* of
-labels (heads x head_dim, channels x 7 x 7 after a flatten) or an ordered *sum* of labels (after a concatenation or
-before a split). Operations that force two dimensions to agree `unify` their labels; what remains are the independent
-sizes of the network. Because products and sums are ordered, the algebra answers the two questions that surgery asks:
-how large a dimension becomes when atoms change (`size`), and where every new entry comes from (`sources`).
+Every dimension of every tensor in a traced forward pass carries a `Label`. A label is
+an *atom*, an ordered *product* of labels (heads x head_dim, channels x 7 x 7 after a
+flatten) or an ordered *sum* of labels (after a concatenation or before a split).
+Operations that force two dimensions to agree `unify` their labels; what remains are the
+independent sizes of the network. Because products and sums are ordered, the algebra
+answers the two questions that surgery asks: how large a dimension becomes when atoms
+change (`size`), and where every new entry comes from (`sources`).
 """
 
 from __future__ import annotations
@@ -17,15 +19,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 Sources = NDArray[np.int64]
-"""For every entry of a resized dimension, the old index that it continues, or -1 where it is new."""
+"""For every entry of a resized dimension, the old index that it continues, or -1 where
+it is new.
+"""
 
 
 class Conflict(Exception):
-    """Two labels cannot be brought into agreement, or a label cannot be cut where an operation cuts it."""
+    """Two labels cannot be brought into agreement, or a label cannot be cut where an
+    operation cuts it.
+    """
 
 
 class Label:
-    """One dimension's identity: a union-find node that may be refined into a product or a sum of finer labels."""
+    """One dimension's identity: a union-find node that may be refined into a product or
+    a sum of finer labels.
+    """
 
     __slots__ = ("end", "frozen", "kind", "mixes", "parent", "parts", "size")
 
@@ -60,12 +68,16 @@ UNIT = Label(1, "a broadcast dimension of size 1")
 
 
 def fresh(size: int, frozen: str | None = None) -> Label:
-    """A label for a dimension that nothing is known about; size-1 dimensions broadcast and share one label."""
+    """A label for a dimension that nothing is known about; size-1 dimensions broadcast
+    and share one label.
+    """
     return UNIT if size == 1 else Label(size, frozen)
 
 
 def atoms(label: Label) -> Iterator[Label]:
-    """The finest labels below `label`, in order, with repetitions where an atom stands in several places."""
+    """The finest labels below `label`, in order, with repetitions where an atom stands
+    in several places.
+    """
     root = label.root
     if root.kind == "atom":
         yield root
@@ -81,13 +93,17 @@ def freeze(label: Label, reason: str) -> None:
 
 
 def mix(label: Label, reason: str) -> None:
-    """Record that an operation combines the entries of `label`, so that new entries disturb old ones."""
+    """Record that an operation combines the entries of `label`, so that new entries
+    disturb old ones.
+    """
     for atom in atoms(label):
         atom.mixes.add(reason)
 
 
 def mark_end(label: Label, end: str) -> None:
-    """Mark the atoms below `label` as an end of the model (its classes, its vocabulary)."""
+    """Mark the atoms below `label` as an end of the model (its classes, its
+    vocabulary).
+    """
     for atom in atoms(label):
         if atom is not UNIT and atom.end is None:
             atom.end = end
@@ -123,7 +139,9 @@ def _flat(labels: Sequence[Label], kind: Literal["product", "sum"]) -> list[Labe
 
 
 def product(labels: Sequence[Label]) -> Label:
-    """The label of a dimension that runs over all combinations of `labels`, the last one fastest."""
+    """The label of a dimension that runs over all combinations of `labels`, the last
+    one fastest.
+    """
     parts = _flat(labels, "product")
     if len(parts) < 2:
         return parts[0] if parts else UNIT
@@ -143,7 +161,9 @@ def concatenation(labels: Sequence[Label]) -> Label:
 
 
 def split_product(label: Label, outer: int) -> tuple[Label, Label]:
-    """Cut `label` into an outer factor of size `outer` and the inner rest, refining it where it is still an atom."""
+    """Cut `label` into an outer factor of size `outer` and the inner rest, refining it
+    where it is still an atom.
+    """
     root = label.root
     if outer == 1:
         return UNIT, root
@@ -220,7 +240,9 @@ def split_sum(label: Label, position: int) -> tuple[Label, Label]:
 
 
 def unify(first: Label, second: Label) -> None:
-    """Make two labels of one size the same label; what cannot agree is frozen with the reason."""
+    """Make two labels of one size the same label; what cannot agree is frozen with the
+    reason.
+    """
     a, b = first.root, second.root
     if a is b:
         return
@@ -287,7 +309,9 @@ def _zip_parts(
 
 
 def regroup(labels: Sequence[Label], sizes: Sequence[int]) -> list[Label]:
-    """The labels of a view: the factors of `labels`, in order, dealt out to dimensions of the given `sizes`."""
+    """The labels of a view: the factors of `labels`, in order, dealt out to dimensions
+    of the given `sizes`.
+    """
     factors = _flat(labels, "product")
     result: list[Label] = []
     try:
@@ -331,7 +355,9 @@ def size(label: Label, changes: Changes) -> int:
 
 
 def sources(label: Label, changes: Changes) -> Sources:
-    """Where every entry of a dimension comes from after `changes`: its old index, or -1 where it is new."""
+    """Where every entry of a dimension comes from after `changes`: its old index, or -1
+    where it is new.
+    """
     root = label.root
     if root.kind == "atom":
         return changes[root] if root in changes else np.arange(root.size)
@@ -353,7 +379,9 @@ def sources(label: Label, changes: Changes) -> Sources:
 
 
 def owners(label: Label, atom: Label, changes: Changes) -> Sources:
-    """For every entry of a dimension after `changes`, the entry of `atom` that it belongs to, or -1."""
+    """For every entry of a dimension after `changes`, the entry of `atom` that it
+    belongs to, or -1.
+    """
     root = label.root
     if root.kind == "atom":
         count = size(root, changes)
@@ -378,7 +406,9 @@ def multiply(label: Label, first: Label, second: Label) -> bool:
 
 
 def positions(label: Label, atom: Label, changes: Changes) -> Sources:
-    """The places of every entry of `atom` along a dimension: an array (entries, places per entry)."""
+    """The places of every entry of `atom` along a dimension: an array (entries, places
+    per entry).
+    """
     owner = owners(label, atom, changes)
     where = np.argsort(owner, kind="stable")[int((owner < 0).sum()) :]
     return where.reshape(size(atom, changes), -1)

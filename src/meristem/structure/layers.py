@@ -22,8 +22,8 @@ class Layer:
         types: The classes that the row speaks for, subclasses included.
         mirrored: The attributes that follow from the shape of its weight and the number
             of its groups.
-        channel: The dimension of its input and output that holds the units, for a tensor
-            of so many dimensions. None where it is no contraction.
+        channel: The dimension of its input and output that holds the units, for a
+            tensor of so many dimensions. None where it is no contraction.
         plain: Whether a layer of the row contracts all its inputs with one matrix.
         patches: What every output position reads: (rows, inputs), or
             (rows, channels x kernel).
@@ -99,7 +99,8 @@ def _convolution_patches(module: Any, read: Tensor) -> Tensor:
     unpadded = module.padding in ((0,) * dims, "valid", "same")
     if size == 1 and all(step == 1 for step in module.stride) and unpadded:
         return read.movedim(1, -1).reshape(-1, channels)
-    # Kernels that are 1 at one place each unfold the input, for every number of dimensions.
+    # Kernels that are 1 at one place each unfold the input, for every number of
+    # dimensions.
     one_hot = torch.eye(size, dtype=read.dtype, device=read.device)
     one_hot = one_hot.reshape(size, 1, *module.kernel_size)
     padding: Any = module.padding
@@ -202,13 +203,17 @@ def layer_of(module: nn.Module) -> Layer | None:
 
 
 def contracts(module: nn.Module) -> bool:
-    """Whether a module sums its inputs over its weight: a linear layer or a convolution."""
+    """Whether a module sums its inputs over its weight: a linear layer or a
+    convolution.
+    """
     layer = layer_of(module)
     return layer is not None and layer.channel is not None
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether one matrix of a module contracts all its inputs (no groups, not transposed)."""
+    """Whether one matrix of a module contracts all its inputs (no groups, not
+    transposed).
+    """
     layer = layer_of(module)
     return layer is not None and layer.plain(module)
 

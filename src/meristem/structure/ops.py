@@ -75,7 +75,9 @@ def _view(tracer: Tracer, call: Call) -> Result:
 def _regroup_origins(
     dims: list[Dim], old: list[int], new: list[int]
 ) -> list[frozenset[tuple[str, int]]]:
-    """Which parameter dimensions each viewed dimension covers: runs of equal size are matched up."""
+    """Which parameter dimensions each viewed dimension covers: runs of equal size are
+    matched up.
+    """
     result: list[frozenset[tuple[str, int]]] = [frozenset()] * len(new)
     i = j = 0
     while i < len(old) and j < len(new):
@@ -255,7 +257,9 @@ def _constant_pad(tracer: Tracer, call: Call) -> Result:
 
 
 def _ordered(tracer: Tracer, call: Call) -> Result:
-    """Operations to which the order of entries matters: sorting, rolling, cumulative sums."""
+    """Operations to which the order of entries matters: sorting, rolling, cumulative
+    sums.
+    """
     dims = tracer.dims(call.inputs[0])
     chosen = call.arguments.get("dims", call.arguments.get("dim", -1))
     for d in [chosen] if isinstance(chosen, int) else list(chosen) or range(len(dims)):
@@ -388,7 +392,9 @@ def _convolution(tracer: Tracer, call: Call) -> Result:
 def _grouped(
     tracer: Tracer, data: Dim, kernel: list[Dim], groups: int, transposed: bool
 ) -> Label:
-    """Grouped convolution: in = g*i and out = g*o; the weight is (g*o, i), transposed (g*i, o)."""
+    """Grouped convolution: in = g*i and out = g*o; the weight is (g*o, i), transposed
+    (g*i, o).
+    """
     group, inner = split_product(data.label, groups)
     if transposed:
         unify(data.label, kernel[0].label)
@@ -396,7 +402,8 @@ def _grouped(
             tracer.trace.consumed |= kernel[0].origin
             freeze(
                 inner,
-                f"{tracer.place()}: the inner channels of a grouped transposed convolution",
+                f"{tracer.place()}: the inner channels of a grouped transposed "
+                "convolution",
             )
         return product([group, kernel[1].label])
     row_group, _ = split_product(kernel[0].label, groups)
@@ -611,11 +618,11 @@ OPERATIONS: dict[str, Operation] = {
 }
 """What is known of each operation by its name. A new one is one row."""
 
+# Operations with one kernel per backend, by a part of their names.
 _FAMILIES: tuple[tuple[str, Rule], ...] = (
     ("scaled_dot_product", _attention),
     ("batch_norm", _batch_norm),
 )
-"""Operations with one kernel per backend, by a part of their names."""
 
 
 def operation_of(call: Call) -> Operation | None:

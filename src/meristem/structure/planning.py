@@ -18,7 +18,8 @@ from meristem.structure.labels import Changes, Label, atoms, positions, size, so
 from meristem.structure.repair import attributes_for
 
 Wishes = Mapping[str, Amount]
-"""By axis: units to add (negative: the last ones to drop), or indices of units to drop."""
+"""By axis: units to add (negative: the last ones to drop), or indices of units to drop.
+"""
 
 
 def resolve(structure: Structure, wishes: Wishes) -> Plan:
@@ -37,7 +38,8 @@ def resolve(structure: Structure, wishes: Wishes) -> Plan:
 
 
 def sized(structure: Structure, wishes: Wishes) -> Plan:
-    """Shapes and costs of a wish alone: no attribute is looked at, nothing is re-traced.
+    """Shapes and costs of a wish alone: no attribute is looked at, nothing is
+    re-traced.
 
     It is no plan yet, and says so: `followed` is False.
     """

@@ -22,8 +22,8 @@ from meristem.structure.twin import fake_mode, looking
 
 TRIALS = 60
 """Largest number of re-traces that the search for one plan's attributes may cost."""
+# Characters of an error that are told on.
 _LONGEST = 200
-"""Characters of an error that are told on."""
 
 Expected = Sequence[tuple[str, Sequence[Shape | None]]]
 """The operations in order, with the shapes that they should give; None for any."""
@@ -194,7 +194,9 @@ def _planned_shapes(structure: Structure, plan: Plan) -> Expected:
 
 
 def leaf_attributes(structure: Structure, plan: Plan) -> Iterator[AttributeChange]:
-    """The attributes of torch's own layers that follow from the shapes of their weights."""
+    """The attributes of torch's own layers that follow from the shapes of their
+    weights.
+    """
     shapes = {change.name: change.after for change in plan.tensors}
     for module_name, module in structure.model.named_modules():
         layer = layer_of(module)

@@ -255,8 +255,8 @@ class SilentTensors:
     def of(self, block: str, stream: set[Label]) -> tuple[str, ...]:
         """The tensors of a block that add to the stream, under their names inside it.
 
-        These are the weights that produce units of the stream, with their biases. Where a
-        norm follows such a weight inside the block, the norm's weight and bias, as it
+        These are the weights that produce units of the stream, with their biases. Where
+        a norm follows such a weight inside the block, the norm's weight and bias, as it
         would turn a zero into its own bias.
         """
         prefix = f"{block}."

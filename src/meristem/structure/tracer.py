@@ -53,7 +53,9 @@ class Traced:
 
 @dataclass(frozen=True)
 class Norm:
-    """A layer norm or RMS norm over one dimension, by the module that holds its weights."""
+    """A layer norm or RMS norm over one dimension, by the module that holds its
+    weights.
+    """
 
     module: str
     kind: Literal["layer_norm", "rms_norm"]
@@ -113,7 +115,9 @@ class Call:
 
 
 def tensors(tree: Any) -> list[Tensor]:
-    """Every tensor in a nest of containers, model outputs and objects that hold tensors."""
+    """Every tensor in a nest of containers, model outputs and objects that hold
+    tensors.
+    """
     leaves: list[Tensor] = []
     for leaf in pytree.tree_leaves(tree):
         if isinstance(leaf, Tensor):
@@ -193,7 +197,8 @@ class ModuleStack:
 Rule = Callable[["Tracer", Call], list[Traced] | None]
 """The labels of a call's outputs, or None where it does not know the operation."""
 Sign = Literal["any", "kept", "positive"]
-"""Whether the output is nowhere below zero: never sure, as its inputs are, or always."""
+"""Whether the output is nowhere below zero: never sure, as its inputs are, or always.
+"""
 
 
 @dataclass(frozen=True)

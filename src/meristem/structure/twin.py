@@ -1,4 +1,6 @@
-"""Copies of a model to look at: data-free fakes, or real tensors of another kind; the model itself is never touched."""
+"""Copies of a model to look at: data-free fakes, or real tensors of another kind; the
+model itself is never touched.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ from meristem.core.errors import DiscoveryError
 from meristem.core.example import Example as Example
 from meristem.core.example import as_example as as_example
 
+# The models whose modules may be changed: twins, and what surgery has opened.
 _WRITABLE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""The models whose modules may be changed: twins, and what surgery has opened."""
 
 
 def check_writable(model: nn.Module) -> None:
@@ -53,7 +55,9 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def twin(model: nn.Module, convert: Convert) -> nn.Module:
-    """A deep copy of the module tree whose tensors are made by `convert(name, tensor)`; the user's hooks stay behind."""
+    """A deep copy of the module tree whose tensors are made by `convert(name, tensor)`;
+    the user's hooks stay behind.
+    """
     memo: dict[int, Any] = {}
     for name, tensor in named_tensors(model).items():
         new = convert(name, tensor)
@@ -70,7 +74,8 @@ def twin(model: nn.Module, convert: Convert) -> nn.Module:
 def copy_part(
     model: nn.Module, part: nn.Module, given: Mapping[str, Tensor] | None = None
 ) -> nn.Module:
-    """A deep copy of one module, which holds the `given` tensors, else copies of its own.
+    """A deep copy of one module, which holds the `given` tensors, else copies of its
+    own.
 
     What it shares with the rest of the model (weights, modules, a config) stays shared.
     """
@@ -100,7 +105,9 @@ def copy_part(
 
 
 def modules_without(model: nn.Module, *parts: nn.Module) -> list[nn.Module]:
-    """The modules that the model would still hold without some parts; what is shared with them counts."""
+    """The modules that the model would still hold without some parts; what is shared
+    with them counts.
+    """
     found: dict[int, nn.Module] = {}
     pending = [model]
     while pending:
@@ -114,10 +121,11 @@ def modules_without(model: nn.Module, *parts: nn.Module) -> list[nn.Module]:
 def set_attribute(
     model: nn.Module, module: str, attribute: str, value: Any
 ) -> Callable[[], None]:
-    """Set an attribute of a module, or "config.n_layer" in a plain object that it holds; returns what undoes it.
+    """Set an attribute of a module, or "config.n_layer" in a plain object that it
+    holds; returns what undoes it.
 
-    The object itself may be the user's, and other models may be built from it: every module of this model that holds it
-    gets a changed copy.
+    The object itself may be the user's, and other models may be built from it: every
+    module of this model that holds it gets a changed copy.
     """
     check_writable(model)
     holder = model.get_submodule(module)
@@ -176,8 +184,10 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         copied = copy.deepcopy(model, memo)
     except Exception as error:
         raise DiscoveryError(
-            f"{type(model).__name__} cannot be deep-copied ({type(error).__name__}: {error}). Meristem looks at a copy, "
-            "never at the model itself. hint: keep what cannot be copied (locks, files, generators) outside the module"
+            f"{type(model).__name__} cannot be deep-copied ({type(error).__name__}: "
+            f"{error}). Meristem looks at a copy, "
+            "never at the model itself. hint: keep what cannot be copied (locks, "
+            "files, generators) outside the module"
         ) from error
     for module, name in _hooked(copied):
         table = getattr(module, name)
@@ -213,7 +223,9 @@ def fake_mode(fake: bool) -> FakeTensorMode | None:
 
 @contextlib.contextmanager
 def looking(mode: FakeTensorMode | None) -> Iterator[None]:
-    """Run a twin without gradients, without fused attention kernels, under the fake mode if there is one."""
+    """Run a twin without gradients, without fused attention kernels, under the fake
+    mode if there is one.
+    """
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     log = logging.getLogger(

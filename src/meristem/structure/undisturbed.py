@@ -1,4 +1,6 @@
-"""Measuring leaves no trace: random streams come back where they were, and the caller's modes do not reach in."""
+"""Measuring leaves no trace: random streams come back where they were, and the caller's
+modes do not reach in.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ import torch
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Restore every global random stream (torch on all devices in use, numpy, Python) on leaving.
+    """Restore every global random stream (torch on all devices in use, numpy, Python)
+    on leaving.
 
     Inside, gradients are on and autocast is off, whatever the caller's own modes are.
     """
@@ -27,7 +30,8 @@ def undisturbed() -> Iterator[None]:
         ):
             for device in ["cpu", *(["cuda"] if devices else [])]:
                 stack.enter_context(torch.autocast(device, enabled=False))
-            torch.clear_autocast_cache()  # its copies would hold weak references to the weights
+            # its copies would hold weak references to the weights
+            torch.clear_autocast_cache()
             yield
     finally:
         random.setstate(python)

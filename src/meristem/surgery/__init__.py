@@ -1,1 +1,3 @@
-"""The only part that changes a model: new tensors, optimizer state, verification, and an exchange that can be undone."""
+"""The only part that changes a model: new tensors, optimizer state, verification, and
+an exchange that can be undone.
+"""

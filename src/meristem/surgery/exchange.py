@@ -43,7 +43,8 @@ def check_free(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if weakref.getweakrefs(tensor):
             raise GrowthRefused(
-                f"{name} is held by a weak reference (as nn.LSTM does), which would keep "
+                f"{name} is held by a weak reference (as nn.LSTM does), which would "
+                "keep "
                 "the old tensor"
             )
         references = tensor._use_count()  # type: ignore[attr-defined]
@@ -51,8 +52,10 @@ def check_free(tensors: Mapping[str, Tensor]) -> None:
         allowed = 2 if tensor.requires_grad and tensor.is_leaf else 1
         if references > allowed:
             raise PendingBackward(
-                f"{name} is still held by a graph that waits for its backward pass. hint: "
-                "grow after optimizer.step(), when no loss is waiting for backward() and no "
+                f"{name} is still held by a graph that waits for its backward pass. "
+                "hint: "
+                "grow after optimizer.step(), when no loss is waiting for backward() "
+                "and no "
                 "retained graph or view of the weights is alive"
             )
 

@@ -1,7 +1,8 @@
 """Tensors that exist only while an operation reads them.
 
-A check in float64 on random weights needs no copy of the model: large weights are products
-of two thin random factors, and are multiplied out where an operation cannot use these.
+A check in float64 on random weights needs no copy of the model: large weights are
+products of two thin random factors, and are multiplied out where an operation cannot
+use these.
 """
 
 from __future__ import annotations
@@ -117,13 +118,13 @@ def _looked_up(weight: Tensor, where: Tensor, *options: Any) -> Any:
     return weight.rows[where] @ weight.columns
 
 
+# What can be done with the factors alone.
 _SHORTCUTS: dict[Any, Callable[..., Any]] = {
     aten.t.default: _transposed,
     aten.mm.default: _product,
     aten.addmm.default: _sum_and_product,
     aten.embedding.default: _looked_up,
 }
-"""What can be done with the factors alone."""
 
 
 def doubled(value: Tensor) -> Tensor:

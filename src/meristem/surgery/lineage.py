@@ -50,7 +50,8 @@ class Names:
 
 
 def lineage(model: nn.Module) -> list[dict[str, Any]]:
-    """The growths of a model so far, in plain types, to be put into anybody's checkpoint.
+    """The growths of a model so far, in plain types, to be put into anybody's
+    checkpoint.
 
     Examples:
         >>> import torch, meristem as ms
@@ -89,7 +90,8 @@ def record(model: nn.Module, plan: Plan, names: Names, ones: Sequence[str]) -> N
 def _moved(
     model: nn.Module, names: Names
 ) -> tuple[dict[str, str | None], dict[str, dict[str, Any]]]:
-    """What old tensors are called now, where that has changed, and what the new ones are.
+    """What old tensors are called now, where that has changed, and what the new ones
+    are.
 
     A dropped tensor is renamed to None.
     """
@@ -147,7 +149,8 @@ def _identity(like: Tensor) -> Tensor:
     return nn.init.dirac_(empty) if like.dim() < 6 else empty
 
 
-# -- rebuilding --------------------------------------------------------------------------
+# -- rebuilding
+# --------------------------------------------------------------------------
 
 
 def replay(model: nn.Module, growths: Line) -> None:
@@ -179,7 +182,9 @@ def _set_all(model: nn.Module, attributes: Sequence[Any]) -> None:
 def rebuild(
     model: nn.Module, values: Mapping[str, Tensor], growths: Line, line: Line
 ) -> None:
-    """Repeat growths, the end of a lineage, on a model, and give it the grown one's values."""
+    """Repeat growths, the end of a lineage, on a model, and give it the grown one's
+    values.
+    """
     replay(model, growths)
     with torch.no_grad():
         for name, tensor in model.state_dict(keep_vars=True).items():
@@ -187,7 +192,8 @@ def rebuild(
     model.__dict__[LINEAGE] = list(line)
 
 
-# -- converting --------------------------------------------------------------------------
+# -- converting
+# --------------------------------------------------------------------------
 
 
 def convert(
@@ -199,24 +205,27 @@ def convert(
 ) -> dict[str, Any]:
     """A state dict of an old shape, mapped to the new one by a lineage.
 
-    Old entries go where the growths put them. New ones of weights start at zero, those of
-    norm weights and variances at one; tensors of new blocks start as those that they were
-    made after, or as the identity. In an optimizer's state every new entry is zero, and
-    parameters of new blocks join the groups of those that they were made after, in the
-    order of the model.
+    Old entries go where the growths put them. New ones of weights start at zero, those
+    of norm weights and variances at one; tensors of new blocks start as those that they
+    were made after, or as the identity. In an optimizer's state every new entry is
+    zero, and parameters of new blocks join the groups of those that they were made
+    after, in the order of the model.
 
     Args:
-        state: The state dict of a model, of an average of its weights, or of an optimizer.
-        line: `meristem.lineage(model)`, or its end: the growths that the state has not had.
-        names: For an optimizer, the parameters that it held, in the order of its groups;
-            all of the model's by default.
+        state: The state dict of a model, of an average of its weights, or of an
+            optimizer.
+        line: `meristem.lineage(model)`, or its end: the growths that the state has not
+            had.
+        names: For an optimizer, the parameters that it held, in the order of its
+            groups; all of the model's by default.
         back: Map a state of the new shape to the old one, where units were only added.
 
     Returns:
         A new state dict; the given one is left alone.
 
     Raises:
-        CheckpointError: The state does not have the shapes that the lineage starts from.
+        CheckpointError: The state does not have the shapes that the lineage starts
+        from.
 
     Examples:
         >>> import torch, meristem as ms
@@ -275,7 +284,8 @@ def _carried(
     for d, source in enumerate(sources):
         if source.max(initial=-1) >= value.shape[d]:
             raise CheckpointError(
-                f"{name} has {value.shape[d]} entries along dimension {d}; the lineage starts "
+                f"{name} has {value.shape[d]} entries along dimension {d}; the lineage "
+                "starts "
                 "from more. hint: pass the growths that this state has not had"
             )
     grown = carry(value, sources)
@@ -336,7 +346,8 @@ def _converted_optimizer(
     indices = [i for group in state["param_groups"] for i in group["params"]]
     if len(held) != len(indices):
         raise CheckpointError(
-            f"the optimizer holds {len(indices)} parameters, {len(held)} are named. hint: "
+            f"the optimizer holds {len(indices)} parameters, {len(held)} are named. "
+            "hint: "
             "pass names=, the parameters in the order of its groups"
         )
     name_of = dict(zip(indices, held, strict=True))

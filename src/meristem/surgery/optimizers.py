@@ -1,4 +1,6 @@
-"""Optimizer state grows with its parameter, by exact rules; a state tensor that no rule covers raises."""
+"""Optimizer state grows with its parameter, by exact rules; a state tensor that no rule
+covers raises.
+"""
 
 from __future__ import annotations
 
@@ -36,14 +38,18 @@ STATE_RULES: dict[type[Optimizer], dict[str, Moment]] = {
         "max_exp_avg_sq": "second",
     },
 }
-"""Which state tensors follow their parameter, by optimizer class: "first" moments scale like a gradient, "second" moments
-like its square. Add a row for an optimizer of your own; scalars (`step`) need none."""
+"""Which state tensors follow their parameter, by optimizer class: "first" moments scale
+like a gradient, "second" moments like its square. Add a row for an optimizer of your
+own; scalars (`step`) need none.
+"""
 
 
 def check_ownership(
     optimizers: Sequence[Optimizer], trainable: Mapping[str, Tensor]
 ) -> None:
-    """Raise unless every trainable parameter that changes belongs to one of the optimizers."""
+    """Raise unless every trainable parameter that changes belongs to one of the
+    optimizers.
+    """
     owned = {
         id(p)
         for optimizer in optimizers
@@ -55,13 +61,18 @@ def check_ownership(
     ]
     if missing and optimizers:
         raise OptimizerError(
-            f"the optimizer does not hold {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}, which would grow. "
-            "hint: build the optimizer from the model's own parameters, or pass every optimizer in a list"
+            "the optimizer does not hold "
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}, which "
+            "would grow. "
+            "hint: build the optimizer from the model's own parameters, or pass every "
+            "optimizer in a list"
         )
 
 
 def check_separable(optimizers: Sequence[Optimizer]) -> None:
-    """Raise where an optimizer keeps state over all its parameters together, which new ones cannot join."""
+    """Raise where an optimizer keeps state over all its parameters together, which new
+    ones cannot join.
+    """
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
             wrong = [
@@ -71,16 +82,25 @@ def check_separable(optimizers: Sequence[Optimizer]) -> None:
             ]
             if wrong:
                 raise OptimizerError(
-                    f"{type(optimizer).__name__} state {wrong[0]!r} does not have its parameter's shape; no rule says how it "
-                    "takes new blocks in. hint: grow before the first step, or make a new optimizer after the growth"
+                    f"{type(optimizer).__name__} state {wrong[0]!r} does not have its "
+                    "parameter's shape; no rule says how it "
+                    "takes new blocks in. hint: grow before the first step, or make a "
+                    "new optimizer after the growth"
                 )
 
 
 def grown_state(
-    optimizer: Optimizer, parameter: Tensor, change: TensorChange, plan: Plan, axes: Sequence[Axis],
-    offers: Sequence[Offer], warm: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """The state of one parameter at its new size; `warm` starts new second moments at the mean of the old ones."""
+    optimizer: Optimizer,
+    parameter: Tensor,
+    change: TensorChange,
+    plan: Plan,
+    axes: Sequence[Axis],
+    offers: Sequence[Offer],
+    warm: bool,
+) -> dict[str, Any]:
+    """The state of one parameter at its new size; `warm` starts new second moments at
+    the mean of the old ones.
+    """
     result: dict[str, Any] = {}
     for key, value in optimizer.state[parameter].items():
         if not isinstance(value, Tensor) or value.dim() == 0:
@@ -89,7 +109,8 @@ def grown_state(
         moment = rule_for(optimizer, key)
         if tuple(value.shape) != change.before:
             raise OptimizerError(
-                f"{type(optimizer).__name__} state {key!r} of {change.name} has shape {tuple(value.shape)}, not the "
+                f"{type(optimizer).__name__} state {key!r} of {change.name} has shape "
+                f"{tuple(value.shape)}, not the "
                 f"parameter's {change.before}; no rule covers it"
             )
         result[key] = _grown_moment(value, moment, change, plan, axes, offers, warm)
@@ -97,22 +118,34 @@ def grown_state(
 
 
 def rule_for(optimizer: Optimizer, key: str) -> Moment:
-    """The rule for a state tensor, from the optimizer's class or the nearest base class that has a row."""
+    """The rule for a state tensor, from the optimizer's class or the nearest base class
+    that has a row.
+    """
     for kind in type(optimizer).__mro__:
         if kind in STATE_RULES and key in STATE_RULES[kind]:
             return STATE_RULES[kind][key]
     raise OptimizerError(
-        f"no rule says how the state {key!r} of {type(optimizer).__name__} grows. hint: register one, for example "
-        f"meristem.STATE_RULES[{type(optimizer).__name__}] = {{{key!r}: 'first'}}, or 'second' if it scales like the square "
+        f"no rule says how the state {key!r} of {type(optimizer).__name__} grows. "
+        "hint: register one, for example "
+        f"meristem.STATE_RULES[{type(optimizer).__name__}] = {{{key!r}: 'first'}}, or "
+        "'second' if it scales like the square "
         "of a gradient"
     )
 
 
 def _grown_moment(
-    value: Tensor, moment: Moment, change: TensorChange, plan: Plan, axes: Sequence[Axis],
-    offers: Sequence[Offer], warm: bool,
-) -> Tensor:  # fmt: skip
-    """One state tensor at its new size. A copy's fan-in keeps (a m, a^2 v) for its share a, its fan-out (m, v)."""
+    value: Tensor,
+    moment: Moment,
+    change: TensorChange,
+    plan: Plan,
+    axes: Sequence[Axis],
+    offers: Sequence[Offer],
+    warm: bool,
+) -> Tensor:
+    """One state tensor at its new size.
+
+    A copy's fan-in keeps (a m, a^2 v) for its share a, its fan-out (m, v).
+    """
     copied = copied_slots(axes, {offer.axis: offer for offer in offers}, change.name)
     grown = carry(value, sources_with_copies(plan, change, copied))
     if warm and moment == "second":

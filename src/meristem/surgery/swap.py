@@ -14,7 +14,9 @@ Undo = Callable[[], None]
 
 
 def swap(old: Tensor, value: Tensor, change: TensorChange | None) -> Undo:
-    """Let a tensor of the model hold another value, with its gradient; returns what undoes it."""
+    """Let a tensor of the model hold another value, with its gradient; returns what
+    undoes it.
+    """
     value = value.detach().to(device=old.device, dtype=old.dtype)
     value = _laid_out_like(old, value)
     new: Tensor = value

@@ -1,4 +1,7 @@
-"""New tensors from old ones: where every old entry goes, and what the new ones hold. Pure and differentiable."""
+"""New tensors from old ones: where every old entry goes, and what the new ones hold.
+
+Pure and differentiable.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ from meristem.core.offer import Copies, Offer, Scaling
 
 
 def carry(old: Tensor, sources: Sequence[Sources | None]) -> Tensor:
-    """`old` resized: entry i of dimension d continues old entry `sources[d][i]`; new entries (-1) are zero."""
+    """`old` resized: entry i of dimension d continues old entry `sources[d][i]`; new
+    entries (-1) are zero.
+    """
     result = old
     for d, source in enumerate(sources):
         if source is None or (
@@ -34,7 +39,9 @@ def carry(old: Tensor, sources: Sequence[Sources | None]) -> Tensor:
 def place_strip(
     grown: Tensor, strip: Tensor, change: TensorChange, dim: int, where: Sources
 ) -> Tensor:
-    """`grown` with the new units' entries along `dim` written in; corners with other new units are zero."""
+    """`grown` with the new units' entries along `dim` written in; corners with other
+    new units are zero.
+    """
     flat = strip.to(grown.dtype).flatten(0, 1).movedim(0, dim)
     others: list[Sources | None] = [
         None if d == dim else source for d, source in enumerate(change.sources)
@@ -45,7 +52,9 @@ def place_strip(
 
 
 def new_units(plan: Plan, axis: str, place: Place) -> Sources:
-    """Where the new units of an axis lie along a place's dimension: an array (new units, entries per unit)."""
+    """Where the new units of an axis lie along a place's dimension: an array (new
+    units, entries per unit).
+    """
     layout = plan.layout[axis][place]
     return layout[(plan.change(place.name).sources[place.dim][layout] < 0).any(axis=1)]
 
@@ -57,7 +66,9 @@ def grown_tensors(
     offers: Sequence[Offer],
     scaling: Scaling,
 ) -> dict[str, Tensor]:
-    """Every changed or rescaled tensor at its new size and values: old entries carried, scaled, new ones filled."""
+    """Every changed or rescaled tensor at its new size and values: old entries carried,
+    scaled, new ones filled.
+    """
     by_axis = {offer.axis: offer for offer in offers}
     scaled = {name: tensors[name] * factor for name, factor in scaling.tensors.items()}
     for change in plan.tensors:
@@ -81,7 +92,9 @@ def grown_tensors(
 def _scaled_units(
     old: Tensor, plan: Plan, change: TensorChange, axis: Axis, slot: Slot, factor: float
 ) -> Tensor:
-    """`old` with the entries of one axis' old units multiplied along a slot's dimension; others may share that dimension."""
+    """`old` with the entries of one axis' old units multiplied along a slot's
+    dimension; others may share that dimension.
+    """
     places = change.sources[slot.dim][plan.layout[axis.name][slot.place]]
     factors = torch.ones(old.shape[slot.dim])
     factors[index(places[places >= 0])] = factor
@@ -95,7 +108,9 @@ def _grown(
     axes: Sequence[Axis],
     offers: Mapping[str, Offer],
 ) -> Tensor:
-    """One tensor: carried, copies placed and shared, then every slot's strip or fill written in."""
+    """One tensor: carried, copies placed and shared, then every slot's strip or fill
+    written in.
+    """
     copied = copied_slots(axes, offers, change.name)
     grown = carry(old, sources_with_copies(plan, change, copied))
     for axis, slot, copies in copied:
@@ -170,7 +185,9 @@ def _along(factors: Tensor, tensor: Tensor, dim: int) -> Tensor:
 
 
 def _filled(old: Tensor, fill: str, dim: int, where: Sources) -> Tensor:
-    """A strip for a place that no method speaks for: ones, the mean of the neighbours, or zeros."""
+    """A strip for a place that no method speaks for: ones, the mean of the neighbours,
+    or zeros.
+    """
     rest = [n for d, n in enumerate(old.shape) if d != dim]
     shape = [*where.shape, *rest]
     if fill == "one":

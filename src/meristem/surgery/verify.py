@@ -35,11 +35,11 @@ from meristem.surgery.tensors import grown_tensors, new_units
 
 STRUCTURAL_TOLERANCE = 1e-9
 """Largest relative output change of a function-preserving edit in float64."""
+# The same where the model's code insists on its own precision.
 _COARSE_TOLERANCE = 1e-4
-"""The same where the model's code insists on its own precision."""
+# Share of a block's whole effect that a hundredth of its weights may have; behind a
+# norm a hundredth moves as much as all of them.
 _STEEP = 0.3
-"""Share of a block's whole effect that a hundredth of its weights may have; behind a norm
-a hundredth moves as much as all of them."""
 
 Values = Mapping[str, Tensor]
 
@@ -64,9 +64,9 @@ class Probe:
 def probe_of(structure: Structure) -> Probe:
     """The first of several ways to run the model with which a change would show.
 
-    Random weights in float64; the real weights in float64, where random ones give no number
-    (a root of a negative); random weights in the model's own precision, where its code
-    insists on that.
+    Random weights in float64; the real weights in float64, where random ones give no
+    number (a root of a negative); random weights in the model's own precision, where
+    its code insists on that.
 
     Raises:
         VerificationError: None of them runs and gives floating-point numbers.
@@ -81,7 +81,8 @@ def probe_of(structure: Structure) -> Probe:
         if comparable(before):
             return replace(probe, before=before)
     raise VerificationError(
-        f"what a growth of {type(structure.model).__name__} does to its outputs could not be "
+        f"what a growth of {type(structure.model).__name__} does to its outputs could "
+        "not be "
         f"checked: {reason}; nothing was changed"
     )
 
@@ -101,8 +102,8 @@ def check_edit(
 ) -> None:
     """Raise unless the planned edit preserves the function on random weights.
 
-    Grown units get random fan-in and zero fan-out, new blocks random weights and a silent
-    end; units that are dropped get a zero fan-out before they go.
+    Grown units get random fan-in and zero fan-out, new blocks random weights and a
+    silent end; units that are dropped get a zero fan-out before they go.
 
     Args:
         structure: The traced model.
@@ -167,19 +168,23 @@ def _deepened(plan: Plan, insertions: Sequence[Insertion], change: float) -> str
     if math.isinf(change):
         return (
             f"with a new block of {names} the model gives other outputs, or outputs of "
-            "other shapes (one for every block?), which cannot be compared; nothing was "
+            "other shapes (one for every block?), which cannot be compared; nothing "
+            "was "
             f"changed. {remedy}"
         )
     follows = [f"{edit.module or 'model'}.{edit.attribute}" for edit in plan.counts]
     beside = f", with {', '.join(follows)} changed too" if follows else ""
     return (
-        f"no new block of {names} leaves the function as it is: the outputs would change "
+        f"no new block of {names} leaves the function as it is: the outputs would "
+        "change "
         f"by {change:.1e} of the largest one{beside}; nothing was changed. {remedy}"
     )
 
 
 def _grown(plan: Plan, axes: Sequence[Axis], values: Values) -> dict[str, Tensor]:
-    """Values grown by new units that preserve the function, random wherever they may be."""
+    """Values grown by new units that preserve the function, random wherever they may
+    be.
+    """
     plan, axes = lazy.on_factors(plan, axes, values)
     parts = lazy.split(values)
     generator = torch.Generator().manual_seed(0)
@@ -253,7 +258,8 @@ def _silenced_units(
 
 
 def random_tensors(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Random values for every tensor of a model, always the same; variances are positive.
+    """Random values for every tensor of a model, always the same; variances are
+    positive.
 
     Args:
         model: The model.
@@ -307,11 +313,11 @@ def silent_blocks(structure: Structure, insertion: Insertion, values: Values) ->
 def silence(structure: Structure, insertion: Insertion) -> tuple[str, ...]:
     """The tensors of a new block that are zero where it adds nothing to the stream.
 
-    They are given under their names inside the block. Tried once for every run, on random
-    weights. The labels tell which tensors add to the stream. Of these as few as possible
-    are zero, since a product of two zeros never learns. Where a norm without a class of
-    torch's own reads the zeros, its slope there is a thousandfold: then it is the block's
-    own scales and shifts that are tried.
+    They are given under their names inside the block. Tried once for every run, on
+    random weights. The labels tell which tensors add to the stream. Of these as few as
+    possible are zero, since a product of two zeros never learns. Where a norm without a
+    class of torch's own reads the zeros, its slope there is a thousandfold: then it is
+    the block's own scales and shifts that are tried.
 
     Raises:
         GrowthRefused: Nothing would read what a new block gives.
@@ -342,7 +348,8 @@ class _Silencing:
         whole = self._moved(())
         if whole == 0:
             raise GrowthRefused(
-                f"what a new block of {self._axis} gives would not reach the output: the "
+                f"what a new block of {self._axis} gives would not reach the output: "
+                "the "
                 "model reads its blocks by their numbers, or a fixed number of them"
             )
         block = self._structure.model.get_submodule(self._block)
@@ -357,8 +364,10 @@ class _Silencing:
             steep = True
         if steep:
             raise VerificationError(
-                f"a new block of {self._axis} could only be silenced in front of a norm, "
-                "where the first step would undo it; nothing was changed. hint: a method "
+                f"a new block of {self._axis} could only be silenced in front of a "
+                "norm, "
+                "where the first step would undo it; nothing was changed. hint: a "
+                "method "
                 "that does not preserve the function, as how.Stack(), grows it"
             )
         return labelled
@@ -386,7 +395,9 @@ class _Silencing:
 
 
 def live_values(model: nn.Module) -> dict[str, Tensor]:
-    """A model's own tensors, to be read; buffers, which a forward may write, are copied."""
+    """A model's own tensors, to be read; buffers, which a forward may write, are
+    copied.
+    """
     values = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for name, buffer in model.named_buffers():
         values[name] = buffer.detach().clone()
@@ -427,7 +438,9 @@ def run(
 def relative_change(
     plan: Plan, before: Sequence[Tensor], after: Sequence[Tensor]
 ) -> float:
-    """The largest difference of an old output entry, relative to the largest old output."""
+    """The largest difference of an old output entry, relative to the largest old
+    output.
+    """
     outputs = plan.outputs or _same_outputs(before)
     if len(before) != len(after) or len(before) != len(outputs):
         return math.inf

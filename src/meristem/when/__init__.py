@@ -34,7 +34,8 @@ def moment(fraction: float, total: int) -> int:
         )
     if round(fraction * total) < 1:
         raise ValueError(
-            f"{fraction} of {total} is before the first; hint: train longer, or grow later"
+            f"{fraction} of {total} is before the first; hint: train longer, or grow "
+            "later"
         )
     return round(fraction * total)
 
@@ -42,7 +43,8 @@ def moment(fraction: float, total: int) -> int:
 def _one_unit(name: str, steps: object, epochs: object) -> None:
     if (not steps) == (not epochs):
         raise ValueError(
-            f"{name} needs either steps= or epochs=; got steps={steps!r}, epochs={epochs!r}"
+            f"{name} needs either steps= or epochs=; got steps={steps!r}, "
+            f"epochs={epochs!r}"
         )
 
 
@@ -117,20 +119,24 @@ class At:
 
 @dataclass(frozen=True)
 class SENN:
-    """Due as often as a share of the cost of training allows, and ever more rarely while nothing is found.
+    """Due as often as a share of the cost of training allows, and ever more rarely
+    while nothing is found.
 
-    What all checks and growths cost stays below `budget` times the floating-point operations that training has taken: a check
-    waits until the smallest one fits, and how.SENN searches no longer than it may (of other methods a check is taken to cost
-    what the last one did). The first need not wait: it may cost `credit`, which is paid back before the second, so that a short
-    training sees one check only. After every check that finds nothing the next one waits twice as long: five in a row take 31
-    times `every`. Mitchell et al., "Self-Expanding Neural Networks", 2024, arXiv 2307.04526, check every 10 to 30 epochs,
-    whatever that costs.
+    What all checks and growths cost stays below `budget` times the floating-point
+    operations that training has taken: a check waits until the smallest one fits, and
+    how.SENN searches no longer than it may (of other methods a check is taken to cost
+    what the last one did). The first need not wait: it may cost `credit`, which is paid
+    back before the second, so that a short training sees one check only. After every
+    check that finds nothing the next one waits twice as long: five in a row take 31
+    times `every`. Mitchell et al., "Self-Expanding Neural Networks", 2024, arXiv
+    2307.04526, check every 10 to 30 epochs, whatever that costs.
 
     Args:
         budget: Largest share of training that checks and growths may cost.
-        every: The shortest time between two of them, and before the first: "1 epochs", "500 steps".
-        credit: Floating-point operations that the first check may cost before training has earned them; by default what a core
-            does in about a second.
+        every: The shortest time between two of them, and before the first: "1 epochs",
+            "500 steps".
+        credit: Floating-point operations that the first check may cost before training
+            has earned them; by default what a core does in about a second.
 
     Examples:
         >>> SENN(budget=0.05, credit=0).due(Clock(step=100, epoch=1, epoch_ended=True, trained=1e9, growing=2e7, least=2e7))
@@ -144,11 +150,13 @@ class SENN:
     def __post_init__(self) -> None:
         if isinstance(self.budget, bool) or not 0 < self.budget < 1:
             raise ValueError(
-                f"the budget of when.SENN is a share of training in (0, 1); got {self.budget!r}"
+                "the budget of when.SENN is a share of training in (0, 1); got "
+                f"{self.budget!r}"
             )
         if isinstance(self.credit, bool) or not 0 <= self.credit < math.inf:
             raise ValueError(
-                f"the credit of when.SENN is a number of operations in [0, inf); got {self.credit!r}"
+                "the credit of when.SENN is a number of operations in [0, inf); got "
+                f"{self.credit!r}"
             )
         duration(self.every)
 

@@ -100,8 +100,8 @@ class ByGain:
     """The units with the largest predicted gain win, over all axes together.
 
     Args:
-        per_flop: Compare gains per floating-point operation that a unit adds. Units and blocks then compete: depths take
-            part too.
+        per_flop: Compare gains per floating-point operation that a unit adds. Units and
+            blocks then compete: depths take part too.
 
     Examples:
         >>> ByGain(per_flop=True)
@@ -125,7 +125,8 @@ class ByGain:
             offer = choice.offers[axis.name]
             if not offer.gains:
                 raise ValueError(
-                    "where.ByGain needs a method that predicts gains. hint: how.GradMax does for widths, how.ZeroBlock for depths"
+                    "where.ByGain needs a method that predicts gains. hint: "
+                    "how.GradMax does for widths, how.ZeroBlock for depths"
                 )
             cost = choice.flops_per_unit[axis.name] if self.per_flop else 1.0
             ranked += [(gain / cost, axis) for gain in offer.gains]

@@ -1,5 +1,6 @@
-"""SENN's rule of acceptance (Mitchell, Menzenbach, Kersting, Mundt, "Self-Expanding Neural Networks", 2024, arXiv
-2307.04526): grow what adds enough to the natural-gradient score, and stop when nothing does.
+"""SENN's rule of acceptance (Mitchell, Menzenbach, Kersting, Mundt, "Self-Expanding
+Neural Networks", 2024, arXiv 2307.04526): grow what adds enough to the natural-gradient
+score, and stop when nothing does.
 """
 
 from __future__ import annotations
@@ -23,32 +24,36 @@ from meristem.statistics.curvature import (
     score,
 )
 
+# Standard errors by which a gain must exceed chance.
 _SURE = 3
-"""Standard errors by which a gain must exceed chance."""
+# Batches on which the net's own score is measured.
 _LOOKS = 16
-"""Batches on which the net's own score is measured."""
 
 
 @dataclass(frozen=True)
 class SENN:
-    """What is accepted adds Delta eta > alpha and, where `tau` is given, more than tau of the net's own score eta; the most
-    per parameter first.
+    """What is accepted adds Delta eta > alpha and, where `tau` is given, more than tau
+    of the net's own score eta; the most per parameter first.
 
-    The published alpha and tau were tuned for every experiment. By default alpha follows from the sampling error: of an axis
-    the m best units are taken for which
+    The published alpha and tau were tuned for every experiment. By default alpha
+    follows from the sampling error: of an axis the m best units are taken for which
 
         sum Delta eta - 3 sqrt(m) error - m k / N
 
-    is largest, if it is positive: what they add together, less three standard errors, less what fitting their k outgoing
-    weights each to the N examples will lose again on new ones (Akaike's criterion; the incoming weights were fitted to other
-    examples than those that measure the gain). With `tau`, at most N_s = 1 + (ln lambda - ln alpha) / ln(1 + tau) units are
-    accepted at once, lambda being the largest score there could be. Widths and depths take part; the best axis grows alone.
+    is largest, if it is positive: what they add together, less three standard errors,
+    less what fitting their k outgoing weights each to the N examples will lose again on
+    new ones (Akaike's criterion; the incoming weights were fitted to other examples
+    than those that measure the gain). With `tau`, at most N_s = 1 + (ln lambda - ln
+    alpha) / ln(1 + tau) units are accepted at once, lambda being the largest score
+    there could be. Widths and depths take part; the best axis grows alone.
 
     Args:
         alpha: Smallest gain of a unit; None for the rule above.
-        tau: Smallest gain relative to the net's own score, which costs a pass to measure; None asks for none.
+        tau: Smallest gain relative to the net's own score, which costs a pass to
+            measure; None asks for none.
         patience: Checks in a row at which nothing is accepted, after which growth ends.
-        per: What a gain is divided by, for the ranking of the axes: "parameter", "flop", or "growth" for all that a growth adds.
+        per: What a gain is divided by, for the ranking of the axes: "parameter",
+            "flop", or "growth" for all that a growth adds.
         damping: Share of its mean diagonal that is added to every factor.
 
     Examples:
@@ -67,7 +72,8 @@ class SENN:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(
-                    f"{name} of where.SENN must be a number in (0, inf), or None; got {value!r}"
+                    f"{name} of where.SENN must be a number in (0, inf), or None; got "
+                    f"{value!r}"
                 )
         if (
             isinstance(self.patience, bool)
@@ -79,7 +85,8 @@ class SENN:
             )
         if self.per not in ("parameter", "flop", "growth"):
             raise ValueError(
-                f"per of where.SENN must be 'parameter', 'flop' or 'growth'; got {self.per!r}"
+                "per of where.SENN must be 'parameter', 'flop' or 'growth'; got "
+                f"{self.per!r}"
             )
 
     @property
@@ -91,7 +98,9 @@ class SENN:
         return True
 
     def share(self, choice: Choice) -> Share:
-        """The accepted units of the best axis; none, and the reason, where nothing is worth its parameters."""
+        """The accepted units of the best axis; none, and the reason, where nothing is
+        worth its parameters.
+        """
         lab = choice.lab
         assert lab is not None
         costs = {
@@ -107,7 +116,8 @@ class SENN:
                 offer = choice.offers[axis.name]
                 if not offer.gains or (not offer.freedom and any(offer.gains)):
                     raise ValueError(
-                        "where.SENN needs a method that measures the score. hint: how.SENN does"
+                        "where.SENN needs a method that measures the score. hint: "
+                        "how.SENN does"
                     )
                 asked = (
                     self.alpha if self.alpha is not None else offer.freedom / examples
@@ -147,8 +157,10 @@ class SENN:
             votes.items(), key=lambda vote: vote[1]["gain"] - _SURE * vote[1]["error"]
         )
         reason = (
-            f"nothing is worth its parameters: the best, on {name}, adds {nearest['gain']:.2g} to the score, "
-            f"with a standard error of {nearest['error']:.2g}, and {nearest['asked']:.2g} is asked"
+            f"nothing is worth its parameters: the best, on {name}, adds "
+            f"{nearest['gain']:.2g} to the score, "
+            f"with a standard error of {nearest['error']:.2g}, and "
+            f"{nearest['asked']:.2g} is asked"
         )
         return Share(
             {}, votes, flops, reason, final=choice.refusals + 1 >= self.patience
@@ -162,7 +174,9 @@ class SENN:
         return max(math.ceil(largest_number(asked, self.tau, max(most, asked))) - 1, 1)
 
     def _score(self, lab: Lab) -> float:
-        """eta of the whole net, without its sampling error where there are two batches or more."""
+        """eta of the whole net, without its sampling error where there are two batches
+        or more.
+        """
         assert lab.loss is not None
         copied = lab.copied()
         batches = list(lab.batches)[:_LOOKS]
@@ -179,7 +193,8 @@ class SENN:
         if batches is None:
             if self.alpha is None:
                 raise DataError(
-                    "where.SENN weighs gains against the size of the data, and len(data) is unknown. hint: name alpha="
+                    "where.SENN weighs gains against the size of the data, and "
+                    "len(data) is unknown. hint: name alpha="
                 )
             return 1.0
         copied = lab.copied()

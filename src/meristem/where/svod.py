@@ -1,16 +1,20 @@
-"""SVoD, the steepest voting distributor (Chatzis, Kordonis, Theodosis, Maragos, "Shared-Weights Extender and Gradient
-Voting for Neural Network Expansion", 2025, arXiv 2509.18842).
+"""SVoD, the steepest voting distributor (Chatzis, Kordonis, Theodosis, Maragos,
+"Shared-Weights Extender and Gradient Voting for Neural Network Expansion", 2025, arXiv
+2509.18842).
 
-On a throw-away copy every axis gets 2K small random candidates, the copy trains for one epoch, and a second epoch without
-steps measures the gradient of a gate on each candidate's pre-activation z:
+On a throw-away copy every axis gets 2K small random candidates, the copy trains for one
+epoch, and a second epoch without steps measures the gradient of a gate on each
+candidate's pre-activation z:
 
-    s = mean over batches of dL/dy,  z -> (1 + y) z,  y = 0;       for ReLU s = sum(a dL/da)
+    s = mean over batches of dL/dy,  z -> (1 + y) z,  y = 0;       for ReLU s = sum(a
+    dL/da)
 
 The K most negative scores of all axes together cast one vote each for their axis.
 
-No hook is needed: scaling a pre-activation is scaling the weights and bias that produce it, so s = sum w dL/dw over these.
-Where a unit has several producers, or a norm on its way, that would count twice or not at all; there the gate is on what
-the next layers read, s = sum u dL/du over the fan-out, which is sum(a dL/da) for every activation.
+No hook is needed: scaling a pre-activation is scaling the weights and bias that produce
+it, so s = sum w dL/dw over these. Where a unit has several producers, or a norm on its
+way, that would count twice or not at all; there the gate is on what the next layers
+read, s = sum u dL/du over the fan-out, which is sum(a dL/da) for every activation.
 """
 
 from __future__ import annotations
@@ -36,13 +40,14 @@ from meristem.structure.twin import named_tensors
 from meristem.where.counts import rounded, taken
 
 _LOG = logging.getLogger("meristem")
+# Candidates start with weights from U(-.01, .01), going out too.
 _BOUND = 0.01
-"""Candidates start with weights from U(-.01, .01), going out too."""
 
 
 @dataclass(frozen=True)
 class SVoD:
-    """The steepest of many candidates on a trained copy vote for their layer. Costs two epochs of the widened copy.
+    """The steepest of many candidates on a trained copy vote for their layer. Costs two
+    epochs of the widened copy.
 
     Args:
         score: "signed" as published: most negative first; "absolute": largest first.
@@ -69,7 +74,8 @@ class SVoD:
             )
         if not isinstance(self.candidates, int) or self.candidates < 1:
             raise ValueError(
-                f"SVoD(candidates=...) must be an int in [1, inf); got {self.candidates!r}"
+                "SVoD(candidates=...) must be an int in [1, inf); got "
+                f"{self.candidates!r}"
             )
         if not 0 < self.lr < math.inf:
             raise ValueError(f"SVoD(lr=...) must be a float in (0, inf); got {self.lr}")
@@ -90,7 +96,8 @@ class SVoD:
             )
         if any(not axis.slots for axis in choice.axes):
             raise GrowthRefused(
-                "SVoD votes among widths. hint: share blocks out by where.Uniform() or name them in amount="
+                "SVoD votes among widths. hint: share blocks out by where.Uniform() or "
+                "name them in amount="
             )
         if choice.lab is None:
             raise DataError(
@@ -124,7 +131,9 @@ class SVoD:
         return max(scores, key=abs) if self.score == "absolute" else min(scores)
 
     def scores(self, sandbox: Sandbox, choice: Choice) -> dict[str, list[float]]:
-        """The gate gradients of every candidate, by axis, on a sandbox that is not used again."""
+        """The gate gradients of every candidate, by axis, on a sandbox that is not used
+        again.
+        """
         lab = sandbox.lab
         offers = []
         for axis in choice.axes:
@@ -162,7 +171,8 @@ def _backward(sandbox: Sandbox, batch: Any) -> None:
     loss = sandbox.loss(batch, {})
     if not loss.requires_grad:
         raise DataError(
-            "the loss has no gradient: SVoD cannot score candidates; nothing was changed"
+            "the loss has no gradient: SVoD cannot score candidates; nothing was "
+            "changed"
         )
     loss.backward()
     for parameter in sandbox.model.parameters():
@@ -170,7 +180,9 @@ def _backward(sandbox: Sandbox, batch: Any) -> None:
 
 
 def _candidates(lab: Lab, axis: Axis, count: int) -> Offer:
-    """Small random units, whatever the rule of their axis; norms and statistics start by their fill."""
+    """Small random units, whatever the rule of their axis; norms and statistics start
+    by their fill.
+    """
     drawn = [
         slot
         for slot in axis.slots
@@ -185,7 +197,9 @@ def _candidates(lab: Lab, axis: Axis, count: int) -> Offer:
 
 
 def _gates(axis: Axis, plan: Plan) -> list[Slot]:
-    """The slots whose weights scale a unit: one layer and its bias where nothing else is on the way, else the fan-out."""
+    """The slots whose weights scale a unit: one layer and its bias where nothing else
+    is on the way, else the fan-out.
+    """
     inward, carried = axis.places("fan_in"), axis.places("carried")
     plain = (
         axis.norm is None
@@ -222,7 +236,8 @@ def _gate_gradients(
             total += product[-new:].flatten(1).sum(1).cpu()
     if not bool(torch.isfinite(total).all()):
         raise DataError(
-            f"the candidates of {axis.name} diverged while warming up; nothing was grown. hint: SVoD(lr=...)"
+            f"the candidates of {axis.name} diverged while warming up; nothing was "
+            "grown. hint: SVoD(lr=...)"
         )
     listed: list[float] = (total / max(batches, 1)).tolist()
     return listed
@@ -231,6 +246,7 @@ def _gate_gradients(
 def _table(votes: Mapping[str, Mapping[str, float]]) -> str:
     width = max(len(name) for name in votes)
     return "\n".join(
-        f"  {name.ljust(width)}  {row['votes']:.0f} of {row['candidates']:.0f} candidates, the first at {row['first']:.3g}"
+        f"  {name.ljust(width)}  {row['votes']:.0f} of {row['candidates']:.0f} "
+        f"candidates, the first at {row['first']:.3g}"
         for name, row in votes.items()
     )
