@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from meristem.core.errors import GrowthRefused
 from meristem.core.growth import Growth
+from meristem.event import HEALTH_BATCHES
+from meristem.lab.batches import growth_batches
+from meristem.lab.ledger import counting
+from meristem.lab.losses import Loss
+from meristem.statistics.health import look
+from meristem.structure import Structure
+from meristem.structure.undisturbed import undisturbed
 
 MOMENTS = (1, 10, 100, 1000)
 """Steps after a growth at which the health of its units is measured."""
@@ -60,6 +70,83 @@ class LossRecord:
             "spike": max(means) - before,
             "steps_to_recover": recovered,
         }
+
+
+class Calendar:
+    """When the units of past growths are looked at, and what was found.
+
+    Attributes:
+        history: Every growth so far.
+        losses: The last training losses.
+    """
+
+    def __init__(
+        self,
+        structure: Callable[[], Structure],
+        loss: Loss,
+        data: Iterable[Any],
+        generator: torch.Generator,
+    ) -> None:
+        self.history: list[Growth] = []
+        self.losses = LossRecord()
+        self._structure, self._loss = structure, loss
+        self._data, self._generator = data, generator
+
+    def turn(self, step: int) -> None:
+        """Complete the health of growths one of whose moments is now."""
+        for growth in self.history:
+            age = step - growth.step if growth.step is not None else 0
+            if age in MOMENTS and "pruned" not in growth.health:
+                self.measure(growth, str(age))
+            if age == RECOVERY:
+                spike = self.losses.spike()
+                if spike is not None:
+                    growth.health["loss"] = spike
+
+    def measure(self, growth: Growth, moment: str) -> None:
+        """Add the health of a growth's units, as they are now, to `growth.health[moment]`.
+
+        What that costs is added to `growth.health_flops`. It never stops the training: an
+        error is written down in place of the figures.
+        """
+        state = self._generator.get_state()
+        try:
+            with undisturbed(), counting() as counter:
+                growth.health[moment] = self._looked(growth)
+        except Exception as error:
+            growth.health[moment] = {"error": f"{type(error).__name__}: {error}"}
+        finally:
+            self._generator.set_state(state)
+        growth.health_flops += counter.get_total_flops()
+
+    def _looked(self, growth: Growth) -> dict[str, dict[str, float]]:
+        structure = self._structure()
+        axes = [structure.axes.named(name) for name in growth.added]
+        for axis in axes:
+            if axis.size < growth.after[axis.name]:
+                raise GrowthRefused(
+                    f"{axis.name} has been narrowed since; its units are not followed any "
+                    "more"
+                )
+        batches = growth_batches(self._data, HEALTH_BATCHES, self._generator)
+        units = units_now(growth, self.history)
+        return look(structure, axes, self._loss, batches, units)
+
+    def forget(self, axis: str, step: int) -> None:
+        """Follow the units of an axis no more: some of them were pruned."""
+        for growth in self.history:
+            if axis in growth.added:
+                growth.health["pruned"] = {axis: {"step": float(step)}}
+
+    def restore(
+        self, history: Sequence[Mapping[str, Any]], losses: Sequence[float]
+    ) -> None:
+        """Go on from what was saved."""
+        self.history.clear()
+        for entry in history:
+            parameters = tuple(entry["parameters"])
+            self.history.append(Growth(**{**entry, "parameters": parameters}))
+        self.losses.restore(losses)
 
 
 def units_now(growth: Growth, history: Sequence[Growth]) -> dict[str, Sequence[int]]:

@@ -121,47 +121,24 @@ def load(
 
     Raises:
         CheckpointError: The folder holds no checkpoint, or the checkpoint does not fit
-        the model or optimizer. The
-            model is then unchanged.
+            the model or optimizer. The model is then unchanged.
     """
     folder = Path(path)
     manifest = _manifest(folder)
     weights = load_file(folder / manifest["weights"])
-    state = torch.load(
-        folder / manifest["training"], weights_only=True, map_location="cpu"
-    )
+    state = _training_state(folder, manifest)
+    line = manifest["lineage"]
     targets = model.state_dict(keep_vars=True)
-    lineage = manifest["lineage"]
-    growths = _missing(model, lineage, targets, weights)
-    # What the model will be like is tried on a copy without data, so that nothing has
-    # changed if it does not fit.
-    grown = twin(model, lambda _, tensor: tensor.detach().to("meta"))
-    followed = {
-        id(p): q for p, q in zip(model.parameters(), grown.parameters(), strict=True)
-    }
-    _replay(grown, growths, type(model).__name__)
-    have = grown.state_dict(keep_vars=True)
-    _check_names(set(have), set(weights), type(model).__name__)
+    growths = _missing(model, line, targets, weights)
     given = optimizers(optimizer)
-    _check_shapes(have, weights, type(model).__name__)
-    _check_state(given, state, grower)
-    names = {id(q): name for name, q in grown.named_parameters()}
-    for one, saved in zip(given, state["optimizers"], strict=False):
-        _check_groups(
-            one,
-            saved,
-            {i: names[id(q)] for i, q in followed.items() if id(q) in names},
-            followed,
-        )
-    check_free(
-        {
-            name: targets[name]
-            for growth in growths
-            for name in (entry["name"] for entry in growth["tensors"])
-            if name in targets
-        }
-    )
-    rebuild(model, weights, growths, lineage)
+    _check(model, growths, weights, given, state, grower)
+    changing = {}
+    for growth in growths:
+        for entry in growth["tensors"]:
+            if entry["name"] in targets:
+                changing[entry["name"]] = targets[entry["name"]]
+    check_free(changing)
+    rebuild(model, weights, growths, line)
     live = dict(model.named_parameters())
     for one, saved in zip(given, state["optimizers"], strict=False):
         for group, listed in zip(one.param_groups, saved["names"], strict=True):
@@ -173,12 +150,48 @@ def load(
     return model
 
 
+def _training_state(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    path = folder / manifest["training"]
+    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    return state
+
+
+def _check(
+    model: nn.Module,
+    growths: list[Any],
+    weights: dict[str, Tensor],
+    given: Sequence[Optimizer],
+    state: dict[str, Any],
+    grower: Grower | None,
+) -> None:
+    """Raise unless all of a checkpoint fits; nothing has changed then.
+
+    What the model will be like is tried on a copy without data.
+    """
+    kind = type(model).__name__
+    grown = twin(model, lambda _, tensor: tensor.detach().to("meta"))
+    followed = {}
+    pairs = zip(model.parameters(), grown.parameters(), strict=True)
+    for parameter, copied in pairs:
+        followed[id(parameter)] = copied
+    _replay(grown, growths, kind)
+    have = grown.state_dict(keep_vars=True)
+    _check_names(set(have), set(weights), kind)
+    _check_shapes(have, weights, kind)
+    _check_state(given, state, grower)
+    names = {id(copied): name for name, copied in grown.named_parameters()}
+    will_be = {}
+    for key, copied in followed.items():
+        if id(copied) in names:
+            will_be[key] = names[id(copied)]
+    for one, saved in zip(given, state["optimizers"], strict=False):
+        _check_groups(one, saved, will_be, followed)
+
+
 def load_extra(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The `extra` state of a checkpoint."""
     folder = Path(path)
-    state = torch.load(
-        folder / _manifest(folder)["training"], weights_only=True, map_location="cpu"
-    )
+    state = _training_state(folder, _manifest(folder))
     extra: dict[str, Any] | None = state["extra"]
     return extra
 

@@ -10,45 +10,34 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from meristem.amounts import Amount, check_amount
-from meristem.calendar import MOMENTS, RECOVERY, LossRecord, units_now
+from meristem.amounts import Amount
+from meristem.calendar import Calendar
 from meristem.core.budget import Budget
-from meristem.core.errors import DataError, GrowthRefused
+from meristem.core.errors import DataError
 from meristem.core.growth import Growth
 from meristem.event import (
-    HEALTH_BATCHES,
     Cares,
     Methods,
     Optimizers,
     all_or_nothing,
-    batches_for,
     cares,
-    followed,
     methods,
     optimizers,
 )
-from meristem.growable import growable
 from meristem.growing import private_generator
-from meristem.lab.batches import (
-    check_reiterable,
-    first_call,
-    growth_batches,
-    length,
-    peeked,
-)
+from meristem.lab.batches import check_reiterable, example_of, length, peeked
 from meristem.lab.laboratory import Progress
-from meristem.lab.ledger import batch_size, counting, step_flops
+from meristem.lab.ledger import batch_size, step_flops
 from meristem.lab.losses import Loss
 from meristem.methods import Clock, When, Where, check_part, rations
-from meristem.pruning import prune_
-from meristem.sharing import Check, Found, find_growth
-from meristem.statistics.health import look
-from meristem.structure import Structure, apart, sized, structure_of
+from meristem.pruning import prune_each
+from meristem.sharing import Check, Settings, find_growth
+from meristem.structure import Structure, structure_of
 from meristem.structure.undisturbed import undisturbed
-from meristem.surgery.optimizers import check_ownership
 from meristem.when import TRIGGERS
-from meristem.where import PLACES, Uniform
+from meristem.where import Uniform
 
 
 class Grower:
@@ -133,76 +122,63 @@ class Grower:
         progress: Progress | None = None,
     ) -> None:
         check_reiterable(data)
-        self.model, self.loss, self.data = model, loss, data
-        self.optimizers = optimizers(optimizer)
-        self.when, self.how = when, methods(how)
-        self.where = where if where is not None else Uniform()
-        self.care = cares(care)
-        self.amount, self.axes, self.round_to = amount, axes, round_to
-        self.budget = budget if budget is not None else Budget()
+        check_part("when", when, TRIGGERS)
         if generator is None:
             generator = private_generator(model)
-        self.generator = generator
-        self.progress = progress
+        self.model, self.when = model, when
+        self.settings = Settings(
+            loss=loss,
+            data=data,
+            generator=generator,
+            progress=progress,
+            how=methods(how),
+            where=where if where is not None else Uniform(),
+            care=cares(care),
+            optimizers=optimizers(optimizer),
+            amount=amount,
+            budget=budget if budget is not None else Budget(),
+            axes=axes,
+            round_to=round_to,
+        )
         self.clock = Clock()
-        self.history: list[Growth] = []
+        self.calendar = Calendar(self.structure, loss, data, generator)
         self.metrics: list[tuple[int, float]] = []
         self.done, self.reason = False, ""
-        self._losses = LossRecord()
         self._epoch_length = length(data)
         self._example = example
         self._step_cost: float | None = None
-        check_part("when", when, TRIGGERS)
-        check_part("where", self.where, PLACES)
-        self._check()
+        # Find out now, not at the first growth, whether all of it will do.
+        self.settings.check()
+        with undisturbed():
+            self.settings.check_model(self.structure())
+
+    @property
+    def loss(self) -> Loss:
+        return self.settings.loss
+
+    @property
+    def data(self) -> Iterable[Any]:
+        return self.settings.data
+
+    @property
+    def optimizers(self) -> tuple[Optimizer, ...]:
+        return self.settings.optimizers
+
+    @property
+    def history(self) -> list[Growth]:
+        return self.calendar.history
 
     @property
     def flops(self) -> int:
         return round(self.clock.growing)
 
-    def _check(self) -> None:
-        """Find out now, not at the first growth, whether model and optimizer will do."""
-        check_amount(self.amount)
-        if not isinstance(self.budget, Budget):
-            raise TypeError(
-                "budget must be a meristem.Budget(parameters=..., units=...); got "
-                f"{self.budget!r}"
-            )
-        if self.round_to < 1:
-            raise ValueError(
-                f"round_to must be an int in [1, inf); got {self.round_to}"
-            )
-        with undisturbed():
-            structure = self._structure()
-            found = growable(structure, self.axes, self.how)
-        patterns = [self.axes] if isinstance(self.axes, str) else self.axes
-        spelt = [p.removeprefix("!") for p in patterns if not set(p) & set("*?[")]
-        for name in (*self.budget.sizes, *spelt):
-            structure.axes.named(name)
-        named = self.amount if isinstance(self.amount, Mapping) else found
-        chosen = [found.named(name) for name in named]
-        if not chosen:
-            listed = list(found.frozen.items())[:3]
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in listed)
-            raise GrowthRefused(
-                f"nothing in the model can grow under axes={self.axes!r}. {reasons}"
-            )
-        trained = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                trained[name] = parameter
-        slots = {slot.name for axis in chosen for slot in axis.slots}
-        check_ownership(
-            self.optimizers, {n: trained[n] for n in slots & trained.keys()}
-        )
-        for axis in apart(chosen)[1]:
-            parents = followed(structure, sized(structure, {axis.name: 1}))
-            check_ownership(self.optimizers, parents)
-
-    def _structure(self) -> Structure:
+    def structure(self) -> Structure:
+        """What can grow now."""
         if self._example is None:
-            batch = peeked(self.data, self.generator)
-            self._example = first_call(self.model, self.loss, batch)
+            settings = self.settings
+            self._example = example_of(
+                self.model, settings.loss, settings.data, settings.generator
+            )
         return structure_of(self.model, self._example)
 
     # -- the calendar ------------------------------------------------------------------
@@ -226,7 +202,7 @@ class Grower:
                 f"{tuple(loss.shape)}"
             )
         if loss is not None:
-            self._losses.add(loss)
+            self.calendar.losses.add(loss)
         step = self.clock.step + 1
         ended = self._epoch_length is not None and step % self._epoch_length == 0
         counted = rations(self.when) and not self.done
@@ -238,7 +214,7 @@ class Grower:
             epoch_ended=ended,
             trained=self.clock.trained + cost,
         )
-        self._complete_health()
+        self.calendar.turn(step)
         return self._grow_if_due()
 
     def epoch(self, metric: float | None = None) -> Growth | None:
@@ -260,7 +236,7 @@ class Grower:
         if self._step_cost is None:
             # A loss that is not finite is for the training to see.
             with undisturbed(), contextlib.suppress(DataError):
-                batch = peeked(self.data, self.generator)
+                batch = peeked(self.data, self.settings.generator)
                 each = step_flops(self.model, self.loss, batch)
                 self._step_cost = each * batch_size(batch)
         return self._step_cost or 0.0
@@ -290,8 +266,9 @@ class Grower:
 
     def _check_and_grow(self, allowance: float) -> Growth | None:
         """Grow, if something is worth it, and finding out costs no more than allowed."""
-        with all_or_nothing(self.generator):
-            found = find_growth(self._asked(allowance))
+        with all_or_nothing(self.settings.generator):
+            structure = self.structure()
+            found = find_growth(Check(self.settings, structure, self.clock, allowance))
         clock = found.clock
         clock = replace(
             clock,
@@ -307,27 +284,6 @@ class Grower:
         self.clock = clock
         return found.growth
 
-    def _asked(self, allowance: float) -> Check:
-        """What a check needs to know."""
-        return Check(
-            structure=self._structure(),
-            loss=self.loss,
-            data=self.data,
-            generator=self.generator,
-            progress=self.progress,
-            how=self.how,
-            where=self.where,
-            care=self.care,
-            optimizers=self.optimizers,
-            amount=self.amount,
-            budget=self.budget,
-            axes=self.axes,
-            round_to=self.round_to,
-            clock=self.clock,
-            allowance=allowance,
-            batches=batches_for(self.how),
-        )
-
     def prune(self, tolerance: float = 1e-3) -> list[Growth]:
         """Remove, axis by axis, units that the others can do without
         (`meristem.prune_`).
@@ -341,79 +297,17 @@ class Grower:
             What was done, one for every axis that has become smaller. They are not in
             `history`, nor do they count as growths.
         """
-        done = []
-        units, _ = apart(list(growable(self._structure(), self.axes).values()))
-        for axis in units:
-            try:
-                growth = prune_(
-                    self.model,
-                    axis.name,
-                    self._example,
-                    loss=self.loss,
-                    data=self.data,
-                    optimizer=self.optimizers,
-                    tolerance=tolerance,
-                    generator=self.generator,
-                )
-            except GrowthRefused:
-                continue  # read by something that the score does not know
-            if growth is None:
-                continue
+        done = prune_each(
+            self.structure(), self.settings.axes, self.settings, tolerance
+        )
+        for growth in done:
             growth.step = self.clock.step
-            done.append(growth)
             spent = self.clock.growing + growth.flops
             self.clock = replace(self.clock, growing=spent, refusals=0, least=0.0)
             self.done, self.reason, self._step_cost = False, "", None
-            for earlier in self.history:
-                if axis.name in earlier.added:  # its units are not followed any more
-                    when = {"step": float(self.clock.step)}
-                    earlier.health["pruned"] = {axis.name: when}
+            for axis in growth.added:
+                self.calendar.forget(axis, self.clock.step)
         return done
-
-    # -- health ------------------------------------------------------------------------
-
-    def _complete_health(self) -> None:
-        """Measure the units of earlier growths where one of the moments has come."""
-        for growth in self.history:
-            age = self.clock.step - growth.step if growth.step is not None else 0
-            if age in MOMENTS and "pruned" not in growth.health:
-                self.measure(growth, str(age))
-            if age == RECOVERY:
-                spike = self._losses.spike()
-                if spike is not None:
-                    growth.health["loss"] = spike
-
-    def measure(self, growth: Growth, moment: str) -> None:
-        """Add the health of a growth's units, as they are now, to
-        `growth.health[moment]`.
-
-        What that costs is added to `growth.health_flops`. It never stops the training:
-        an error is written down in place of the figures.
-        """
-        state = self.generator.get_state()
-        try:
-            with undisturbed(), counting() as counter:
-                growth.health[moment] = self._looked(growth)
-        except Exception as error:
-            growth.health[moment] = {"error": f"{type(error).__name__}: {error}"}
-        finally:
-            self.generator.set_state(state)
-        growth.health_flops += counter.get_total_flops()
-
-    def _looked(self, growth: Growth) -> dict[str, dict[str, float]]:
-        structure = self._structure()
-        axes = [structure.axes.named(name) for name in growth.added]
-        for axis in axes:
-            if axis.size < growth.after[axis.name]:
-                raise GrowthRefused(
-                    f"{axis.name} has been narrowed since; its units are not followed "
-                    "any "
-                    "more"
-                )
-        batches = growth_batches(self.data, HEALTH_BATCHES, self.generator)
-        return look(
-            structure, axes, self.loss, batches, units_now(growth, self.history)
-        )
 
     # -- state -------------------------------------------------------------------------
 
@@ -425,8 +319,8 @@ class Grower:
             "metrics": [list(entry) for entry in self.metrics],
             "done": self.done,
             "reason": self.reason,
-            "losses": self._losses.numbers(),
-            "generator": self.generator.get_state(),
+            "losses": self.calendar.losses.numbers(),
+            "generator": self.settings.generator.get_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -450,15 +344,8 @@ class Grower:
                 "missing"
             )
         self.clock = Clock(**state["clock"])
-        self.history = []
-        for entry in state["history"]:
-            parameters = tuple(entry["parameters"])
-            self.history.append(Growth(**{**entry, "parameters": parameters}))
+        self.calendar.restore(state["history"], state["losses"])
         self.metrics = [(int(step), float(value)) for step, value in state["metrics"]]
         self.done, self.reason = bool(state["done"]), str(state["reason"])
-        self._losses.restore(state["losses"])
         self._step_cost = None
-        self.generator.set_state(state["generator"])
-
-
-__all__ = ["Amount", "Found", "Grower"]
+        self.settings.generator.set_state(state["generator"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,14 +16,16 @@ from meristem.core.errors import GrowthRefused
 from meristem.core.growth import Growth
 from meristem.core.offer import Scaling
 from meristem.event import Event, Optimizers, accepted, carry_out, optimizers, prepare
+from meristem.growable import growable
 from meristem.growing import private_generator
-from meristem.how.search import next_layers
+from meristem.how.candidates import next_layers
 from meristem.lab.batches import check_reiterable, first_call, growth_batches
 from meristem.lab.laboratory import Loan
 from meristem.lab.ledger import counting
 from meristem.lab.losses import Loss, mean_loss
+from meristem.sharing import Settings
 from meristem.statistics.curvature import Factors, compensated, measure, removal
-from meristem.structure import resolve
+from meristem.structure import Structure, apart, resolve
 from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.tensors import grown_tensors
 from meristem.surgery.verify import grown_twin, live_values
@@ -134,6 +137,34 @@ def _most(trial: _Trial, shown: Sequence[Any], tolerance: float) -> list[int]:
         else:
             high = tried - 1
     return order[:low]
+
+
+def prune_each(
+    structure: Structure,
+    patterns: str | Sequence[str],
+    settings: Settings,
+    tolerance: float,
+) -> list[Growth]:
+    """Prune every width that patterns name, one after the other; what has become smaller."""
+    done = []
+    model, example = structure.model, structure.example
+    units, _ = apart(list(growable(structure, patterns).values()))
+    for axis in units:
+        # An axis may be read by something that the score does not know.
+        with contextlib.suppress(GrowthRefused):
+            growth = prune_(
+                model,
+                axis.name,
+                example,
+                loss=settings.loss,
+                data=settings.data,
+                optimizer=settings.optimizers,
+                tolerance=tolerance,
+                generator=settings.generator,
+            )
+            if growth is not None:
+                done.append(growth)
+    return done
 
 
 class _Trial:

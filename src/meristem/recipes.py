@@ -11,6 +11,7 @@ from torch import nn
 from meristem import care, how, where
 from meristem import when as triggers
 from meristem.amounts import Amount
+from meristem.core.axis import Axes
 from meristem.core.budget import Budget
 from meristem.core.errors import GrowthRefused
 from meristem.event import Optimizers
@@ -20,7 +21,7 @@ from meristem.lab.batches import example_of
 from meristem.lab.laboratory import Progress
 from meristem.lab.losses import Loss
 from meristem.methods import When
-from meristem.stages import MakeOptimizer, Stages
+from meristem.stages import ByHand, MakeOptimizer, Stages
 from meristem.structure import structure_of
 from meristem.structure.undisturbed import undisturbed
 from meristem.when import At, Every, duration, moment
@@ -205,36 +206,12 @@ def stack(
         >>> [len(net.layers) for _ in range(4) if grower.step() or True]
         [1, 3, 3, 3]
     """
-    if not isinstance(to, Mapping):
-        raise TypeError(f"to must be a dict {{depth axis: blocks}}; got {to!r}")
     length, unit = duration(total)
     due = At(**{unit: (moment(at, length),)})
     if example is None:
         example = example_of(model, loss, data, torch.Generator().manual_seed(0))
     with undisturbed():
-        structure = structure_of(model, example)
-    axes = structure.axes
-    sizes = {name: axes.named(name).size for name in to}
-    flat = [name for name in to if axes.named(name).slots]
-    if flat:
-        raise GrowthRefused(
-            f"axis {flat[0]!r} is a {axes.named(flat[0]).kind}, not a depth; only "
-            "depths are stacked"
-        )
-    wrong = [
-        size
-        for size in to.values()
-        if isinstance(size, bool) or not isinstance(size, int)
-    ]
-    if wrong:
-        raise TypeError(
-            f"to={dict(to)!r}: the number of blocks is an int; got {wrong[0]!r}"
-        )
-    if not to or any(size <= sizes[name] for name, size in to.items()):
-        raise GrowthRefused(
-            f"to={dict(to)} must give every depth more blocks than it has now: "
-            f"{sizes or 'name a depth axis'}"
-        )
+        sizes = _sizes_of_depths(structure_of(model, example).axes, to)
     return Grower(
         model,
         optimizer,
@@ -247,6 +224,30 @@ def stack(
         example=example,
         generator=generator,
     )
+
+
+def _sizes_of_depths(axes: Axes, to: Mapping[str, int]) -> dict[str, int]:
+    """The present numbers of blocks; raises unless `to` asks for more of each."""
+    if not isinstance(to, Mapping):
+        raise TypeError(f"to must be a dict {{depth axis: blocks}}; got {to!r}")
+    sizes = {}
+    for name, size in to.items():
+        axis = axes.named(name)
+        if axis.slots:
+            raise GrowthRefused(
+                f"axis {name!r} is a {axis.kind}, not a depth; only depths are stacked"
+            )
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(
+                f"to={dict(to)!r}: the number of blocks is an int; got {size!r}"
+            )
+        sizes[name] = axis.size
+    if not to or any(size <= sizes[name] for name, size in to.items()):
+        raise GrowthRefused(
+            f"to={dict(to)} must give every depth more blocks than it has now: "
+            f"{sizes or 'name a depth axis'}"
+        )
+    return sizes
 
 
 def swe_svod(
@@ -387,23 +388,30 @@ def swe_svod_stages(
         >>> [stage.sizes for stage in stages]
         [{'0': 8}, {'0': 12}, {'0': 14}]
     """
-    return Stages(
+    if example is None:
+        example = example_of(model, loss, data, torch.Generator().manual_seed(0))
+    grower = Grower(
         model,
-        make_optimizer,
+        None,
         loss=loss,
-        data=data,
-        validation=validation,
-        amount=amount,
+        data=data if adjust_data is None else adjust_data,
+        when=ByHand(),
         how=SWE(coupling=coupling),
         where=SVoD(),
-        adjust_data=adjust_data,
-        epochs=epochs,
-        patience=patience,
-        last_patience=last_patience,
+        amount=list(amount),
         budget=budget,
         axes=axes,
         example=example,
         generator=generator,
         progress=progress,
+    )
+    return Stages(
+        grower,
+        make_optimizer,
+        data=data,
+        validation=validation,
+        epochs=epochs,
+        patience=patience,
+        last_patience=last_patience,
         report=report,
     )

@@ -9,37 +9,40 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
-from meristem.amounts import Amount, allows, fitting_plan, least_step, total_units
+from meristem.amounts import (
+    Amount,
+    allows,
+    check_amount,
+    fitting_plan,
+    least_step,
+    total_units,
+)
 from meristem.core.axis import Axis
 from meristem.core.budget import Budget
 from meristem.core.change import Plan
 from meristem.core.errors import GrowthRefused
 from meristem.core.growth import Growth
 from meristem.core.offer import Offer, Share
-from meristem.event import Event, carry_out, propose
+from meristem.event import Event, batches_for, carry_out, followed, propose
 from meristem.growable import growable
 from meristem.lab.batches import growth_batches, peeked
 from meristem.lab.laboratory import Lab, Loan, Progress
 from meristem.lab.losses import Loss
-from meristem.methods import Care, Choice, Clock, How, Where, is_thrifty
+from meristem.methods import Care, Choice, Clock, How, Where, check_part, is_thrifty
 from meristem.structure import Structure, apart, clash, sized
+from meristem.surgery.optimizers import check_ownership
+from meristem.where import PLACES
 
 _NO_ROOM = "the budget leaves no room for another unit"
 
 
 @dataclass(frozen=True)
-class Check:
-    """All that a check needs to know; see `Grower` for most of it.
+class Settings:
+    """What a grower was told; see `Grower` for the meaning of each."""
 
-    Attributes:
-        clock: Where training stands.
-        allowance: Floating-point operations that the check may cost.
-        batches: Growth batches to read.
-    """
-
-    structure: Structure
     loss: Loss
     data: Iterable[Any]
     generator: torch.Generator
@@ -52,27 +55,83 @@ class Check:
     budget: Budget
     axes: str | Sequence[str]
     round_to: int
-    clock: Clock
-    allowance: float
-    batches: int
 
     @property
     def by_name(self) -> Mapping[str, int] | None:
         """The amounts, where they are named by axis."""
         return self.amount if isinstance(self.amount, Mapping) else None
 
+    def check(self) -> None:
+        """Raise where something is not what it should be."""
+        check_amount(self.amount)
+        check_part("where", self.where, PLACES)
+        if not isinstance(self.budget, Budget):
+            raise TypeError(
+                "budget must be a meristem.Budget(parameters=..., units=...); got "
+                f"{self.budget!r}"
+            )
+        if self.round_to < 1:
+            raise ValueError(
+                f"round_to must be an int in [1, inf); got {self.round_to}"
+            )
+
+    def check_model(self, structure: Structure) -> None:
+        """Raise where nothing can grow, a name is unknown, or an optimizer lacks weights."""
+        found = growable(structure, self.axes, self.how)
+        patterns = [self.axes] if isinstance(self.axes, str) else self.axes
+        for pattern in patterns:
+            if not set(pattern) & set("*?["):
+                structure.axes.named(pattern.removeprefix("!"))
+        for name in self.budget.sizes:
+            structure.axes.named(name)
+        chosen = [found.named(name) for name in self.by_name or found]
+        if not chosen:
+            listed = list(found.frozen.items())[:3]
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in listed)
+            raise GrowthRefused(
+                f"nothing in the model can grow under axes={self.axes!r}. {reasons}"
+            )
+        slots = {slot.name for axis in chosen for slot in axis.slots}
+        trained: dict[str, Tensor] = {}
+        for name, parameter in structure.model.named_parameters():
+            if parameter.requires_grad and name in slots:
+                trained[name] = parameter
+        check_ownership(self.optimizers, trained)
+        for axis in apart(chosen)[1]:
+            parents = followed(structure, sized(structure, {axis.name: 1}))
+            check_ownership(self.optimizers, parents)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check.
+
+    Attributes:
+        settings: What the grower was told.
+        structure: What can grow now.
+        clock: Where training stands.
+        allowance: Floating-point operations that the check may cost.
+    """
+
+    settings: Settings
+    structure: Structure
+    clock: Clock
+    allowance: float
+
     def asked(self, axis: Axis, total: int) -> int:
         """For how many units of an axis its method is asked."""
-        if self.by_name is not None:
-            return self.by_name[axis.name]
+        by_name = self.settings.by_name
+        if by_name is not None:
+            return by_name[axis.name]
         return max(total // axis.multiple, 1) * axis.multiple
 
     def event(self, batches: Sequence[Any], allowance: float = math.inf) -> Event:
+        told = self.settings
         loan = Loan(
-            self.generator, self.loss, batches, self.data, self.progress, allowance
+            told.generator, told.loss, batches, told.data, told.progress, allowance
         )
         lab = Lab(self.structure, loan)
-        return Event(self.structure, lab, self.how, self.care, self.optimizers)
+        return Event(self.structure, lab, told.how, told.care, told.optimizers)
 
 
 @dataclass(frozen=True)
@@ -97,7 +156,7 @@ class Found:
 def find_growth(check: Check) -> Found:
     """Look for what is worth growing, and grow it."""
     clock = check.clock
-    limit = check.budget.growths
+    limit = check.settings.budget.growths
     if limit is not None and clock.growths >= limit:
         return _ended(clock, f"the budget of {limit} growths is used up")
     axes, total, reason = _what_may_grow(check)
@@ -108,13 +167,15 @@ def find_growth(check: Check) -> Found:
         if check.allowance < clock.least:
             return Found(clock)
     clock = replace(clock, checked_step=clock.step, checked_epoch=clock.epoch)
-    batches = growth_batches(check.data, check.batches, check.generator)
+    batches = growth_batches(
+        check.settings.data, batches_for(check.settings.how), check.settings.generator
+    )
     event = check.event(batches, check.allowance / len(axes))
     offers: dict[str, Offer] = {}
-    if check.by_name is not None:
-        share = Share(dict(check.by_name))
+    if check.settings.by_name is not None:
+        share = Share(dict(check.settings.by_name))
     else:
-        if check.where.reads_gains:
+        if check.settings.where.reads_gains:
             offers = _offers(check, event, axes, total)
             axes = [axis for axis in axes if axis.name in offers]
         share = _shared(check, event, axes, total, offers)
@@ -142,35 +203,37 @@ def _ended(clock: Clock, reason: str, cost: int = 0) -> Found:
 
 
 def _no_room(check: Check, total: int) -> str:
-    if check.budget != Budget():
+    if check.settings.budget != Budget():
         return _NO_ROOM
     return (
         f"an amount of {total} is less than one step of any axis (multiples, "
-        f"round_to={check.round_to})"
+        f"round_to={check.settings.round_to})"
     )
 
 
 def _what_may_grow(check: Check) -> tuple[list[Axis], int, str]:
     """The axes, the units to give away among them, and why there is nothing to do."""
     structure = check.structure
-    if check.by_name is not None:
-        axes = [structure.axes.named(name) for name in check.by_name]
+    if check.settings.by_name is not None:
+        axes = [structure.axes.named(name) for name in check.settings.by_name]
     else:
         axes = _open_axes(check)
     if not axes:
         return [], 0, "every axis has reached the largest size that the budget allows"
-    total = total_units(check.amount, axes, check.clock.growths)
+    total = total_units(check.settings.amount, axes, check.clock.growths)
     if total is None:
         return [], 0, "the list of amounts is used up"
-    if check.by_name is not None:
+    if check.settings.by_name is not None:
         return axes, total, ""
     if total < min(axis.multiple for axis in axes):
         return [], 0, f"an amount of {total} is less than one step of any axis"
-    if check.where.reads_gains:  # what the budget has no room for is not looked for
+    if (
+        check.settings.where.reads_gains
+    ):  # what the budget has no room for is not looked for
         with_room = []
         for axis in axes:
-            step = {axis.name: least_step(axis, check.round_to)}
-            if allows(check.budget, structure, step):
+            step = {axis.name: least_step(axis, check.settings.round_to)}
+            if allows(check.settings.budget, structure, step):
                 with_room.append(axis)
         axes = with_room
     return axes, total, "" if axes else _NO_ROOM
@@ -182,12 +245,12 @@ def _open_axes(check: Check) -> list[Axis]:
     Without those that multiply an earlier one (groups, and the width of a group).
     """
     structure = check.structure
-    axes = list(growable(structure, check.axes, check.how).values())
-    if not check.where.weighs_kinds:
+    axes = list(growable(structure, check.settings.axes, check.settings.how).values())
+    if not check.settings.where.weighs_kinds:
         axes = _one_sort(check, axes)
     kept: list[Axis] = []
     for axis in axes:
-        largest = check.budget.sizes.get(axis.name, axis.size + axis.multiple)
+        largest = check.settings.budget.sizes.get(axis.name, axis.size + axis.multiple)
         names = [*[other.name for other in kept], axis.name]
         if largest - axis.size >= axis.multiple and clash(structure, names) is None:
             kept.append(axis)
@@ -200,7 +263,7 @@ def _one_sort(check: Check, axes: Sequence[Axis]) -> list[Axis]:
     """
     units, blocks = apart(axes)
     runs = [axis for axis in blocks if check.structure.depths[axis.name].copied]
-    spoken = {kind for method in check.how for kind in method.kinds}
+    spoken = {kind for method in check.settings.how for kind in method.kinds}
     if spoken == {"depth"}:
         return runs or blocks
     return units or blocks
@@ -212,7 +275,7 @@ def _least_cost(check: Check, axes: Sequence[Axis], total: int) -> float:
     By what the methods say, and by what the last check cost where one of them cannot
     say.
     """
-    event = check.event([peeked(check.data, check.generator)])
+    event = check.event([peeked(check.settings.data, check.settings.generator)])
     cost = 0.0
     for axis in axes:
         method = event.method(axis)
@@ -267,9 +330,9 @@ def _shared(
         parameters,
         event.lab,
     )
-    with event.lab.guarded(check.where):
-        share = check.where.share(choice)
-    _check_share(check.where, choice, share)
+    with event.lab.guarded(check.settings.where):
+        share = check.settings.where.share(choice)
+    _check_share(check.settings.where, choice, share)
     return share
 
 
@@ -301,18 +364,18 @@ def _planned(
 ) -> Plan | None:
     """The plan of what the budget allows of a share, or None."""
     named = {axis.name: axis for axis in axes}
-    arguments = (check.budget, check.structure, named)
-    plan = fitting_plan(*arguments, share.counts, check.round_to)
+    arguments = (check.settings.budget, check.structure, named)
+    plan = fitting_plan(*arguments, share.counts, check.settings.round_to)
     if plan is not None:
         return plan
     # A few good units of one axis may be less than a step of it.
     steps = {}
     for name in share.counts:
         if name in offers:
-            step = least_step(named[name], check.round_to)
+            step = least_step(named[name], check.settings.round_to)
             if step <= offers[name].count:
                 steps[name] = step
-    return fitting_plan(*arguments, steps, check.round_to) if steps else None
+    return fitting_plan(*arguments, steps, check.settings.round_to) if steps else None
 
 
 def _kept(

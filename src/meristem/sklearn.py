@@ -8,6 +8,7 @@ import contextlib
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
@@ -103,13 +104,41 @@ class _Bold:
     def share(self, choice: Choice) -> Share:
         share = where.SENN(patience=1, per="growth").share(choice)
         kinds = {axis.name: axis for axis in choice.axes}
-        return replace(
-            share,
-            counts={
-                n: 1 if kinds[n].kind == "depth" else _bold(kinds[n].size)
-                for n in share.counts
-            },
+        counts = {}
+        for name in share.counts:
+            axis = kinds[name]
+            counts[name] = _bold(axis.size) if axis.slots else 1
+        return replace(share, counts=counts)
+
+
+def _plotted(estimator: _Growing, ax: Any) -> Any:
+    """What `plot_growth` draws."""
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError(
+            "plot_growth needs matplotlib. hint: pip install matplotlib"
+        ) from error
+    if ax is None:
+        _, ax = pyplot.subplots()
+    passes = range(1, estimator.n_iter_ + 1)
+    ax.plot(passes, estimator.loss_curve_, label="training")
+    ax.plot(passes, estimator.validation_curve_, label="held out")
+    for growth in estimator.growths_:
+        ax.axvline(growth.step, color="grey", linewidth=0.5)
+        added = [f"{name} +{count}" for name, count in growth.added.items()]
+        ax.annotate(
+            ", ".join(added),
+            (growth.step, 1),
+            xycoords=("data", "axes fraction"),
+            rotation=90,
+            va="top",
+            fontsize=7,
         )
+    title = f"hidden {estimator.hidden_}"
+    ax.set(xlabel="pass", ylabel="loss", yscale="log", title=title)
+    ax.legend()
+    return ax
 
 
 class _Growing(BaseEstimator):  # type: ignore[misc]
@@ -202,34 +231,7 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
         own. Returns the matplotlib axes.
         """
         check_is_fitted(self, "model_")
-        try:
-            from matplotlib import pyplot
-        except ImportError as error:
-            raise ImportError(
-                "plot_growth needs matplotlib. hint: pip install matplotlib"
-            ) from error
-        ax = ax if ax is not None else pyplot.subplots()[1]
-        passes = range(1, self.n_iter_ + 1)
-        ax.plot(passes, self.loss_curve_, label="training")
-        ax.plot(passes, self.validation_curve_, label="held out")
-        for growth in self.growths_:
-            ax.axvline(growth.step, color="grey", linewidth=0.5)
-            added = ", ".join(
-                f"{name} +{count}" for name, count in growth.added.items()
-            )
-            ax.annotate(
-                added,
-                (growth.step, 1),
-                xycoords=("data", "axes fraction"),
-                rotation=90,
-                va="top",
-                fontsize=7,
-            )
-        ax.set(
-            xlabel="pass", ylabel="loss", yscale="log", title=f"hidden {self.hidden_}"
-        )
-        ax.legend()
-        return ax
+        return _plotted(self, ax)
 
     def _fit(
         self,
@@ -385,7 +387,8 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
 
     def _grown(self, grower: Grower) -> Growth | None:
         before = grower.flops
-        grower.amount = max(_bold(width) for width in _hidden(grower.model) or [1])
+        amount = max(_bold(width) for width in _hidden(grower.model) or [1])
+        grower.settings = replace(grower.settings, amount=amount)
         growth = grower.grow()
         self._meter = self._meter.at_new_size()
         self._meter.total += grower.flops - before
@@ -432,7 +435,7 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
 
         total = 0.0
         for batch in data:
-            total += self._meter.run(batch, lambda: step(batch))  # noqa: B023
+            total += self._meter.run(batch, partial(step, batch))
             if average is not None:
                 average.update_parameters(state.model)
         self.loss_curve_.append(total / len(data.tensors[0]))

@@ -13,21 +13,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from meristem.core.budget import Budget
 from meristem.core.errors import DataError
 from meristem.core.growth import Growth
-from meristem.event import Methods
 from meristem.grower import Grower
 from meristem.growing import listed_sizes
-from meristem.how import SWE
-from meristem.lab.batches import check_reiterable, example_of, growth_batches
-from meristem.lab.laboratory import Progress
+from meristem.lab.batches import check_reiterable, growth_batches
 from meristem.lab.ledger import batch_size, step_flops
-from meristem.lab.losses import Loss
-from meristem.methods import Clock, Where
-from meristem.structure import structure_of
+from meristem.methods import Clock
 from meristem.structure.undisturbed import undisturbed
-from meristem.where import SVoD
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -56,16 +49,27 @@ class Stage:
     curve: tuple[tuple[float, float], ...]
 
 
-class _OnCall:
-    """A trigger that leaves the moment to the stages."""
+class ByHand:
+    """A trigger that is never due: growth is called for."""
 
     def due(self, clock: Clock) -> bool:
         return False
 
 
 class Stages(Iterator[Stage]):
-    """Iterate to train: yields a `Stage` each time one has ended. See
-    `meristem.recipes.swe_svod_stages`.
+    """Iterate to train: yields a `Stage` each time one has ended.
+
+    See `meristem.recipes.swe_svod_stages`.
+
+    Args:
+        grower: What grows the model, by hand; its amounts are a list, one per growth.
+        make_optimizer: Called with the parameters at the start of every stage.
+        data: Training batches, read once per epoch.
+        validation: Batches for early stopping.
+        epochs: Most epochs of a stage.
+        patience: Epochs without improvement that end a stage.
+        last_patience: The same for the last stage.
+        report: Called with the stages after every epoch.
 
     Attributes:
         model: The model.
@@ -76,63 +80,35 @@ class Stages(Iterator[Stage]):
 
     def __init__(
         self,
-        model: nn.Module,
+        grower: Grower,
         make_optimizer: MakeOptimizer,
         *,
-        loss: Loss,
         data: Iterable[Any],
         validation: Iterable[Any],
-        amount: Sequence[int | float],
-        how: Methods = SWE(),  # noqa: B008  frozen
-        where: Where = SVoD(),  # noqa: B008
-        adjust_data: Iterable[Any] | None = None,
         epochs: int = 250,
         patience: int = 20,
         last_patience: int | None = None,
-        budget: Budget | None = None,
-        axes: str | Sequence[str] = "*",
-        example: Any = None,
-        generator: torch.Generator | None = None,
-        progress: Progress | None = None,
         report: Callable[[Stages], None] = lambda stages: None,
     ) -> None:
-        for name, value in (
-            ("epochs", epochs),
-            ("patience", patience),
-            ("last_patience", last_patience),
-        ):
-            if value is not None and value < 1:
+        lengths = {"epochs": epochs, "patience": patience}
+        if last_patience is not None:
+            lengths["last_patience"] = last_patience
+        for name, value in lengths.items():
+            if value < 1:
                 raise ValueError(f"{name} must be an int in [1, inf); got {value}")
-        for given in (data, validation):
-            check_reiterable(given)
-        self.model, self.loss, self.data, self.validation = (
-            model,
-            loss,
-            data,
-            validation,
-        )
-        self.amount, self.epochs, self.patience = list(amount), epochs, patience
-        self.last_patience = patience if last_patience is None else last_patience
-        self.report = report
+        check_reiterable(data)
+        check_reiterable(validation)
+        amount = grower.settings.amount
+        if not isinstance(amount, Sequence):
+            raise TypeError(
+                f"stages take a list of amounts, one per growth; got {amount!r}"
+            )
+        self.grower, self.model, self.loss = grower, grower.model, grower.loss
+        self.data, self.validation, self.report = data, validation, report
+        self.growths = len(amount)
+        self.epochs, self.patience = epochs, patience
+        self.last_patience = last_patience if last_patience is not None else patience
         self._make_optimizer = make_optimizer
-        if example is None:
-            example = example_of(model, loss, data, torch.Generator().manual_seed(0))
-        self._example = example
-        self.grower = Grower(
-            model,
-            None,
-            loss=loss,
-            data=data if adjust_data is None else adjust_data,
-            when=_OnCall(),
-            how=how,
-            where=where,
-            amount=self.amount,
-            budget=budget,
-            axes=axes,
-            example=example,
-            generator=generator,
-            progress=progress,
-        )
         self.index = 0
         self._begin()
 
@@ -149,33 +125,35 @@ class Stages(Iterator[Stage]):
 
     def __next__(self) -> Stage:
         if self._ended:
-            if self.index == len(self.amount):
-                raise StopIteration
-            growth = self.grower.grow()
-            if growth is None:
+            if self.index == self.growths or self.grower.grow() is None:
                 raise StopIteration
             self.index += 1
             self._begin()
-        patience = (
-            self.last_patience if self.index == len(self.amount) else self.patience
-        )
+        is_last = self.index == self.growths
+        patience = self.last_patience if is_last else self.patience
         while self.epoch < self.epochs and self.epoch - self.best_epoch < patience:
             self._train_epoch()
             self.report(self)
         if not self.best_epoch:
             raise DataError(
                 "the validation loss was not finite in any epoch of stage "
-                f"{self.index}; the model holds its last weights. "
-                "hint: a smaller learning rate"
+                f"{self.index}; the model holds its last weights. hint: a smaller "
+                "learning rate"
             )
         self.model.load_state_dict(self._best_weights)
         self._ended = True
-        growth = self.grower.history[-1] if self.index else None
-        if growth is not None:
-            self.grower.measure(growth, "trained")
+        return self._stage()
+
+    def _stage(self) -> Stage:
+        """The record of the stage that has ended."""
+        growth = None
+        spent = self.flops
+        if self.index:
+            growth = self.grower.history[-1]
+            spent += growth.flops
+            self.grower.calendar.measure(growth, "trained")
         with undisturbed():
-            sizes = listed_sizes(structure_of(self.model, self._example))
-        spent = self.flops + (growth.flops if growth is not None else 0)
+            sizes = listed_sizes(self.grower.structure())
         return Stage(
             self.index,
             growth,

@@ -23,7 +23,7 @@ import torch
 import meristem as ms
 from meristem.experiments import data as datasets
 from meristem.experiments.config import ConfigError, checked, read
-from meristem.experiments.run import Progress, Run, rate, run
+from meristem.experiments.run import Progress, Run, rate, result_of, run
 from meristem.experiments.suite import read as read_suite
 
 SMALL: dict[str, Any] = {
@@ -236,7 +236,7 @@ def test_regression_and_text_train_and_grow(
     )
     one.train(tmp_path / "run")
     assert len(one.grower.history) == 1
-    assert one.result()["loss"] > 0
+    assert result_of(one)["loss"] > 0
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):

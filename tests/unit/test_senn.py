@@ -15,7 +15,8 @@ from zoo import make
 
 import meristem as ms
 from meristem.core.offer import Offer
-from meristem.how.search import Search, _doubtful, _gains, _Space, searched
+from meristem.how.candidates import gains as gains_of
+from meristem.how.search import Climb, Search, is_doubtful, searched
 from meristem.lab.batches import growth_batches
 from meristem.lab.laboratory import Lab, Loan
 from meristem.lab.neutral import neutral
@@ -228,7 +229,7 @@ def test_additions_on_frozen_parameters_respect_the_rate_bound() -> None:
 
 def space(
     model: nn.Module, axis: str = "0", method: ms.how.SENN | None = None, count: int = 2
-) -> _Space:
+) -> Climb:
     batches = data()
     structure = Structure(model, Example((batches[0][0],), {}))
     lab = Lab(
@@ -241,7 +242,7 @@ def space(
     )
     method = method or ms.how.SENN(candidates=5)
     search = Search(method.candidates, method.steps, method.batches, method.damping)
-    return _Space(
+    return Climb(
         lab,
         squared,
         structure.axes.named(axis),
@@ -253,11 +254,13 @@ def space(
 
 def test_the_gradient_of_the_score_matches_finite_differences() -> None:
     tried = space(net())
-    started = neutral(tried.lab, tried.axis, tried.trials, zero="fan_out")
+    started = neutral(tried.lab, tried.axis, tried.space.trials, zero="fan_out")
     place = tried.axis.places("fan_in")[0].place
 
     def score(strip: Tensor) -> Tensor:
-        found = tried.whitened({**started, place: strip}, tried.seen(tried.first[0]))
+        found = tried.space.whitened(
+            {**started, place: strip}, tried.space.seen(tried.first[0])
+        )
         return sum(layer.square().sum((1, 2)) for layer in found)
 
     assert torch.autograd.gradcheck(
@@ -267,7 +270,7 @@ def test_the_gradient_of_the_score_matches_finite_differences() -> None:
     assert score(started[place])[3].item() == pytest.approx(alone, rel=1e-6)
 
 
-def bound_by_hand(tried: _Space, strips: Any, unit: int) -> float:
+def bound_by_hand(tried: Climb, strips: Any, unit: int) -> float:
     """Delta eta' of one candidate from rows that are computed here; the layer's own moments are those of all batches."""
     model = tried.lab.copied()
     x, y = tried.first[0]
@@ -278,10 +281,10 @@ def bound_by_hand(tried: _Space, strips: Any, unit: int) -> float:
     hidden = torch.cat(
         [model[1](model[0](x)), torch.ones(len(x), 1).double()], 1
     ).detach()
-    layer = tried.moments["2"]
+    layer = tried.space.moments["2"]
     back = 2 * (model(x) - y).detach()
     left = back - hidden @ torch.linalg.solve(layer.inputs, layer.gradient.T)
-    own = (read.T @ read / len(x)).item() + tried._damping("2")
+    own = (read.T @ read / len(x)).item() + tried.space.damping("2")
     against = (left.T @ read / len(x))[:, 0]
     return (
         (against @ torch.linalg.solve(layer.outputs, against)).item()
@@ -292,10 +295,10 @@ def bound_by_hand(tried: _Space, strips: Any, unit: int) -> float:
 
 def test_optimised_candidates_never_score_below_their_start() -> None:
     tried = space(net(nn.ReLU), method=ms.how.SENN(candidates=8, steps=25))
-    started = neutral(tried.lab, tried.axis, tried.trials, zero="fan_out")
+    started = neutral(tried.lab, tried.axis, tried.space.trials, zero="fan_out")
     moving = [slot.place for slot in tried.axis.slots if slot.role != "fan_out"]
     reached = tried.optimised(started, moving)
-    before, after = (tried.scores(one, tried.first) for one in (started, reached))
+    before, after = (tried.space.scores(one, tried.first) for one in (started, reached))
     assert (after >= before).all()
     assert (after > 1.5 * before).sum() >= 4
 
@@ -600,9 +603,9 @@ def test_odd_batches_never_give_nan(case: str) -> None:
 def test_the_gain_of_candidates_together_is_the_exact_one() -> None:
     """Delta eta of all candidates in a row against `curvature.gain` on the rows of the batches that measure them."""
     tried = space(net())
-    strips = tried._drawn()
-    joint = tried.together(strips, tried.second)
-    order = list(range(tried.trials))
+    strips = tried.drawn()
+    joint = tried.space.together(strips, tried.second)
+    order = list(range(tried.space.trials))
     model = tried.lab.copied()
     x, y = (torch.cat([batch[i] for batch in tried.second]) for i in range(2))
     hidden = torch.cat(
@@ -613,20 +616,20 @@ def test_the_gain_of_candidates_together_is_the_exact_one() -> None:
     )
     new = torch.tanh(x @ weight.flatten(1).T + bias.flatten())
     back = 2 * (model(x) - y).detach()
-    damping = tried._damping("2")
+    damping = tried.space.damping("2")
     per_batch = [2 * (model(batch[0]) - batch[1]).detach() for batch in tried.second]
     outputs = torch.stack([g.T @ g / len(g) for g in per_batch]).mean(0)
     eye = lambda size: torch.eye(size).double()
     layer = Factors(
         back.T @ hidden / len(x), hidden.T @ hidden / len(x) + damping * eye(7),
-        curvature.damped(outputs, curvature.DAMPING), len(x), tried.moments["2"].spread,
+        curvature.damped(outputs, curvature.DAMPING), len(x), tried.space.moments["2"].spread,
     )  # fmt: skip
     added = Candidates(
         back.T @ new / len(x),
         hidden.T @ new / len(x),
         new.T @ new / len(x) + damping * eye(len(order)),
     )
-    assert sum(_gains(joint, tried.trials, order)) == pytest.approx(
+    assert sum(gains_of(joint, tried.space.trials, order)) == pytest.approx(
         gain(layer, added), rel=1e-6
     )
 
@@ -786,7 +789,7 @@ def test_a_search_is_halved_until_it_is_affordable() -> None:
 def test_one_part_of_the_examples_decides_where_there_is_no_doubt(
     gains: tuple[float, ...], doubt: bool
 ) -> None:
-    assert _doubtful(Offer("0", len(gains), gains=gains, error=0.1)) == doubt
+    assert is_doubtful(Offer("0", len(gains), gains=gains, error=0.1)) == doubt
 
 
 def test_an_axis_that_has_no_zero_side_is_refused_by_name() -> None:

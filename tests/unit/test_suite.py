@@ -18,7 +18,7 @@ from meristem.experiments import tables
 from meristem.experiments.config import ConfigError, checked
 from meristem.experiments.data import Batches, crop_and_flip, prepared
 from meristem.experiments.models import build, sized
-from meristem.experiments.run import Run
+from meristem.experiments.run import Run, result_of
 from meristem.experiments.suite import Comparison, Row, lent, read
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -232,7 +232,7 @@ def test_stages_run_from_a_file_and_resume(
     experiment = checked(STAGED)
     whole = Run(experiment)
     whole.train(tmp_path / "whole")
-    want = whole.result()
+    want = result_of(whole)
     assert len(want["curve"]) == 2
     assert want["curve"][1]["health"]["new"]
     assert sum(want["widths"].values()) == 12
@@ -246,7 +246,7 @@ def test_stages_run_from_a_file_and_resume(
         cut.train(tmp_path / "cut")
     resumed = Run(experiment)
     resumed.train(tmp_path / "cut")
-    found = resumed.result()
+    found = result_of(resumed)
     assert found["curve"] == want["curve"]
     assert found["training_flops"] == want["training_flops"]
     beside = Run(
@@ -256,7 +256,7 @@ def test_stages_run_from_a_file_and_resume(
         beside.train(tmp_path / "beside")
     again = Run(experiment)
     again.train(tmp_path / "beside")
-    assert again.result()["curve"] == want["curve"]
+    assert result_of(again)["curve"] == want["curve"]
 
 
 @pytest.mark.parametrize(

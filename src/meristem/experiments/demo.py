@@ -61,7 +61,7 @@ def demo(
     for number, (name, experiment) in enumerate(experiments(seed).items()):
         running = Run(experiment, lambda progress, name=name: report(name, progress))  # type: ignore[misc]
         running.train(folder / str(number))
-        outcomes.append(Outcome(name, running.result()))
+        outcomes.append(Outcome(name, result_of(running)))
     return outcomes
 
 

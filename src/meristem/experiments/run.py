@@ -47,7 +47,7 @@ from meristem.grower import Grower
 from meristem.growing import listed_sizes
 from meristem.how import METHODS
 from meristem.lab.ledger import step_flops
-from meristem.stages import Stages
+from meristem.stages import ByHand, Stages
 from meristem.statistics.health import health
 from meristem.structure import structure_of
 from meristem.structure.undisturbed import undisturbed
@@ -149,24 +149,29 @@ class Run:
 
     def _stages(self, stages: StagesTable) -> Stages:
         assert self.data.held_out is not None
-        return Stages(
+        grower = Grower(
             self.model,
-            lambda parameters: _optimizer(self.experiment, parameters),
+            None,
             loss=self.loss,
-            data=self.batches,
-            validation=Batches(*self.data.held_out, EVALUATION),
-            amount=stages.amount,
+            data=self.data.batches(stages.adjust_batch_size, shuffle=False),
+            when=ByHand(),
             how=built(stages.how, METHODS, "how"),
             where=built(stages.where, PLACES, "where"),
-            adjust_data=self.data.batches(stages.adjust_batch_size, shuffle=False),
-            epochs=stages.epochs,
-            patience=stages.patience,
-            last_patience=stages.last_patience,
+            amount=stages.amount,
             budget=Budget(**stages.budget.model_dump()),
             axes=stages.axes,
             example=self.example,
             generator=torch.Generator().manual_seed(self.experiment.seed),
             progress=self._beside,
+        )
+        return Stages(
+            grower,
+            lambda parameters: _optimizer(self.experiment, parameters),
+            data=self.batches,
+            validation=Batches(*self.data.held_out, EVALUATION),
+            epochs=stages.epochs,
+            patience=stages.patience,
+            last_patience=stages.last_patience,
             report=self._epoch_ended,
         )
 
@@ -264,7 +269,7 @@ class Run:
                 "epochs": stage.epochs,
                 "best_epoch": stage.best_epoch,
             }
-            progress.curve[-1]["health"] = self._health()
+            progress.curve[-1]["health"] = health_of(self)
             self._save(self._folder)
             self.report(progress)
 
@@ -333,32 +338,6 @@ class Run:
             point["validation"] = self.evaluate(*self.data.held_out)[1]
         progress.curve.append({**point, "sizes": dict(progress.sizes)})
 
-    def _health(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Health over the un-augmented training data, of all units and blocks, and of
-        the units that have grown.
-        """
-        some = HEALTH_TARGETS // max(self.data.y_train[0].numel(), 1)
-        plain = Batches(self.data.x_train[:some], self.data.y_train[:some], EVALUATION)
-        new = {
-            name: range(self.first_sizes[name], axis.size)
-            for name, axis in growable(structure_of(self.model, self.example)).items()
-            if axis.kind != "depth"
-            and name in self.first_sizes
-            and axis.size > self.first_sizes[name]
-        }
-        if not math.isfinite(self.progress.curve[-1]["loss"]):
-            return {}  # a net that has diverged has no health to look at
-        looks: dict[str, dict[str, range] | None] = {
-            "all": None,
-            **({"new": new} if new else {}),
-        }
-        return {
-            name: health(
-                self.model, self.example, loss=self.loss, data=plain, units=units
-            )
-            for name, units in looks.items()
-        }
-
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, targets: Tensor) -> tuple[float | None, float]:
         """Accuracy (None for regression) and loss."""
@@ -400,41 +379,68 @@ class Run:
         torch.set_rng_state(extra["rng"])
         self.flops_per_example = self._flops_per_example()
 
-    def result(self) -> dict[str, Any]:
-        """Everything worth keeping of a finished run, in plain types."""
-        last = self.progress.curve[-1]
-        grower = self.stages.grower if self.stages is not None else self.grower
-        return {
-            "accuracy": last["accuracy"],
-            "loss": last["loss"],
-            "validation": last.get("validation"),
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "widths": self.progress.sizes,
-            "growths": [growth.json() for growth in grower.history]
-            if grower is not None
-            else [],
-            "health": last["health"] if "health" in last else self._health(),
-            "training_flops": self.progress.flops,
-            "growth_flops": grower.flops if grower is not None else 0,
-            "steps": self.progress.step,
-            "seconds": self.progress.seconds,
-            "seed": self.experiment.seed,
-            "curve": self.progress.curve,
-            "config": self.experiment.model_dump(mode="json"),
-            "versions": {
-                "meristem": meristem.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-            "hardware": {
-                "device": str(self.accelerator.device),
-                "name": torch.cuda.get_device_name()
-                if torch.cuda.is_available()
-                else platform.processor() or platform.machine(),
-                "cores": os.cpu_count(),
-                "threads": torch.get_num_threads(),
-            },
-        }
+
+def health_of(run: Run) -> dict[str, dict[str, dict[str, float]]]:
+    """Health over the un-augmented training data.
+
+    Of all units and blocks, and of the units that have grown.
+    """
+    data = run.data
+    if not math.isfinite(run.progress.curve[-1]["loss"]):
+        return {}  # a net that has diverged has no health to look at
+    some = HEALTH_TARGETS // max(data.y_train[0].numel(), 1)
+    plain = Batches(data.x_train[:some], data.y_train[:some], EVALUATION)
+    new = {}
+    for name, axis in growable(structure_of(run.model, run.example)).items():
+        first = run.first_sizes.get(name, axis.size)
+        if axis.slots and axis.size > first:
+            new[name] = range(first, axis.size)
+    looks: dict[str, dict[str, range] | None] = {"all": None}
+    if new:
+        looks["new"] = new
+    found = {}
+    for name, units in looks.items():
+        found[name] = health(
+            run.model, run.example, loss=run.loss, data=plain, units=units
+        )
+    return found
+
+
+def result_of(run: Run) -> dict[str, Any]:
+    """Everything worth keeping of a finished run, in plain types."""
+    progress = run.progress
+    last = progress.curve[-1]
+    grower = run.stages.grower if run.stages is not None else run.grower
+    growths = grower.history if grower is not None else []
+    processor = platform.processor() or platform.machine()
+    cuda = torch.cuda.is_available()
+    return {
+        "accuracy": last["accuracy"],
+        "loss": last["loss"],
+        "validation": last.get("validation"),
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "widths": progress.sizes,
+        "growths": [growth.json() for growth in growths],
+        "health": last["health"] if "health" in last else health_of(run),
+        "training_flops": progress.flops,
+        "growth_flops": grower.flops if grower is not None else 0,
+        "steps": progress.step,
+        "seconds": progress.seconds,
+        "seed": run.experiment.seed,
+        "curve": progress.curve,
+        "config": run.experiment.model_dump(mode="json"),
+        "versions": {
+            "meristem": meristem.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "hardware": {
+            "device": str(run.accelerator.device),
+            "name": torch.cuda.get_device_name() if cuda else processor,
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+    }
 
 
 def run(
@@ -453,7 +459,7 @@ def run(
     running.train(folder)
     out.mkdir(parents=True, exist_ok=True)
     draft = result.with_suffix(".json.part")
-    draft.write_text(json.dumps(running.result(), indent=1) + "\n")
+    draft.write_text(json.dumps(result_of(running), indent=1) + "\n")
     os.replace(draft, result)
     shutil.rmtree(folder, ignore_errors=True)
     return result

@@ -252,31 +252,23 @@ class Comparison:
         return lent(rows, {row: min(pairs)[1] for row, pairs in found.items()})
 
 
-def read(path: Path, out: Path | None = None) -> Comparison:
-    """The comparison that a suite file describes, checked: every run of it that is
-    known now.
-
-    Raises:
-        ConfigError: The file is missing, is no TOML, or says something unknown; the
-        message names the key.
-    """
+def _validated(path: Path) -> Suite:
+    """The suite in a file."""
     try:
-        suite = Suite.model_validate(toml(path))
+        return Suite.model_validate(toml(path))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        hint = (
-            nearest(key, Suite.model_fields)
-            if first["type"] == "extra_forbidden"
-            else ""
-        )
+        unknown = first["type"] == "extra_forbidden"
+        hint = nearest(key, Suite.model_fields) if unknown else ""
         raise ConfigError(
             f"{path}: {key}: {first['msg']}.{hint} Known: "
             f"{', '.join(Suite.model_fields)}"
         ) from None
-    comparison = Comparison(
-        path, suite, out if out is not None else path.parent / "results" / path.stem
-    )
+
+
+def _check_names(path: Path, suite: Suite, comparison: Comparison) -> None:
+    """Raise where a suite names a method or a row that it does not have."""
     titles = {row.title for task in suite.tasks for row in comparison.rows(task)}
     for key in ("baselines_of", "final_of"):
         for method in getattr(suite, key) or []:
@@ -288,14 +280,29 @@ def read(path: Path, out: Path | None = None) -> Comparison:
         for title in getattr(suite, key) or []:
             if title not in titles:
                 raise ConfigError(
-                    f"{path}: {key} names {title!r}, which is no "
-                    f"row.{nearest(title, titles)}"
+                    f"{path}: {key} names {title!r}, which is no row."
+                    f"{nearest(title, titles)}"
                 )
     if suite.reference not in titles:
         raise ConfigError(
-            f"{path}: reference = {suite.reference!r} is no "
-            f"row.{nearest(suite.reference, titles)}"
+            f"{path}: reference = {suite.reference!r} is no row."
+            f"{nearest(suite.reference, titles)}"
         )
+
+
+def read(path: Path, out: Path | None = None) -> Comparison:
+    """The comparison that a suite file describes, checked: every run of it that is
+    known now.
+
+    Raises:
+        ConfigError: The file is missing, is no TOML, or says something unknown; the
+        message names the key.
+    """
+    suite = _validated(path)
+    if out is None:
+        out = path.parent / "results" / path.stem
+    comparison = Comparison(path, suite, out)
+    _check_names(path, suite, comparison)
     for task, table in suite.tasks.items():
         if "grow" not in table and "stages" not in table:
             raise ConfigError(

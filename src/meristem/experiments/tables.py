@@ -33,58 +33,58 @@ def markdown(comparison: Comparison) -> str:
     """One table per task: mean ± standard deviation over seeds; differences are paired
     by seed, with 95 % intervals.
     """
-    parts = []
-    for task in comparison.suite.tasks:
-        rows = comparison.rows(task)
-        lines = [
-            f"### {task}",
-            "",
-            "| " + " | ".join(HEADER) + " |",
-            "|" + "---|" * len(HEADER),
-        ]
+    parts = [_task(comparison, task) for task in comparison.suite.tasks]
+    return "\n\n".join([*parts, _note(comparison)]) + "\n"
+
+
+def _task(comparison: Comparison, task: str) -> str:
+    """The table of one task, and what its methods grew."""
+    lines = [f"### {task}", "", _line(HEADER), "|" + "---|" * len(HEADER)]
+    grown = []
+    for row in comparison.rows(task):
+        if not of(comparison, row):
+            continue
+        lines.append(_line(cells(comparison, row)))
+        if row.baseline is None:
+            grown.append(row)
+    lines += ["", "Units added, by layer (mean over seeds; one figure per growth):", ""]
+    for row in grown:
+        added = allocation(list(of(comparison, row).values()))
+        lines.append(f"- {row.title}: {added}")
+    if "stages" in comparison.suite.tasks[task]:
         lines += [
-            "| " + " | ".join(cells(comparison, row)) + " |"
-            for row in rows
-            if of(comparison, row)
-        ]
-        grown = [row for row in rows if row.baseline is None and of(comparison, row)]
-        lines += [
             "",
-            "Units added, by layer (mean over seeds; one figure per growth):",
+            "Test accuracy after each stage, % (mean ± population standard deviation, "
+            "as the paper has it):",
             "",
         ]
-        lines += [
-            f"- {row.title}: {allocation(list(of(comparison, row).values()))}"
-            for row in grown
-        ]
-        if "stages" in comparison.suite.tasks[task]:
-            lines += [
-                "",
-                "Test accuracy after each stage, % (mean ± population standard "
-                "deviation, as the paper has it):",
-                "",
-            ]
-            lines += [
-                f"- {row.title}: {by_stage(list(of(comparison, row).values()))}"
-                for row in grown
-            ]
-        parts.append("\n".join(lines))
-    first = next(iter(comparison.done.values()), None)
+        for row in grown:
+            accuracies = by_stage(list(of(comparison, row).values()))
+            lines.append(f"- {row.title}: {accuracies}")
+    return "\n".join(lines)
+
+
+def _line(texts: Sequence[str]) -> str:
+    return "| " + " | ".join(texts) + " |"
+
+
+def _note(comparison: Comparison) -> str:
     suite = comparison.suite
-    unit = (
-        "loss"
-        if suite.score == "loss"
-        else "points of accuracy (in loss for regression)"
-    )
+    unit = "points of accuracy (in loss for regression)"
+    if suite.score == "loss":
+        unit = "loss"
     note = (
         f"Seeds {suite.seeds}. Differences are in {unit}; reference: "
-        f"{suite.reference}. The full cost is that of the final "
-        "shape trained for the whole schedule."
+        f"{suite.reference}. The full cost is that of the final shape trained for the "
+        "whole schedule."
     )
-    if first is not None:
+    for first in comparison.done.values():
         hardware, versions = first["hardware"], first["versions"]
-        note += f" {hardware['device']}, {hardware['name']}, torch {versions['torch']}, meristem {versions['meristem']}."
-    return "\n\n".join([*parts, note]) + "\n"
+        return (
+            f"{note} {hardware['device']}, {hardware['name']}, torch "
+            f"{versions['torch']}, meristem {versions['meristem']}."
+        )
+    return note
 
 
 def of(comparison: Comparison, row: Row) -> dict[int, Result]:

@@ -36,7 +36,8 @@ from meristem.core.axis import Axis, Kind, Place
 from meristem.core.errors import GrowthRefused
 from meristem.core.offer import Blocks, Offer
 from meristem.how.blocks import inserted, silenced
-from meristem.how.search import LOOKS, Search, next_layers, sampling_error, searched
+from meristem.how.candidates import next_layers
+from meristem.how.search import LOOKS, Search, sampling_error, searched
 from meristem.how.zero_block import ZeroBlock
 from meristem.lab.batches import length
 from meristem.lab.laboratory import Lab
@@ -192,124 +193,114 @@ class SENN:
         )
 
     def _layer(self, lab: Lab, loss: Loss, axis: Axis, count: int) -> Offer:
-        """Identity layers of a chain. The first adds what its activation can give at
-        the identity, or what the best new units of the width that it opens would give,
-        whichever is the surer; those behind it add nothing yet.
+        """Identity layers of a chain.
+
+        The first adds what its activation can give at the identity, or what the best new
+        units of the width that it opens would give, whichever is the surer; those behind
+        it add nothing yet.
         """
-        blocks = Blocks(
-            replace(lab.depth(axis).appended(count), activation=self.activation)
-        )
+        insertion = replace(lab.depth(axis).appended(count), activation=self.activation)
         layer = _inserted(lab, axis, self.activation)
-        if layer.opened is None:
-            found = [
-                self._coefficients(
-                    layer, loss, _affordable(layer.lab, self.batches, _pass(layer.lab))
-                )
-            ]
+        opened = layer.opened
+        if opened is None:
+            number = _affordable(layer.lab, self.batches, _pass(layer.lab))
+            found = [self._coefficients(layer, loss, number)]
         else:
             units = layer.lab.within(_UNITS_SHARE * lab.allowance)
-            search = self._search.within(
-                units, layer.opened, _OPENED * layer.opened.multiple
-            )
+            search = self._search.within(units, opened, _OPENED * opened.multiple)
             found = [self._coefficients(layer, loss, search.batches)]
-            with contextlib.suppress(
-                GrowthRefused
-            ):  # nothing is seen of what reads the width
-                found.append(self._units(units, loss, layer.opened))
+            # Where nothing is seen of what reads the width, the coefficients count alone.
+            with contextlib.suppress(GrowthRefused):
+                found.append(self._units(units, loss, opened))
         surest = _surest(found)
-        gains, cost = (
-            (surest.gains[0], *[0.0] * (count - 1)),
-            sum(offer.flops for offer in found),
-        )
         return replace(
             surest,
             axis=axis.name,
             count=count,
             strips={},
-            blocks=blocks,
-            gains=gains,
-            flops=cost,
+            blocks=Blocks(insertion),
+            gains=(surest.gains[0], *[0.0] * (count - 1)),
+            flops=sum(offer.flops for offer in found),
         )
 
     def _units(self, lab: Lab, loss: Loss, axis: Axis) -> Offer:
-        """The best new units of a width, as many as are surest together; their gain is
-        one.
-        """
+        """The best new units of a width, as many as are surest; their gain is one."""
         offer = searched(lab, loss, axis, _OPENED * axis.multiple, self._search)
-        several = [
-            replace(
-                offer,
-                gains=(sum(offer.gains[:n]),),
-                error=math.sqrt(n) * offer.error,
-                freedom=n * offer.freedom,
+        several = []
+        for number in range(1, len(offer.gains) + 1):
+            several.append(
+                replace(
+                    offer,
+                    gains=(sum(offer.gains[:number]),),
+                    error=math.sqrt(number) * offer.error,
+                    freedom=number * offer.freedom,
+                )
             )
-            for n in range(1, len(offer.gains) + 1)
-        ]
         return _surest(several)
 
     def _coefficients(self, layer: _Inserted, loss: Loss, number: int) -> Offer:
-        """The score of the coefficients of an inserted activation at the identity on so
-        many batches: of its tangents,
+        """The score of the coefficients of an inserted activation on so many batches.
+
+        At the identity, of its tangents
 
             d sigma / d beta = 1 / (1 + x^2),     d sigma / d gamma = x / (1 + x^2)
-            (rational),
 
-        beyond what is linear in the input of the layer before it, which its own weights
-        reach.
+        (rational), beyond what is linear in the input of the layer before it, which its
+        own weights reach.
         """
-        model, before = layer.model, layer.before
         batches, meter = list(layer.lab.batches)[:number], Meter()
-
-        def rows(batch: Any) -> tuple[Tensor, Tensor, Tensor, int]:
-            with Watched(model, [before]) as watched:
-                meter.run(batch, lambda: watched.run(loss, batch))
-            read, back, given = watched.rows(before)
-            tangents = layer.activation.tangents(given)
-            return (
-                read,
-                back.repeat(1, len(tangents)),
-                torch.cat(tangents, 1),
-                watched.used(before),
-            )
-
-        looked = [rows(batch) for batch in batches[:LOOKS]]
-        reads = torch.cat([read for read, *_ in looked])
+        looked = [layer.tangents(loss, batch, meter) for batch in batches[:LOOKS]]
+        reads = torch.cat([one.read for one in looked])
+        features = torch.cat([one.features for one in looked])
         reached = torch.linalg.cholesky(damped(reads.T @ reads, self.damping))
-        explains = torch.cholesky_solve(
-            reads.T @ torch.cat([features for _, _, features, _ in looked]), reached
-        )
+        explains = torch.cholesky_solve(reads.T @ features, reached)
         gradient, fisher, samples = torch.zeros(()), torch.zeros(()), 0
-        for read, back, features, count in itertools.chain(
-            looked, map(rows, batches[LOOKS:])
-        ):
-            each = back * (features - read @ explains)
-            each = (
-                each[: count * (len(each) // count)]
-                .reshape(count, -1, each.shape[1])
-                .sum(1)
-            )
-            gradient, fisher, samples = (
-                gradient + each.sum(0),
-                fisher + each.T @ each,
-                samples + count,
-            )
+        # The first batches were looked at already; the others are, one at a time.
+        later = (layer.tangents(loss, batch, meter) for batch in batches[LOOKS:])
+        for one in itertools.chain(looked, later):
+            each = one.of_examples(explains)
+            gradient = gradient + each.sum(0)
+            fisher = fisher + each.T @ each
+            samples += len(each)
         fisher = fisher / samples
-        found = (
-            whitened(damped(fisher, self.damping), gradient[:, None] / samples)
-            .square()
-            .sum()
-            .item()
-        )
+        mean = gradient[:, None] / samples
+        score = whitened(damped(fisher, self.damping), mean).square().sum().item()
         free = effective(fisher, self.damping)
-        gains = (found - free / samples,)
         return Offer(
             "",
             1,
-            gains=gains,
+            gains=(score - free / samples,),
             error=sampling_error(free, samples),
             freedom=free,
             flops=meter.total,
         )
+
+
+@dataclass(frozen=True)
+class _Tangents:
+    """What the coefficients of an activation see of one batch, in rows.
+
+    Attributes:
+        read: What the layer before reads.
+        back: The gradient that comes back, once for every coefficient.
+        features: The tangents of the activation.
+        samples: How many examples these are.
+    """
+
+    read: Tensor
+    back: Tensor
+    features: Tensor
+    samples: int
+
+    def of_examples(self, explains: Tensor) -> Tensor:
+        """(samples, coefficients): the gradient of each example's coefficients.
+
+        Beyond what is linear in what the layer before reads.
+        """
+        each = self.back * (self.features - self.read @ explains)
+        rows = len(each) // self.samples
+        whole = each[: self.samples * rows]
+        return whole.reshape(self.samples, rows, each.shape[1]).sum(1)
 
 
 @dataclass(frozen=True)
@@ -323,6 +314,16 @@ class _Inserted:
     activation: Rational | PReLU
     before: str
     opened: Axis | None
+
+    def tangents(self, loss: Loss, batch: Any, meter: Meter) -> _Tangents:
+        """What the coefficients of the activation see of one batch."""
+        with Watched(self.model, [self.before]) as watched:
+            meter.run(batch, lambda: watched.run(loss, batch))
+        read, back, given = watched.rows(self.before)
+        tangents = self.activation.tangents(given)
+        repeated = back.repeat(1, len(tangents))
+        samples = watched.used(self.before)
+        return _Tangents(read, repeated, torch.cat(tangents, 1), samples)
 
 
 def _inserted(lab: Lab, axis: Axis, activation: str) -> _Inserted:

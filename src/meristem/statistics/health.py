@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from meristem.core.axis import Axis, Place, matches
+from meristem.core.axis import Axis, Place, Slot, matches
 from meristem.core.change import Sources, by_unit
 from meristem.core.errors import GrowthRefused
 from meristem.lab.batches import first_call, one_pass
@@ -100,6 +100,7 @@ def health(
     Examples:
         >>> import torch, meristem as ms
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> _ = torch.nn.init.constant_(net[0].bias, 100.0)  # all alive
         >>> _ = torch.nn.init.constant_(net[0].bias[:2], -100.0)
         >>> data = [(torch.randn(32, 4), torch.randn(32, 2))]
         >>> loss = lambda model, batch: torch.nn.functional.mse_loss(model(batch[0]), batch[1])
@@ -186,9 +187,10 @@ def measure(
                 value.backward()
         figures = {}
         for axis in axes:
-            chosen = units[axis.name] if units else None
-            layout = layouts[axis.name]
-            figures[axis.name] = _figures(axis, layout, tensors, reader, chosen)
+            chosen = units[axis.name] if units is not None else None
+            looked = _Units(axis, layouts[axis.name], tensors, chosen)
+            compared = units is not None
+            figures[axis.name] = _figures(axis, looked, reader, compared)
         return figures
 
 
@@ -339,83 +341,87 @@ class _Norms:
         return math.sqrt(total / max(self._batches, 1))
 
 
-def _figures(
-    axis: Axis,
-    layout: Mapping[Place, Sources],
-    tensors: Mapping[str, Tensor],
-    reader: _Reader,
-    units: Any,
-) -> Figures:
-    strips = {
-        slot.place: by_unit(tensors[slot.name].detach(), slot.dim, layout[slot.place])
-        for slot in axis.slots
-    }
-    count = len(next(iter(strips.values())))
-    looked_at = (
-        sorted({int(u) // axis.multiple for u in units})
-        if units is not None
-        else list(range(count))
-    )
-    picked = torch.tensor(looked_at, dtype=torch.long)
-    others = torch.tensor(
-        [u for u in range(count) if u not in set(looked_at)], dtype=torch.long
-    )
+class _Units:
+    """The units of one axis on a copy with gradients: those looked at, and the others.
+
+    Attributes:
+        count: How many there are, in steps of the axis.
+        picked, others: Their numbers.
+    """
+
+    def __init__(
+        self,
+        axis: Axis,
+        layout: Mapping[Place, Sources],
+        tensors: Mapping[str, Tensor],
+        units: Sequence[int] | None,
+    ) -> None:
+        self._layout, self._tensors = layout, tensors
+        self.count = len(layout[axis.slots[0].place])
+        chosen = set(range(self.count))
+        if units is not None:
+            chosen = {int(unit) // axis.multiple for unit in units}
+        listed = sorted(chosen)
+        rest = [unit for unit in range(self.count) if unit not in chosen]
+        self.picked = torch.tensor(listed, dtype=torch.long)
+        self.others = torch.tensor(rest, dtype=torch.long)
+
+    def weights(self, slots: Sequence[Slot]) -> list[Tensor]:
+        """Their entries in some slots, unit by unit."""
+        found = []
+        for slot in slots:
+            value = self._tensors[slot.name].detach()
+            found.append(by_unit(value, slot.dim, self._layout[slot.place]))
+        return found
+
+    def gradients(self, slots: Sequence[Slot]) -> list[Tensor]:
+        """The gradients of these entries, where there are any."""
+        found = []
+        for slot in slots:
+            gradient = dense_gradient(self._tensors[slot.name])
+            if gradient is not None:
+                found.append(by_unit(gradient, slot.dim, self._layout[slot.place]))
+        return found
+
+
+def _figures(axis: Axis, units: _Units, reader: _Reader, compared: bool) -> Figures:
+    picked, others = units.picked, units.others
     figures: Figures = {"units": float(len(picked))}
     if not len(picked):
         return figures
-    reached = torch.zeros(count)
-    for slot in axis.slots:
-        gradient = dense_gradient(tensors[slot.name])
-        if gradient is not None:
-            reached += (
-                by_unit(gradient, slot.dim, layout[slot.place])
-                .flatten(1)
-                .abs()
-                .amax(1)
-                .float()
-                .cpu()
-            )
+    reached = torch.zeros(units.count)
+    for gradient in units.gradients(axis.slots):
+        reached += gradient.flatten(1).abs().amax(1).float().cpu()
     figures["dead"] = _share(reached[picked] == 0)
     if axis.name in reader.largest:
         size = reader.mean[axis.name] / max(reader.passes[axis.name], 1)
         figures["inactive_forward"] = _share(reader.largest[axis.name][picked] <= 0)
         figures["dormant"] = _share(size[picked] <= DORMANT * size.mean())
-    outgoing = _norm([strips[slot.place] for slot in axis.places("fan_out")])
+    outgoing = _norm(units.weights(axis.places("fan_out")))
     if outgoing is not None:
         heard = outgoing[outgoing > 0]
         limit = UNREAD * heard.median().item() if len(heard) else 0.0
         figures["inactive_outgoing"] = _share(outgoing[picked] <= limit)
     inward = axis.places("fan_in")
-    if units is not None and len(others) and inward:
-        gradients = [dense_gradient(tensors[s.name]) for s in inward]
-        norms = _norm(
-            [
-                by_unit(g, s.dim, layout[s.place])
-                for g, s in zip(gradients, inward, strict=True)
-                if g is not None
-            ]
-        )
-        if norms is not None and norms[others].mean() > 0:
-            figures["gradient_ratio"] = (
-                norms[picked].mean() / norms[others].mean()
-            ).item()
-        vectors = torch.cat(
-            [strips[slot.place].flatten(1).double().cpu() for slot in inward], 1
-        )
-        vectors = vectors / vectors.norm(dim=1, keepdim=True).clamp_min(
-            torch.finfo(torch.float64).tiny
-        )
-        figures["cosine"] = (vectors[picked] @ vectors[others].T).amax(1).mean().item()
+    if not compared or not len(others) or not inward:
+        return figures
+    norms = _norm(units.gradients(inward))
+    if norms is not None and norms[others].mean() > 0:
+        ratio = norms[picked].mean() / norms[others].mean()
+        figures["gradient_ratio"] = ratio.item()
+    rows = [weight.flatten(1).double().cpu() for weight in units.weights(inward)]
+    vectors = torch.cat(rows, 1)
+    tiny = torch.finfo(torch.float64).tiny
+    vectors = vectors / vectors.norm(dim=1, keepdim=True).clamp_min(tiny)
+    figures["cosine"] = (vectors[picked] @ vectors[others].T).amax(1).mean().item()
     return figures
 
 
 def dense_gradient(tensor: Tensor) -> Tensor | None:
     """The gradient of a tensor; that of an embedding may be sparse."""
-    return (
-        tensor.grad.to_dense()
-        if tensor.grad is not None and tensor.grad.is_sparse
-        else tensor.grad
-    )
+    if tensor.grad is not None and tensor.grad.is_sparse:
+        return tensor.grad.to_dense()
+    return tensor.grad
 
 
 def _norm(strips: Sequence[Tensor]) -> Tensor | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from meristem.activations import IDENTITIES
 from meristem.core.change import Insertion
-from meristem.structure.depth import Depth, Form
+from meristem.structure.depth import Depth, Form, follows
 from meristem.structure.layers import LAYERS, is_plain, layer_of
 from meristem.structure.tracer import Pass, Tracer
 
@@ -62,7 +62,7 @@ def _is_covered(name: str, covered: set[str]) -> bool:
 def _grown_place(name: str, chain: nn.Module) -> Depth:
     form: Form = getattr(chain, CHAIN)
     keys = list(chain._modules)[::2]  # every other one is an activation
-    if form == "before":
+    if not follows(form):
         keys = [keys[-1], *keys[:-1]]
     blocks = tuple(f"{name}.{key}" for key in keys)
     return Depth(f"{name}:depth", name, form, 0, 1, blocks, False)
@@ -98,7 +98,7 @@ def activation_at(form: Form, passed: Pass, tracer: Tracer) -> str:
     Where a ReLU of the model's own follows (or its output comes in), a second one
     changes nothing; elsewhere it would.
     """
-    if form == "after":
+    if follows(form):
         readers = tracer.of(passed.outputs[0]).readers
         return "relu" if readers in (["relu"], ["relu_"]) else "rational"
     return "relu" if tracer.of(passed.inputs[0]).positive else "rational"
@@ -115,7 +115,7 @@ def insert_layers(
     """
     module = model.get_submodule(insertion.path)
     parts = list(module.children()) if hasattr(module, CHAIN) else [module]
-    if insertion.form == "after":
+    if follows(insertion.form):
         old = parts[0]
         pairs = list(zip(parts[1::2], parts[2::2], strict=True))
     else:
@@ -126,7 +126,7 @@ def insert_layers(
     for place, number in enumerate(insertion.blocks):
         if insertion.new[place]:
             parent = pairs[number - 1][1] if number else old
-            layer = identity_layer(parent, insertion.form)
+            layer = identity_layer(parent, follows(insertion.form))
             activation = _activation(insertion.activation, layer, parent)
             made[place] = (parent, nn.ModuleList([activation, layer]))
             placed.append((activation, layer))
@@ -150,7 +150,7 @@ def _stand(
         holder._modules[key] = old
         return
     order = [old]
-    if insertion.form == "after":
+    if follows(insertion.form):
         for activation, layer in placed:
             order += [activation, layer]
     else:
@@ -168,17 +168,17 @@ def _stand(
     holder._modules[key] = chain
 
 
-def identity_layer(old: nn.Module, form: str) -> nn.Module:
+def identity_layer(old: nn.Module, behind: bool) -> nn.Module:
     """A layer like `old` that starts as the identity.
 
-    It passes on what `old` gives ("after") or takes ("before").
+    It passes on what `old` gives, or (in front of it) what it takes.
     """
     weight = old.weight
     assert isinstance(weight, Tensor)
     row = layer_of(old)
     assert row is not None
     assert row.identity is not None
-    layer = row.identity(old, weight.shape[0 if form == "after" else 1])
+    layer = row.identity(old, weight.shape[0 if behind else 1])
     for name, parameter in list(layer.named_parameters()):
         start = weight.detach().new_zeros(parameter.shape)
         if name == "weight" and not has_no_data(weight):

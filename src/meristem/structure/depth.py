@@ -16,6 +16,11 @@ from meristem.structure.labels import Label
 Form = Literal["run", "after", "before"]
 
 
+def follows(form: Form) -> bool:
+    """Whether new blocks of this form stand behind the present ones."""
+    return form != "before"
+
+
 @dataclass(frozen=True)
 class Depth:
     """A depth axis of one model: where its blocks stand, and what they cost.
@@ -54,13 +59,18 @@ class Depth:
         return len(self.blocks)
 
     @property
+    def follows(self) -> bool:
+        """Whether new blocks stand behind the present ones."""
+        return follows(self.form)
+
+    @property
     def least(self) -> int:
         return self.fixed + int(self.copied)
 
     @property
     def parent(self) -> int:
         # In front of an output layer every new layer takes what the old one took.
-        return 0 if self.form == "before" else self.size - 1
+        return self.size - 1 if self.follows else 0
 
     @property
     def listed(self) -> bool:

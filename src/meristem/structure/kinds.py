@@ -171,7 +171,7 @@ def _parameters_of(
     inside = [structure.model.get_submodule(depth.blocks[block])]
     if not depth.copied:  # a layer of a chain goes with its activation
         chain, _, number = depth.blocks[block].rpartition(".")
-        beside = int(number) + (-1 if depth.form == "after" else 1)
+        beside = int(number) + (-1 if depth.follows else 1)
         inside.append(structure.model.get_submodule(f"{chain}.{beside}"))
     held = {id(p) for module in inside for p in module.parameters()}
     for module in modules_without(structure.model, *inside):
@@ -200,7 +200,7 @@ def _squared(
     there.
     """
     out, into = _ends(structure, depth, block)
-    kept, gone = (out, into) if depth.form == "after" else (into, out)
+    kept, gone = (out, into) if depth.follows else (into, out)
     return [kept if label.root is gone.root else label for label in factors]
 
 
@@ -210,9 +210,9 @@ def _layer_parameters(
     """The parameters of an identity layer with its activation."""
     depth = structure.depths[insertion.axis]
     out, into = _ends(structure, depth, block)
-    width = size(out if depth.form == "after" else into, changes)
+    width = size(out if depth.follows else into, changes)
     old: nn.Module = structure.model.get_submodule(depth.blocks[block])
-    weight = identity_layer(old, depth.form).weight
+    weight = identity_layer(old, depth.follows).weight
     assert isinstance(weight, torch.Tensor)
     total = width * width * math.prod(weight.shape[2:]) + width
     activation = IDENTITIES.get(insertion.activation)

@@ -35,12 +35,12 @@ class Label:
     a sum of finer labels.
     """
 
-    __slots__ = ("end", "frozen", "kind", "mixes", "parent", "parts", "size")
+    __slots__ = ("composition", "end", "frozen", "mixes", "parent", "parts", "size")
 
     def __init__(self, size: int, frozen: str | None = None) -> None:
         self.size = size
         self.parent: Label | None = None
-        self.kind: Literal["atom", "product", "sum"] = "atom"
+        self.composition: Literal["atom", "product", "sum"] = "atom"
         self.parts: list[Label] = []
         self.frozen = frozen
         self.end: str | None = None
@@ -53,15 +53,24 @@ class Label:
             node = node.parent
         return node
 
+    @property
+    def is_atom(self) -> bool:
+        return self.composition == "atom"
+
+    @property
+    def is_product(self) -> bool:
+        return self.composition == "product"
+
+    @property
+    def is_sum(self) -> bool:
+        return self.composition == "sum"
+
     def __repr__(self) -> str:
         root = self.root
-        if root.kind == "atom":
+        if root.is_atom:
             return str(root.size)
-        return (
-            "("
-            + {"product": "*", "sum": "+"}[root.kind].join(map(repr, root.parts))
-            + ")"
-        )
+        sign = "*" if root.is_product else "+"
+        return f"({sign.join(map(repr, root.parts))})"
 
 
 UNIT = Label(1, "a broadcast dimension of size 1")
@@ -79,7 +88,7 @@ def atoms(label: Label) -> Iterator[Label]:
     in several places.
     """
     root = label.root
-    if root.kind == "atom":
+    if root.is_atom:
         yield root
     for part in root.parts:
         yield from atoms(part)
@@ -113,7 +122,7 @@ def _refine(
     label: Label, kind: Literal["product", "sum"], parts: Sequence[Label]
 ) -> None:
     root = label.root
-    root.kind, root.parts = kind, list(parts)
+    root.composition, root.parts = kind, list(parts)
     for part in parts:
         _inherit(part, root)
 
@@ -131,7 +140,7 @@ def _flat(labels: Sequence[Label], kind: Literal["product", "sum"]) -> list[Labe
     flat: list[Label] = []
     for label in labels:
         root = label.root
-        if root.kind == kind:
+        if root.composition == kind:
             flat += _flat(root.parts, kind)
         elif not (kind == "product" and root is UNIT):
             flat.append(root)
@@ -146,7 +155,7 @@ def product(labels: Sequence[Label]) -> Label:
     if len(parts) < 2:
         return parts[0] if parts else UNIT
     result = Label(math.prod(part.size for part in parts))
-    result.kind, result.parts = "product", parts
+    result.composition, result.parts = "product", parts
     return result
 
 
@@ -156,7 +165,7 @@ def concatenation(labels: Sequence[Label]) -> Label:
     if len(parts) == 1:
         return parts[0]
     result = Label(sum(part.size for part in parts))
-    result.kind, result.parts = "sum", parts
+    result.composition, result.parts = "sum", parts
     return result
 
 
@@ -173,11 +182,11 @@ def split_product(label: Label, outer: int) -> tuple[Label, Label]:
         raise Conflict(
             f"a dimension of size {root.size} cannot be cut into {outer} equal parts"
         )
-    if root.kind == "atom":
+    if root.is_atom:
         first, second = Label(outer), Label(root.size // outer)
         _refine(root, "product", [first, second])
         return first, second
-    if root.kind == "sum":
+    if root.is_sum:
         return _split_sum_of_equal_rows(root, root.size // outer)
     taken: list[Label] = []
     rest = _flat([root], "product")
@@ -213,11 +222,11 @@ def split_sum(label: Label, position: int) -> tuple[Label, Label]:
     root = label.root
     if not 0 < position < root.size:
         raise Conflict(f"a dimension of size {root.size} cannot be cut at {position}")
-    if root.kind == "atom":
+    if root.is_atom:
         left, right = Label(position), Label(root.size - position)
         _refine(root, "sum", [left, right])
         return left, right
-    if root.kind == "sum":
+    if root.is_sum:
         taken: list[Label] = []
         rest = _flat([root], "sum")
         while position:
@@ -252,7 +261,7 @@ def unify(first: Label, second: Label) -> None:
     if a.size != b.size:
         raise Conflict(f"sizes {a.size} and {b.size} meet")
     try:
-        if a.kind != "atom" and b.kind != "atom":
+        if not a.is_atom and not b.is_atom:
             _unify_structure(a, b)
     except Conflict as conflict:
         freeze(a, str(conflict))
@@ -261,21 +270,21 @@ def unify(first: Label, second: Label) -> None:
     a, b = a.root, b.root
     if a is b:
         return
-    if a.kind == "atom":
+    if a.is_atom:
         a, b = b, a
     b.parent = a
     _inherit(a, b)
 
 
 def _unify_structure(a: Label, b: Label) -> None:
-    if a.kind == b.kind == "product":
+    if a.is_product and b.is_product:
         _zip_parts(
             a, b, "product", split_product, lambda label, size: label.size % size == 0
         )
-    elif a.kind == b.kind == "sum":
+    elif a.is_sum and b.is_sum:
         _zip_parts(a, b, "sum", split_sum, lambda label, size: True)
     else:
-        whole, parts = (a, b) if a.kind == "product" else (b, a)
+        whole, parts = (a, b) if a.is_product else (b, a)
         factors = _flat([whole], "product")
         outer, inner = split_product(parts, factors[0].size)
         unify(factors[0], outer)
@@ -319,7 +328,7 @@ def regroup(labels: Sequence[Label], sizes: Sequence[int]) -> list[Label]:
             taken: list[Label] = []
             while size > 1 or (not taken and factors and factors[0].root.size == 1):
                 factor = factors.pop(0).root
-                if factor.kind == "product":
+                if factor.is_product:
                     factors[:0] = _flat([factor], "product")
                 elif size % factor.size == 0:
                     taken.append(factor)
@@ -348,10 +357,10 @@ Changes = Mapping[Label, Sources]
 def size(label: Label, changes: Changes) -> int:
     """The size of a dimension after `changes`."""
     root = label.root
-    if root.kind == "atom":
+    if root.is_atom:
         return len(changes[root]) if root in changes else root.size
     sizes = [size(part, changes) for part in root.parts]
-    return math.prod(sizes) if root.kind == "product" else sum(sizes)
+    return math.prod(sizes) if root.is_product else sum(sizes)
 
 
 def sources(label: Label, changes: Changes) -> Sources:
@@ -359,10 +368,10 @@ def sources(label: Label, changes: Changes) -> Sources:
     where it is new.
     """
     root = label.root
-    if root.kind == "atom":
+    if root.is_atom:
         return changes[root] if root in changes else np.arange(root.size)
     parts = [(part.root.size, sources(part, changes)) for part in root.parts]
-    if root.kind == "sum":
+    if root.is_sum:
         offsets = np.cumsum([0] + [old for old, _ in parts])
         shifted = [
             np.where(new < 0, -1, new + start)
@@ -383,11 +392,11 @@ def owners(label: Label, atom: Label, changes: Changes) -> Sources:
     belongs to, or -1.
     """
     root = label.root
-    if root.kind == "atom":
+    if root.is_atom:
         count = size(root, changes)
         return np.arange(count) if root is atom.root else np.full(count, -1)
     parts = [owners(part, atom, changes) for part in root.parts]
-    if root.kind == "sum":
+    if root.is_sum:
         return np.concatenate(parts)
     result = parts[0]
     for new in parts[1:]:
@@ -398,7 +407,7 @@ def owners(label: Label, atom: Label, changes: Changes) -> Sources:
 def multiply(label: Label, first: Label, second: Label) -> bool:
     """Whether two atoms stand in different factors of one product at or below `label`."""
     root = label.root
-    if root.kind == "product":
+    if root.is_product:
         holds = [(first in atoms(part), second in atoms(part)) for part in root.parts]
         if any(a and not b for a, b in holds) and any(b and not a for a, b in holds):
             return True

@@ -170,7 +170,7 @@ def clash(structure: Structure, names: Sequence[str]) -> tuple[str, str] | None:
     products = set()
     for labels in structure.labels.values():
         for label in labels:
-            if label.root.kind != "atom":
+            if not label.root.is_atom:
                 products.add(label.root)
     for label in products:
         found = _two_factors(label, by_atom)
@@ -188,7 +188,7 @@ def _two_factors(label: Label, by_atom: Mapping[Label, str]) -> tuple[str, str] 
         if below is not None:
             return below
         inside.append({by_atom[atom] for atom in atoms(part) if atom in by_atom})
-    if root.kind != "product":
+    if not root.is_product:
         return None
     for i, first in enumerate(inside):
         for second in inside[i + 1 :]:

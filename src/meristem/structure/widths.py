@@ -152,7 +152,7 @@ class Widths:
         inside: set[Label] = set()
         for labels in self._labels.values():
             for label in labels:
-                if label.root.kind == "product":
+                if label.root.is_product:
                     inside.update(atoms(label))
         return inside & _all_atoms(list(self._trace.heads))
 
@@ -200,7 +200,7 @@ class Widths:
         multiple = 1
         # An axis of output units counts these, however the dimension is viewed; heads,
         # groups and the rest count themselves.
-        if part == "" and label.root.kind == "product":
+        if part == "" and label.root.is_product:
             multiple = label.root.size // atom.size
         slots = tuple(self._slot(place) for place in sorted(places, key=self._when))
         norms = self._norms_of.get(atom, [])

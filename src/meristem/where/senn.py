@@ -6,12 +6,13 @@ score, and stop when nothing does.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Literal
 
 from meristem.core.errors import DataError
-from meristem.core.offer import Share
+from meristem.core.offer import Offer, Share
 from meristem.lab.batches import length
 from meristem.lab.laboratory import Lab
 from meristem.lab.ledger import batch_size, counting
@@ -98,15 +99,17 @@ class SENN:
         return True
 
     def share(self, choice: Choice) -> Share:
-        """The accepted units of the best axis; none, and the reason, where nothing is
-        worth its parameters.
+        """The accepted units of the best axis.
+
+        None, and the reason, where nothing is worth its parameters.
         """
         lab = choice.lab
         assert lab is not None
-        costs = {
-            "parameter": choice.parameters_per_unit,
-            "flop": choice.flops_per_unit,
-        }.get(self.per, {})
+        costs: Mapping[str, float] | None = None
+        if self.per == "parameter":
+            costs = choice.parameters_per_unit
+        elif self.per == "flop":
+            costs = choice.flops_per_unit
         votes: dict[str, dict[str, float]] = {}
         best: tuple[float, str, int] | None = None
         with counting() as counter:
@@ -114,57 +117,55 @@ class SENN:
             own = self._score(lab) if self.tau is not None else 0.0
             for axis in choice.axes:
                 offer = choice.offers[axis.name]
-                if not offer.gains or (not offer.freedom and any(offer.gains)):
-                    raise ValueError(
-                        "where.SENN needs a method that measures the score. hint: "
-                        "how.SENN does"
-                    )
-                asked = (
-                    self.alpha if self.alpha is not None else offer.freedom / examples
-                )
-                asked = max(asked, (self.tau or 0.0) * own)
-                margins = [
-                    gain - asked for gain in offer.gains[: self._limit(lab, asked)]
-                ]
-                slack = 0.0 if self.alpha is not None else _SURE * offer.error
-                if self.alpha is not None:
-                    margins = list(takewhile(lambda margin: margin > 0, margins))
-                nets = [
-                    sum(margins[:m]) - slack * math.sqrt(m)
-                    for m in range(1, len(margins) + 1)
-                ]
-                count = max(range(len(nets)), key=nets.__getitem__) + 1 if nets else 0
+                count, asked, worth = self._accepted(lab, offer, examples, own)
+                gain = sum(offer.gains[: max(count, 1)])
                 votes[axis.name] = {
-                    "gain": sum(offer.gains[: max(count, 1)]),
+                    "gain": gain,
                     "units": float(count),
                     "asked": asked,
                     "error": offer.error,
                 }
-                if (
-                    count
-                    and nets[count - 1] > 0
-                    and count * axis.multiple <= choice.total
-                ):
-                    cost = count * axis.multiple * costs[axis.name] if costs else 1.0
-                    worth = votes[axis.name]["gain"] / cost
-                    best = max(
-                        best or (0.0, "", 0), (worth, axis.name, count * axis.multiple)
-                    )
+                units = count * axis.multiple
+                if worth <= 0 or units > choice.total:
+                    continue
+                cost = units * costs[axis.name] if costs is not None else 1.0
+                if best is None or (gain / cost, axis.name, units) > best:
+                    best = (gain / cost, axis.name, units)
         flops = counter.get_total_flops()
         if best is not None:
             return Share({best[1]: best[2]}, votes, flops)
-        name, nearest = max(
-            votes.items(), key=lambda vote: vote[1]["gain"] - _SURE * vote[1]["error"]
-        )
-        reason = (
-            f"nothing is worth its parameters: the best, on {name}, adds "
-            f"{nearest['gain']:.2g} to the score, "
-            f"with a standard error of {nearest['error']:.2g}, and "
-            f"{nearest['asked']:.2g} is asked"
-        )
-        return Share(
-            {}, votes, flops, reason, final=choice.refusals + 1 >= self.patience
-        )
+        final = choice.refusals + 1 >= self.patience
+        return Share({}, votes, flops, _too_little(votes), final)
+
+    def _accepted(
+        self, lab: Lab, offer: Offer, examples: float, own: float
+    ) -> tuple[int, float, float]:
+        """How many of the offered units are best together.
+
+        Returns:
+            Their number, what is asked of each, and what they are worth beyond that.
+        """
+        if not offer.gains or (not offer.freedom and any(offer.gains)):
+            raise ValueError(
+                "where.SENN needs a method that measures the score. hint: how.SENN does"
+            )
+        asked = self.alpha
+        if asked is None:
+            asked = offer.freedom / examples
+        asked = max(asked, (self.tau or 0.0) * own)
+        limit = self._limit(lab, asked)
+        margins = [gain - asked for gain in offer.gains[:limit]]
+        slack = _SURE * offer.error
+        if self.alpha is not None:
+            margins = list(takewhile(lambda margin: margin > 0, margins))
+            slack = 0.0
+        best, worth, total = 0, -math.inf, 0.0
+        for number, margin in enumerate(margins, 1):
+            total += margin
+            net = total - slack * math.sqrt(number)
+            if net > worth:
+                best, worth = number, net
+        return best, asked, worth
 
     def _limit(self, lab: Lab, asked: float) -> int | None:
         """The most units that can be accepted at once, where `tau` bounds them."""
@@ -174,17 +175,14 @@ class SENN:
         return max(math.ceil(largest_number(asked, self.tau, max(most, asked))) - 1, 1)
 
     def _score(self, lab: Lab) -> float:
-        """eta of the whole net, without its sampling error where there are two batches
-        or more.
-        """
-        assert lab.loss is not None
+        """eta of the whole net, without its sampling error from two batches on."""
+        loss = lab.user_loss("where.SENN")
         copied = lab.copied()
         batches = list(lab.batches)[:_LOOKS]
         middle = len(batches) // 2
-        first = measure(copied, lab.loss, batches[:middle] or batches)
-        return max(
-            score(first, measure(copied, lab.loss, batches[middle:]), self.damping), 0.0
-        )
+        first = measure(copied, loss, batches[:middle] or batches)
+        second = measure(copied, loss, batches[middle:])
+        return max(score(first, second, self.damping), 0.0)
 
     def _examples(self, lab: Lab) -> float:
         """How many examples the data have, as the score counts them: images, or tokens."""
@@ -202,3 +200,17 @@ class SENN:
             watched.run(lab.loss, lab.batches[0])
         sizes = [batch_size(batch) for batch in lab.batches]
         return watched.samples / sizes[0] * sum(sizes) / len(sizes) * batches
+
+
+def _too_little(votes: Mapping[str, Mapping[str, float]]) -> str:
+    """What is said where nothing is accepted: how near the nearest came."""
+
+    def surely(vote: tuple[str, Mapping[str, float]]) -> float:
+        return vote[1]["gain"] - _SURE * vote[1]["error"]
+
+    name, nearest = max(votes.items(), key=surely)
+    return (
+        f"nothing is worth its parameters: the best, on {name}, adds "
+        f"{nearest['gain']:.2g} to the score, with a standard error of "
+        f"{nearest['error']:.2g}, and {nearest['asked']:.2g} is asked"
+    )
