@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from meristem.experiments.config import Experiment, checked
-from meristem.experiments.run import Progress, Run
+from meristem.experiments.run import Progress, Run, result_of
 
 _TRAIN = {
     "epochs": 20,

@@ -1,0 +1,88 @@
+"""What each ATen operation does to dimension labels: a row holds its rule and its sign."""
+
+from __future__ import annotations
+
+import torch
+
+from meristem.structure.ops import contractions, reductions, views
+from meristem.structure.tracer import Call, Operation, Rule, Sign
+
+
+def _rows(rule: Rule, names: str, sign: Sign = "any") -> dict[str, Operation]:
+    return dict.fromkeys(names.split(), Operation(rule, sign))
+
+
+OPERATIONS: dict[str, Operation] = {
+    **_rows(views.view, "view _unsafe_view reshape flatten", "kept"),
+    **_rows(views.view, "_reshape_alias"),
+    **_rows(views.permute, "permute transpose t", "kept"),
+    **_rows(views.permute, "transpose_ t_ numpy_T"),
+    **_rows(views.unsqueeze, "unsqueeze", "kept"),
+    **_rows(views.unsqueeze, "unsqueeze_"),
+    **_rows(views.squeeze, "squeeze", "kept"),
+    **_rows(views.squeeze, "squeeze_"),
+    **_rows(views.expand, "expand", "kept"),
+    **_rows(views.repeat, "repeat"),
+    **_rows(views.slice_, "slice", "kept"),
+    **_rows(views.select, "select", "kept"),
+    **_rows(views.select, "unbind"),
+    **_rows(views.split, "split split_with_sizes chunk unsafe_split unsafe_chunk"),
+    **_rows(views.glu, "glu"),
+    **_rows(views.cat, "cat", "kept"),
+    **_rows(views.stack, "stack"),
+    **_rows(views.constant_pad, "constant_pad_nd"),
+    **_rows(views.ordered, "roll flip sort topk cumsum cumprod"),
+    **_rows(views.index, "index"),
+    **_rows(views.gather, "index_select gather"),
+    **_rows(views.created, "new_zeros new_ones new_full new_empty new_empty_strided"),
+    **_rows(views.pointwise, "relu relu_ sigmoid exp", "positive"),
+    **_rows(views.pointwise, "add mul clone alias detach contiguous dropout", "kept"),
+    **_rows(views.pointwise, "native_dropout", "kept"),
+    **_rows(
+        views.pointwise, "_to_copy lift_fresh lift_fresh_copy bernoulli bernoulli_"
+    ),
+    **_rows(views.pointwise, "copy_ fill_ zero_ tril triu empty_like zeros_like"),
+    **_rows(views.pointwise, "ones_like full_like rand_like randn_like masked_fill"),
+    **_rows(views.pointwise, "masked_fill_ floor_divide hardswish hardswish_ silu_"),
+    **_rows(views.pointwise, "rrelu_with_noise uniform_ normal_ clamp clamp_"),
+    **_rows(views.pointwise, "clamp_min clamp_max"),
+    **_rows(views.spatial, "max_pool1d max_pool2d_with_indices avg_pool2d", "kept"),
+    **_rows(views.spatial, "max_pool3d_with_indices _adaptive_avg_pool2d", "kept"),
+    **_rows(contractions.embedding, "embedding"),
+    **_rows(contractions.matmul, "mm addmm bmm baddbmm mv dot"),
+    **_rows(contractions.convolution, "convolution"),
+    **_rows(reductions.layer_norm, "native_layer_norm"),
+    **_rows(reductions.group_norm, "native_group_norm"),
+    **_rows(reductions.softmax, "_softmax _safe_softmax softmax", "positive"),
+    **_rows(reductions.softmax, "_log_softmax"),
+    **_rows(reductions.reduce, "mean sum", "kept"),
+    **_rows(reductions.reduce, "amax amin var std prod linalg_vector_norm norm"),
+    **_rows(
+        reductions.reduce, "logsumexp any all argmax argmin max min var_mean median"
+    ),
+    **_rows(reductions.prelu, "_prelu_kernel prelu"),
+}
+"""What is known of each operation by its name. A new one is one row."""
+
+# Operations with one kernel per backend, by a part of their names.
+_FAMILIES: tuple[tuple[str, Rule], ...] = (
+    ("scaled_dot_product", contractions.attention),
+    ("batch_norm", reductions.batch_norm),
+)
+
+
+def operation_of(call: Call) -> Operation | None:
+    """The row for a call, or None where nothing is known of the operation."""
+    if not call.inputs:
+        return Operation(views.created)
+    if call.name in OPERATIONS:
+        return OPERATIONS[call.name]
+    for part, rule in _FAMILIES:
+        if part in call.name:
+            return Operation(rule)
+    is_spatial = any(part in call.name for part in ("pool", "upsample", "_pad"))
+    if is_spatial and call.outputs[0].dim() >= 3:
+        return Operation(views.spatial)
+    if torch.Tag.pointwise in call.func.tags:
+        return Operation(views.pointwise)
+    return None

@@ -1,0 +1,143 @@
+"""Operations that sum over products: matrix products, convolutions, attention."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from meristem.structure.labels import (
+    UNIT,
+    Label,
+    freeze,
+    mark_end,
+    mix,
+    product,
+    split_product,
+    unify,
+)
+from meristem.structure.ops.rules import SPATIAL, Result, as_data, auxiliary, unknown
+from meristem.structure.tracer import Call, Dim, Traced, Tracer
+
+
+def embedding(tracer: Tracer, call: Call) -> Result:
+    weight, where = call.inputs
+    rows, width = tracer.dims(weight)
+    mark_end(rows.label, "vocabulary")
+    tracer.produce([width])
+    return [Traced([*as_data(tracer.dims(where)), Dim(width.label)])]
+
+
+def matmul(tracer: Tracer, call: Call) -> Result:
+    """mm, mv, dot and bmm; with a first input more, what is added to the product."""
+    first, second = call.inputs[-2:]
+    a, b = tracer.dims(first), tracer.dims(second)
+    is_matrix = second.dim() > 1
+    batch: list[Dim] = []
+    if first.dim() == 3:
+        unify(a[0].label, b[0].label)
+        batch = as_data(a[:1])
+        if not tracer.of(first).weight and not tracer.of(second).weight:
+            tracer.trace.heads.add(a[0].label)
+    tracer.contract(a[-1], b[-2] if is_matrix else b[0])
+    columns = b[-1:] if is_matrix else []
+    tracer.produce([*a[:-1], *b[:-2], *columns])
+    rows = as_data(a[len(batch) : -1])
+    known = Traced([*batch, *rows, *as_data(columns)])
+    tracer.count([*(dim.label for dim in known.dims), a[-1].label])
+    if len(call.inputs) == 3:
+        _add_bias(tracer, call, known)
+    return [known]
+
+
+def _add_bias(tracer: Tracer, call: Call, known: Traced) -> None:
+    bias, out = call.inputs[0], call.outputs[0]
+    tracer.fill(bias, "bias")
+    out._meristem = known  # type: ignore[attr-defined]
+    tracer.broadcast([out, bias], out)
+
+
+def convolution(tracer: Tracer, call: Call) -> Result:
+    weight, bias = call.arguments["weight"], call.arguments["bias"]
+    transposed, out = call.arguments["transposed"], call.outputs[0]
+    data, kernel = tracer.dims(call.inputs[0]), tracer.dims(weight)
+    for dim in (*data[2:], *kernel[2:]):
+        freeze(dim.label, SPATIAL)
+    channels = _channels(tracer, call, data[1], kernel)
+    if bias is not None:
+        tracer.fill(bias, "bias")
+        unify(tracer.dims(bias)[0].label, channels)
+    positions = unknown(out.shape[2:], SPATIAL)
+    # A transposed convolution multiplies at every position that it reads.
+    counted = data[2:] if transposed else positions
+    volume = [Label(size) for size in weight.shape[2:]]
+    labels = [dim.label for dim in (data[0], *counted, *kernel[:2])]
+    tracer.count([*labels, *volume])
+    return [Traced([Dim(data[0].label), Dim(channels), *positions])]
+
+
+def _channels(tracer: Tracer, call: Call, data: Dim, kernel: list[Dim]) -> Label:
+    """The label of the channels that a convolution gives."""
+    groups, transposed = call.arguments["groups"], call.arguments["transposed"]
+    if groups > 1:
+        channels = _grouped(tracer, data, kernel, groups, transposed)
+        for name in tracer.of(call.arguments["weight"]).parameters():
+            tracer.trace.groups[name] = split_product(data.label, groups)[0]
+        return channels
+    into, from_ = (kernel[1], kernel[0]) if transposed else (kernel[0], kernel[1])
+    tracer.contract(data, from_)
+    tracer.produce([into])
+    return into.label
+
+
+def _grouped(
+    tracer: Tracer, data: Dim, kernel: list[Dim], groups: int, transposed: bool
+) -> Label:
+    """Grouped convolution: in = g i and out = g o.
+
+    The weight is (g o, i), transposed (g i, o).
+    """
+    group, inner = split_product(data.label, groups)
+    if transposed:
+        unify(data.label, kernel[0].label)
+        if inner is not UNIT:
+            tracer.trace.consumed |= kernel[0].origin
+            which = "the inner channels of a grouped transposed convolution"
+            freeze(inner, f"{tracer.place()}: {which}")
+        return product([group, kernel[1].label])
+    row_group, _ = split_product(kernel[0].label, groups)
+    unify(group, row_group)
+    if inner is not UNIT:
+        tracer.contract(Dim(inner), kernel[1])
+        tracer.produce([kernel[0]])
+    return kernel[0].label
+
+
+def attention(tracer: Tracer, call: Call) -> Result:
+    """Every kernel of scaled dot-product attention: (batch, heads, positions, width)."""
+    q, k, v = (tracer.dims(tensor) for tensor in call.inputs[:3])
+    unify(q[0].label, k[0].label)
+    for d in (0, 1, 2):
+        unify(k[d].label, v[d].label)
+    query_heads, key_heads = q[1].label, k[1].label.root.size
+    tracer.trace.heads.add(query_heads)
+    if query_heads.root.size != key_heads:  # several queries share a key
+        query_heads, _ = split_product(query_heads, key_heads)
+    unify(query_heads, k[1].label)
+    unify(q[3].label, k[3].label)
+    mix(q[3].label, f"{tracer.place()}: attention scores sum over it")
+    mask = call.arguments.get("attn_mask", call.arguments.get("attn_bias"))
+    if mask is not None:
+        _follow_mask(tracer, mask, [k[2], q[2], q[1], q[0]])
+    rows = [dim.label for dim in q[:3]]
+    tracer.count([*rows, q[3].label, k[2].label])
+    tracer.count([*rows, k[2].label, v[3].label])
+    leading = as_data(q[:3])
+    main = Traced([*leading, Dim(v[3].label)])
+    others = [auxiliary(tensor, list(leading)) for tensor in call.outputs[1:]]
+    return [main, *others]
+
+
+def _follow_mask(tracer: Tracer, mask: Tensor, dims: list[Dim]) -> None:
+    """The dimensions of a mask, the last one first, are those of the scores."""
+    for own, dim in zip(reversed(tracer.dims(mask)), dims, strict=False):
+        if own.label is not UNIT:
+            unify(own.label, dim.label)
