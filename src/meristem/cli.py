@@ -24,7 +24,7 @@ try:
 except ImportError as error:
     sys.exit(
         f"error: the command needs the extra [cli] ({error.name} is missing)\nhint: "
-        "pip install 'meristem[cli]'"
+        "pip install 'meristem-torch[cli]'"
     )
 
 from meristem.core.errors import MeristemError

@@ -46,7 +46,7 @@ try:
     )
 except ImportError as error:
     raise ImportError(
-        "meristem.sklearn needs scikit-learn. hint: pip install 'meristem[sklearn]'"
+        "meristem.sklearn needs scikit-learn. hint: pip install 'meristem-torch[sklearn]'"
     ) from error
 
 FAR = 10.0

@@ -546,7 +546,8 @@ def test_gains_per_flop_rank_units_and_blocks() -> None:
     assert sum(growth.added.values()) == 6
     kinds = {ms.find_axes(model, X)[name].kind for name in growth.added}
     assert kinds <= {"width", "depth"}
-    both = {axis.kind for axis in sharing._open_axes(ranked._asked(math.inf))}
+    check = sharing.Check(ranked.settings, ranked.structure(), ranked.clock, math.inf)
+    both = {axis.kind for axis in sharing._open_axes(check)}
     assert both > {"depth"}  # both sorts were offered, whichever won
 
 

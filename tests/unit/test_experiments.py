@@ -7,6 +7,7 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -408,3 +409,51 @@ def test_a_run_grows_depth_at_a_fraction_of_its_steps(tmp_path: Path) -> None:
             checked(table | {"grow": {"when": {"at": wrong}}})
     with pytest.raises(ConfigError, match="one of epochs, steps and flops"):
         checked(table | {"train": {"steps": 8, "epochs": 1}})
+
+
+def test_parts_come_from_any_import_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the page "Write a method" shows, from a file beside the configuration."""
+    page = (Path(__file__).parents[2] / "docs/write_a_method.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "my_growth.py").write_text("\n".join(blocks[:2]))
+    (tmp_path / "my_care.py").write_text(
+        "from meristem.care import Shrink\n"
+        "class Late:\n"
+        "    def due(self, clock):\n"
+        "        return clock.epoch_ended and clock.epoch == 1\n"
+        "class Gentle:\n"
+        "    def treat(self, model, plan, axes):\n"
+        "        return Shrink(0.9).treat(model, plan, axes)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    grow = {
+        "when": {"my_care:Late": {}},
+        "how": {"my_growth:Orthogonal": {"scale": 0.5}},
+        "where": "my_growth:ThinnestFirst",
+        "care": ["my_care:Gentle"],
+        "amount": 4,
+    }
+    model = {"mlp": {"hidden": [6, 8]}}
+    table = {**SMALL, "model": model, "grow": grow}
+    one = Run(checked({**table, "train": {"epochs": 2, "batch_size": 256}}))
+    one.train(tmp_path / "saved")
+    assert one.grower is not None
+    assert [growth.added for growth in one.grower.history] == [{"1": 4}]
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("nowhere:Method", "'nowhere' cannot be imported"),
+        ("collections:OrderedDict", "lacks kinds"),
+        ("collections:OrderedDikt", "Did you mean"),
+        ({"meristem.how:Random": {"scal": 1}}, "Did you mean 'scale'"),
+    ],
+)
+def test_a_wrong_import_path_is_told(how: Any, message: str) -> None:
+    table = {**SMALL, "grow": {"when": {"every": "1 epochs"}, "how": how}}
+    with pytest.raises(ConfigError, match=message):
+        checked(table)

@@ -1,4 +1,4 @@
 """Experiments from a file: configuration, data, built-in models, the runner, the demo.
 
-Needs `meristem[cli]`.
+Needs `meristem-torch[cli]`.
 """
