@@ -19,8 +19,7 @@ class Budget:
 
     Examples:
         >>> Budget(parameters=500_000, sizes={"fc1": 256})
-        Budget(parameters=500000, flops=None, units=None, growths=None, sizes={'fc1':
-        256})
+        Budget(parameters=500000, flops=None, units=None, growths=None, sizes={'fc1': 256})
     """
 
     parameters: int | None = None
