@@ -42,7 +42,7 @@ from meristem.structure.twin import named_tensors
 from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.exchange import OptimizerChange, check_free, exchange
 from meristem.surgery.optimizers import check_ownership, check_separable, grown_state
-from meristem.surgery.tensors import grown_tensors
+from meristem.surgery.tensors import edits_of, grown_tensors
 from meristem.surgery.verify import (
     check_edit,
     grown_twin,
@@ -515,13 +515,12 @@ def _committed(event: Event, draft: Draft, started: float) -> Growth:
     offers = list(draft.offers.values())
     live = named_tensors(event.model)
     states = []
-    for optimizer in event.optimizers:
-        for change in plan.tensors:
-            parameter = live[change.name]
+    for change in plan.tensors:
+        parameter = live[change.name]
+        edits = edits_of(change, plan, axes, offers)
+        for optimizer in event.optimizers:
             if parameter in optimizer.state:
-                state = grown_state(
-                    optimizer, parameter, change, plan, axes, offers, treatment.warm
-                )
+                state = grown_state(optimizer, parameter, change, edits, treatment.warm)
                 states.append((optimizer, parameter, state))
     check_free({name: live[name] for name in draft.tensors})
     following = OptimizerChange(event.optimizers, states, treatment.reset)

@@ -11,17 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from meristem.core.axis import Axis
-from meristem.core.change import Plan, TensorChange, index
+from meristem.core.change import TensorChange, index
 from meristem.core.errors import OptimizerError
-from meristem.core.offer import Offer
-from meristem.surgery.tensors import (
-    carry,
-    copied_slots,
-    new_units,
-    shared,
-    sources_with_copies,
-)
+from meristem.surgery.tensors import Edit, carry, shared, sources_with_copies
 
 Moment = Literal["first", "second"]
 
@@ -47,59 +39,54 @@ own; scalars (`step`) need none.
 def check_ownership(
     optimizers: Sequence[Optimizer], trainable: Mapping[str, Tensor]
 ) -> None:
-    """Raise unless every trainable parameter that changes belongs to one of the
-    optimizers.
-    """
-    owned = {
-        id(p)
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for p in group["params"]
-    }
-    missing = [
-        name for name, parameter in trainable.items() if id(parameter) not in owned
-    ]
+    """Raise unless every trainable parameter that changes belongs to an optimizer."""
+    owned: set[int] = set()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            owned.update(id(parameter) for parameter in group["params"])
+    missing = [name for name, p in trainable.items() if id(p) not in owned]
     if missing and optimizers:
+        listed = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise OptimizerError(
-            "the optimizer does not hold "
-            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}, which "
-            "would grow. "
-            "hint: build the optimizer from the model's own parameters, or pass every "
-            "optimizer in a list"
+            f"the optimizer does not hold {listed}, which would grow. hint: build the "
+            "optimizer from the model's own parameters, or pass every optimizer in a list"
         )
 
 
 def check_separable(optimizers: Sequence[Optimizer]) -> None:
-    """Raise where an optimizer keeps state over all its parameters together, which new
-    ones cannot join.
+    """Raise where an optimizer keeps state over all its parameters together.
+
+    New ones cannot join that.
     """
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
-            wrong = [
-                k
-                for k, v in state.items()
-                if isinstance(v, Tensor) and v.dim() and v.shape != parameter.shape
-            ]
-            if wrong:
-                raise OptimizerError(
-                    f"{type(optimizer).__name__} state {wrong[0]!r} does not have its "
-                    "parameter's shape; no rule says how it "
-                    "takes new blocks in. hint: grow before the first step, or make a "
-                    "new optimizer after the growth"
-                )
+            for key, value in state.items():
+                if not isinstance(value, Tensor) or not value.dim():
+                    continue
+                if value.shape != parameter.shape:
+                    raise OptimizerError(
+                        f"{type(optimizer).__name__} state {key!r} does not have its "
+                        "parameter's shape; no rule says how it takes new blocks in. "
+                        "hint: grow before the first step, or make a new optimizer "
+                        "after the growth"
+                    )
 
 
 def grown_state(
     optimizer: Optimizer,
     parameter: Tensor,
     change: TensorChange,
-    plan: Plan,
-    axes: Sequence[Axis],
-    offers: Sequence[Offer],
+    edits: Sequence[Edit],
     warm: bool,
 ) -> dict[str, Any]:
-    """The state of one parameter at its new size; `warm` starts new second moments at
-    the mean of the old ones.
+    """The state of one parameter at its new size.
+
+    Args:
+        optimizer: The optimizer that holds it.
+        parameter: The parameter.
+        change: What happens to it.
+        edits: What every axis does to it.
+        warm: Whether new second moments start at the mean of the old ones.
     """
     result: dict[str, Any] = {}
     for key, value in optimizer.state[parameter].items():
@@ -110,10 +97,10 @@ def grown_state(
         if tuple(value.shape) != change.before:
             raise OptimizerError(
                 f"{type(optimizer).__name__} state {key!r} of {change.name} has shape "
-                f"{tuple(value.shape)}, not the "
-                f"parameter's {change.before}; no rule covers it"
+                f"{tuple(value.shape)}, not the parameter's {change.before}; no rule "
+                "covers it"
             )
-        result[key] = _grown_moment(value, moment, change, plan, axes, offers, warm)
+        result[key] = _grown_moment(value, moment, change, edits, warm)
     return result
 
 
@@ -128,8 +115,7 @@ def rule_for(optimizer: Optimizer, key: str) -> Moment:
         f"no rule says how the state {key!r} of {type(optimizer).__name__} grows. "
         "hint: register one, for example "
         f"meristem.STATE_RULES[{type(optimizer).__name__}] = {{{key!r}: 'first'}}, or "
-        "'second' if it scales like the square "
-        "of a gradient"
+        "'second' if it scales like the square of a gradient"
     )
 
 
@@ -137,54 +123,24 @@ def _grown_moment(
     value: Tensor,
     moment: Moment,
     change: TensorChange,
-    plan: Plan,
-    axes: Sequence[Axis],
-    offers: Sequence[Offer],
+    edits: Sequence[Edit],
     warm: bool,
 ) -> Tensor:
     """One state tensor at its new size.
 
     A copy's fan-in keeps (a m, a^2 v) for its share a, its fan-out (m, v).
     """
-    copied = copied_slots(axes, {offer.axis: offer for offer in offers}, change.name)
-    grown = carry(value, sources_with_copies(plan, change, copied))
+    grown = carry(value, sources_with_copies(change, edits))
     if warm and moment == "second":
-        grown = _warmed(
-            grown,
-            value.mean(),
-            change,
-            plan,
-            axes,
-            {axis.name for axis, _, _ in copied},
-        )
-    for axis, slot, copies in copied:
-        if slot.role != "fan_out":
-            grown = shared(
-                grown,
-                plan,
-                axis,
-                slot,
-                copies.share if moment == "first" else copies.share.square(),
-            )
-    return grown
-
-
-def _warmed(
-    grown: Tensor,
-    level: Tensor,
-    change: TensorChange,
-    plan: Plan,
-    axes: Sequence[Axis],
-    copied: set[str],
-) -> Tensor:
-    """`grown` with every new entry that is not a copy set to `level`."""
-    for axis in axes:
-        if axis.name in copied:
-            continue
-        for slot in axis.slots:
-            if slot.name == change.name:
-                where = index(new_units(plan, axis.name, slot.place).ravel()).to(
-                    grown.device
-                )
-                grown = grown.index_fill(slot.dim, where, level.item())
+        level = value.mean().item()
+        for edit in edits:
+            if edit.copies is None:
+                where = index(edit.where.ravel()).to(grown.device)
+                grown = grown.index_fill(edit.dim, where, level)
+    for edit in edits:
+        if edit.copies is not None and edit.slot.role != "fan_out":
+            share = edit.copies.share
+            if moment == "second":
+                share = share.square()
+            grown = shared(grown, edit, share)
     return grown

@@ -6,6 +6,7 @@ Pure and differentiable.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,47 +17,83 @@ from meristem.core.change import Plan, Sources, TensorChange, index
 from meristem.core.offer import Copies, Offer, Scaling
 
 
+@dataclass(frozen=True)
+class Edit:
+    """What one axis does to one tensor along one of its dimensions.
+
+    Attributes:
+        slot: The dimension.
+        layout: (units, entries per unit): where the units lie after the change.
+        where: The same of the new units alone.
+        strip: (new units, entries per unit, *other dimensions): what they hold, where a
+            method says so.
+        copies: The new units as copies of old ones.
+    """
+
+    slot: Slot
+    layout: Sources
+    where: Sources
+    strip: Tensor | None = None
+    copies: Copies | None = None
+
+    @property
+    def dim(self) -> int:
+        return self.slot.dim
+
+
+def edits_of(
+    change: TensorChange, plan: Plan, axes: Sequence[Axis], offers: Sequence[Offer]
+) -> list[Edit]:
+    """What every axis does to one tensor."""
+    by_axis = {offer.axis: offer for offer in offers}
+    edits = []
+    for axis in axes:
+        offer = by_axis.get(axis.name)
+        for slot in axis.slots:
+            if slot.name != change.name:
+                continue
+            layout = plan.layout[axis.name][slot.place]
+            where = new_units(plan, axis.name, slot.place)
+            if offer is None:
+                edits.append(Edit(slot, layout, where))
+            else:
+                strip = offer.strips.get(slot.place)
+                edits.append(Edit(slot, layout, where, strip, offer.copies))
+    return edits
+
+
+def new_units(plan: Plan, axis: str, place: Place) -> Sources:
+    """Where the new units of an axis lie along a place's dimension.
+
+    Returns:
+        An array (new units, entries per unit).
+    """
+    layout = plan.layout[axis][place]
+    source = plan.change(place.name).sources[place.dim]
+    is_new = (source[layout] < 0).any(axis=1)
+    return layout[is_new]
+
+
 def carry(old: Tensor, sources: Sequence[Sources | None]) -> Tensor:
-    """`old` resized: entry i of dimension d continues old entry `sources[d][i]`; new
-    entries (-1) are zero.
+    """A tensor resized; new entries are zero.
+
+    Entry i of dimension d continues old entry `sources[d][i]`, or is new where that is -1.
     """
     result = old
     for d, source in enumerate(sources):
-        if source is None or (
-            len(source) == result.shape[d]
-            and bool((source == np.arange(len(source))).all())
-        ):
+        if source is None or _keeps_all(source, result.shape[d]):
             continue
         kept = np.flatnonzero(source >= 0)
         picked = result.index_select(d, index(source[kept]).to(result.device))
         shape = [*result.shape[:d], len(source), *result.shape[d + 1 :]]
-        result = result.new_zeros(shape).index_copy(
-            d, index(kept).to(result.device), picked
-        )
+        empty = result.new_zeros(shape)
+        result = empty.index_copy(d, index(kept).to(result.device), picked)
     return result
 
 
-def place_strip(
-    grown: Tensor, strip: Tensor, change: TensorChange, dim: int, where: Sources
-) -> Tensor:
-    """`grown` with the new units' entries along `dim` written in; corners with other
-    new units are zero.
-    """
-    flat = strip.to(grown.dtype).flatten(0, 1).movedim(0, dim)
-    others: list[Sources | None] = [
-        None if d == dim else source for d, source in enumerate(change.sources)
-    ]
-    return grown.index_copy(
-        dim, index(where.ravel()).to(grown.device), carry(flat, others)
-    )
-
-
-def new_units(plan: Plan, axis: str, place: Place) -> Sources:
-    """Where the new units of an axis lie along a place's dimension: an array (new
-    units, entries per unit).
-    """
-    layout = plan.layout[axis][place]
-    return layout[(plan.change(place.name).sources[place.dim][layout] < 0).any(axis=1)]
+def _keeps_all(source: Sources, size: int) -> bool:
+    """Whether every entry of a dimension stays in its place."""
+    return len(source) == size and bool((source == np.arange(size)).all())
 
 
 def grown_tensors(
@@ -66,132 +103,101 @@ def grown_tensors(
     offers: Sequence[Offer],
     scaling: Scaling,
 ) -> dict[str, Tensor]:
-    """Every changed or rescaled tensor at its new size and values: old entries carried,
-    scaled, new ones filled.
+    """Every changed or rescaled tensor at its new size and values.
+
+    Old entries are carried and scaled, new ones filled.
     """
-    by_axis = {offer.axis: offer for offer in offers}
-    scaled = {name: tensors[name] * factor for name, factor in scaling.tensors.items()}
+    result = {name: tensors[name] * factor for name, factor in scaling.tensors.items()}
     for change in plan.tensors:
-        for axis in axes:
-            for slot in axis.slots:
-                if slot.name == change.name and slot.place in scaling.places:
-                    old = scaled.get(change.name, tensors[change.name])
-                    scaled[change.name] = _scaled_units(
-                        old, plan, change, axis, slot, scaling.places[slot.place]
-                    )
-    result = dict(scaled)
-    for change in plan.tensors:
-        result[change.name] = _grown(
-            scaled.get(change.name, tensors[change.name]), plan, change, axes, by_axis
-        )
+        edits = edits_of(change, plan, axes, offers)
+        old = result.get(change.name, tensors[change.name])
+        for edit in edits:
+            factor = scaling.places.get(edit.slot.place)
+            if factor is not None:
+                old = _scaled_units(old, change, edit, factor)
+        result[change.name] = grown_tensor(old, change, edits)
     for name, factor in plan.rescaled.items():
         result[name] = result.get(name, tensors[name]) * factor
     return result
 
 
 def _scaled_units(
-    old: Tensor, plan: Plan, change: TensorChange, axis: Axis, slot: Slot, factor: float
+    old: Tensor, change: TensorChange, edit: Edit, factor: float
 ) -> Tensor:
-    """`old` with the entries of one axis' old units multiplied along a slot's
-    dimension; others may share that dimension.
-    """
-    places = change.sources[slot.dim][plan.layout[axis.name][slot.place]]
-    factors = torch.ones(old.shape[slot.dim])
+    """A tensor with the entries of the old units multiplied; others may share them."""
+    places = change.sources[edit.dim][edit.layout]
+    factors = torch.ones(old.shape[edit.dim])
     factors[index(places[places >= 0])] = factor
-    return old * _along(factors, old, slot.dim)
+    return old * _along(factors, old, edit.dim)
 
 
-def _grown(
-    old: Tensor,
-    plan: Plan,
-    change: TensorChange,
-    axes: Sequence[Axis],
-    offers: Mapping[str, Offer],
-) -> Tensor:
-    """One tensor: carried, copies placed and shared, then every slot's strip or fill
-    written in.
-    """
-    copied = copied_slots(axes, offers, change.name)
-    grown = carry(old, sources_with_copies(plan, change, copied))
-    for axis, slot, copies in copied:
-        if slot.role == "fan_out":
-            grown = shared(grown, plan, axis, slot, copies.share)
-    for axis in axes:
-        copies_it = axis.name in offers and offers[axis.name].copies is not None
-        for slot in axis.slots:
-            where = (
-                new_units(plan, axis.name, slot.place)
-                if slot.name == change.name
-                else None
-            )
-            if where is None or not len(where):
-                continue
-            strip = (
-                offers[axis.name].strips.get(slot.place)
-                if axis.name in offers
-                else None
-            )
-            if not copies_it:
-                strip = (
-                    _filled(old, slot.fill, slot.dim, where) if strip is None else strip
-                )
-                grown = place_strip(grown, strip, change, slot.dim, where)
-            elif strip is not None:
-                grown = grown + place_strip(
-                    torch.zeros_like(grown), strip, change, slot.dim, where
-                )
+def grown_tensor(old: Tensor, change: TensorChange, edits: Sequence[Edit]) -> Tensor:
+    """One tensor: carried, copies placed and shared, then strips or fills written in."""
+    grown = carry(old, sources_with_copies(change, edits))
+    for edit in edits:
+        if edit.copies is not None and edit.slot.role == "fan_out":
+            grown = shared(grown, edit, edit.copies.share)
+    for edit in edits:
+        if not len(edit.where):
+            continue
+        if edit.copies is None:
+            strip = edit.strip
+            if strip is None:
+                strip = _filled(old, edit)
+            grown = _placed(grown, strip, change, edit)
+        elif edit.strip is not None:  # noise on the copies
+            empty = torch.zeros_like(grown)
+            grown = grown + _placed(empty, edit.strip, change, edit)
     return grown
 
 
-def sources_with_copies(
-    plan: Plan, change: TensorChange, copied: Sequence[tuple[Axis, Slot, Copies]]
-) -> list[Sources]:
+def _placed(grown: Tensor, strip: Tensor, change: TensorChange, edit: Edit) -> Tensor:
+    """A tensor with the new units' entries written in.
+
+    Corners with other new units are zero.
+    """
+    flat = strip.to(grown.dtype).flatten(0, 1).movedim(0, edit.dim)
+    others: list[Sources | None] = list(change.sources)
+    others[edit.dim] = None
+    where = index(edit.where.ravel()).to(grown.device)
+    return grown.index_copy(edit.dim, where, carry(flat, others))
+
+
+def sources_with_copies(change: TensorChange, edits: Sequence[Edit]) -> list[Sources]:
     """The sources of a change, where a copy continues its parent."""
     sources = [source.copy() for source in change.sources]
-    for axis, slot, copies in copied:
-        layout = plan.layout[axis.name][slot.place]
-        where = new_units(plan, axis.name, slot.place)
-        sources[slot.dim][where] = change.sources[slot.dim][
-            layout[copies.parent.numpy()]
-        ]
+    for edit in edits:
+        if edit.copies is not None:
+            parents = edit.layout[edit.copies.parent.numpy()]
+            sources[edit.dim][edit.where] = change.sources[edit.dim][parents]
     return sources
 
 
-def copied_slots(
-    axes: Sequence[Axis], offers: Mapping[str, Offer], name: str
-) -> list[tuple[Axis, Slot, Copies]]:
-    """The slots of one tensor whose new units are copies."""
-    found = []
-    for axis in axes:
-        copies = offers[axis.name].copies if axis.name in offers else None
-        if copies is not None:
-            found += [(axis, slot, copies) for slot in axis.slots if slot.name == name]
-    return found
-
-
-def shared(tensor: Tensor, plan: Plan, axis: Axis, slot: Slot, share: Tensor) -> Tensor:
-    """`tensor` with the entries of every unit, old and new, multiplied by its share."""
-    layout = plan.layout[axis.name][slot.place]
-    factors = torch.ones(tensor.shape[slot.dim], dtype=share.dtype)
-    factors[index(layout)] = share[:, None].expand(layout.shape)
-    return tensor * _along(factors, tensor, slot.dim)
+def shared(tensor: Tensor, edit: Edit, share: Tensor) -> Tensor:
+    """A tensor with the entries of every unit, old and new, multiplied by its share."""
+    factors = torch.ones(tensor.shape[edit.dim], dtype=share.dtype)
+    factors[index(edit.layout)] = share[:, None].expand(edit.layout.shape)
+    return tensor * _along(factors, tensor, edit.dim)
 
 
 def _along(factors: Tensor, tensor: Tensor, dim: int) -> Tensor:
-    """A vector shaped to multiply `tensor` along `dim`."""
-    return factors.to(tensor).reshape(
-        [-1 if d == dim else 1 for d in range(tensor.dim())]
-    )
+    """A vector shaped to multiply a tensor along one dimension."""
+    shape = [1] * tensor.dim()
+    shape[dim] = -1
+    return factors.to(tensor).reshape(shape)
 
 
-def _filled(old: Tensor, fill: str, dim: int, where: Sources) -> Tensor:
-    """A strip for a place that no method speaks for: ones, the mean of the neighbours,
-    or zeros.
+def _filled(old: Tensor, edit: Edit) -> Tensor:
+    """A strip for a place that no method speaks for.
+
+    Ones, the mean of the neighbours, or zeros.
     """
-    rest = [n for d, n in enumerate(old.shape) if d != dim]
-    shape = [*where.shape, *rest]
-    if fill == "one":
+    rest = list(old.shape)
+    del rest[edit.dim]
+    shape = [*edit.where.shape, *rest]
+    if edit.slot.fill == "one":
         return old.new_ones(shape)
-    if fill == "mean" and old.is_floating_point():
-        return old.mean(dim, keepdim=True).movedim(dim, 0)[None].expand(shape).clone()
+    if edit.slot.fill == "mean" and old.is_floating_point():
+        mean = old.mean(edit.dim, keepdim=True).movedim(edit.dim, 0)
+        return mean[None].expand(shape).clone()
     return old.new_zeros(shape)
