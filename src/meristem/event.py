@@ -420,7 +420,7 @@ def _whole_blocks(
     whole = []
     for one in blocks:
         present = {id(tensor) for tensor in named_tensors(copied).values()}
-        given = {key: value.detach().clone() for key, value in one.values.items()}
+        given = _apart_in_memory(one.values)
         made = insert(copied, one.insertion, given)
         complete = {}
         for place, (_, block) in made.items():
@@ -429,6 +429,21 @@ def _whole_blocks(
                     complete[place, name] = tensor.detach()
         whole.append(replace(one, values=complete))
     return whole
+
+
+def _apart_in_memory(
+    values: Mapping[tuple[int, str], Tensor],
+) -> dict[tuple[int, str], Tensor]:
+    """Tensors of which no two share memory, as an offer's may."""
+    apart_now = {}
+    taken: set[int] = set()
+    for key, value in values.items():
+        address = value.untyped_storage().data_ptr()
+        if address in taken:
+            value = value.clone()
+        taken.add(address)
+        apart_now[key] = value.detach()
+    return apart_now
 
 
 def _verified(event: Event, draft: Draft) -> Draft:

@@ -23,6 +23,8 @@ RANK = 8
 """Rank of the random weights; a wrong edit shows at any."""
 LARGE = 2**16
 """Entries from which a tensor is not held in full."""
+PIECE = 2**17
+"""Entries that are looked at together where all of them would take much memory."""
 
 aten = torch.ops.aten
 
@@ -89,20 +91,52 @@ class Factored(Lazy):
         return Factored(self.rows, self.columns)
 
 
+class Doubled(Lazy):
+    """A real tensor in float64."""
+
+    base: Tensor
+
+    def __new__(cls, base: Tensor) -> Any:
+        lazy = Tensor._make_wrapper_subclass(
+            cls, base.shape, dtype=torch.float64, device=base.device
+        )
+        lazy.base = base
+        lazy.make = base.double
+        return lazy
+
+    def __init__(self, base: Tensor) -> None:
+        pass
+
+    def again(self) -> Doubled:
+        return Doubled(self.base)
+
+    def after(self, left: Tensor) -> Tensor:
+        """left @ self, without all of it at once."""
+        step = max(1, PIECE // max(len(self.base), 1))
+        parts = []
+        for start in range(0, self.base.shape[1], step):
+            parts.append(left @ self.base[:, start : start + step].double())
+        return torch.cat(parts, 1)
+
+
 def _made(value: Any) -> Any:
     return value.make() if isinstance(value, Lazy) else value
 
 
 def _transposed(weight: Tensor) -> Any:
-    if not isinstance(weight, Factored) or weight.dim() != 2:
-        return NotImplemented
-    return Factored(weight.columns.t(), weight.rows.t())
+    if isinstance(weight, Factored) and weight.dim() == 2:
+        return Factored(weight.columns.t(), weight.rows.t())
+    if isinstance(weight, Doubled) and weight.dim() == 2:
+        return Doubled(weight.base.t())
+    return NotImplemented
 
 
 def _product(left: Tensor, right: Tensor) -> Any:
-    if isinstance(left, Lazy) or not isinstance(right, Factored) or right.dim() != 2:
+    if isinstance(left, Lazy) or right.dim() != 2:
         return NotImplemented
-    return (left @ right.rows) @ right.columns
+    if isinstance(right, Factored):
+        return (left @ right.rows) @ right.columns
+    return right.after(left) if isinstance(right, Doubled) else NotImplemented
 
 
 def _sum_and_product(added: Tensor, left: Tensor, right: Tensor) -> Any:
@@ -113,9 +147,11 @@ def _sum_and_product(added: Tensor, left: Tensor, right: Tensor) -> Any:
 
 
 def _looked_up(weight: Tensor, where: Tensor, *options: Any) -> Any:
-    if not isinstance(weight, Factored) or weight.dim() != 2:
-        return NotImplemented
-    return weight.rows[where] @ weight.columns
+    if isinstance(weight, Factored) and weight.dim() == 2:
+        return weight.rows[where] @ weight.columns
+    if isinstance(weight, Doubled):
+        return weight.base[where].double()
+    return NotImplemented
 
 
 # What can be done with the factors alone.
@@ -133,7 +169,7 @@ def doubled(value: Tensor) -> Tensor:
         return value
     if value.numel() < LARGE:
         return value.double()
-    lazy: Tensor = Lazy(lambda: value.double(), value, torch.float64)
+    lazy: Tensor = Doubled(value)
     return lazy
 
 

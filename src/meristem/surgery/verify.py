@@ -438,27 +438,44 @@ def run(
 def relative_change(
     plan: Plan, before: Sequence[Tensor], after: Sequence[Tensor]
 ) -> float:
-    """The largest difference of an old output entry, relative to the largest old
-    output.
+    """The largest difference of an old output entry, relative to the largest old output.
+
+    Infinite where the outputs cannot be compared.
     """
     outputs = plan.outputs or _same_outputs(before)
     if len(before) != len(after) or len(before) != len(outputs):
         return math.inf
-    worst, scale = 0.0, 0.0
-    for old, new, kept_by_dim in zip(before, after, outputs, strict=True):
-        if tuple(new.shape) != tuple(len(source) for source in kept_by_dim):
+    pairs = []
+    for old, new, sources in zip(before, after, outputs, strict=True):
+        if tuple(new.shape) != tuple(len(source) for source in sources):
             return math.inf
-        for d, source in enumerate(kept_by_dim):
+        for d, source in enumerate(sources):
             kept = np.flatnonzero(source >= 0)
             if len(kept) != new.shape[d]:
                 new = new.index_select(d, index(kept).to(new.device))
-        exact, grown = old.double(), new.double()
-        finite = torch.isfinite(exact)
-        if not bool(torch.isfinite(grown)[finite].all()):
-            return math.inf
-        if old.is_floating_point() and bool(finite.any()):
-            worst = max(worst, (grown - exact)[finite].abs().max().item())
-            scale = max(scale, exact[finite].abs().max().item())
+        pairs.append((old, new))
+    return _relative_distance(pairs)
+
+
+def _relative_distance(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """The largest difference of finite entries, relative to the largest first entry."""
+    worst, scale = 0.0, 0.0
+    for first, second in pairs:
+        # In pieces: outputs over a large vocabulary would fill the memory in float64.
+        parts = zip(
+            first.flatten().split(lazy.PIECE),
+            second.flatten().split(lazy.PIECE),
+            strict=True,
+        )
+        for old, new in parts:
+            exact, grown = old.double(), new.double()
+            finite = torch.isfinite(exact)
+            if not bool(torch.isfinite(grown)[finite].all()):
+                return math.inf
+            if first.is_floating_point() and bool(finite.any()):
+                exact, grown = exact[finite], grown[finite]
+                worst = max(worst, (grown - exact).abs().max().item())
+                scale = max(scale, exact.abs().max().item())
     return worst / scale if scale else worst
 
 
@@ -486,9 +503,6 @@ def rounding_gap(structure: Structure, before: Sequence[Tensor]) -> float:
         exact = run(structure.model, values, _doubled(structure.example))
     except Exception:
         return 0.0  # the strictest that can be asked
-    gap, scale = 0.0, 0.0
-    for out, wanted in zip(before, exact, strict=True):
-        if out.is_floating_point() and out.numel():
-            gap = max(gap, (out.double() - wanted.double()).abs().max().item())
-            scale = max(scale, out.double().abs().max().item())
-    return gap / scale if scale else gap
+    pairs = zip(before, exact, strict=True)
+    gap = _relative_distance([pair for pair in pairs if pair[0].is_floating_point()])
+    return gap if math.isfinite(gap) else 0.0
