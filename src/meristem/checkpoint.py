@@ -53,7 +53,9 @@ def save(
 
     Examples:
         >>> import tempfile, torch, meristem as ms
-        >>> make = lambda: torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> make = lambda: torch.nn.Sequential(
+        ...     torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)
+        ... )
         >>> net = make(); folder = tempfile.mkdtemp()
         >>> _ = ms.grow_(net, {"0": 2}, torch.randn(3, 4))
         >>> ms.save(folder, net)
@@ -245,14 +247,13 @@ def _missing(
     ):
         return lineage
     held = {name for name, _ in model.named_modules()}
-    return [
-        {
-            key: [edit for edit in growth[key] if edit[0] in held]
-            for key in ("attributes", "counts")
-        }
-        | {"tensors": [], "insertions": []}
-        for growth in lineage
-    ]
+    missing = []
+    for growth in lineage:
+        entry: dict[str, Any] = {"tensors": [], "insertions": []}
+        for key in ("attributes", "counts"):
+            entry[key] = [edit for edit in growth[key] if edit[0] in held]
+        missing.append(entry)
+    return missing
 
 
 def _replay(grown: nn.Module, growths: list[Any], kind: str) -> None:

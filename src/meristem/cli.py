@@ -82,13 +82,11 @@ def _bars() -> Progress:
 
 def _state(progress: RunProgress) -> str:
     last = progress.curve[-1] if progress.curve else None
-    score = (
-        ""
-        if last is None
-        else f"acc {last['accuracy']:.3f}"
-        if last["accuracy"] is not None
-        else f"loss {last['loss']:.3f}"
-    )
+    score = ""
+    if last is not None:
+        score = f"loss {last['loss']:.3f}"
+        if last["accuracy"] is not None:
+            score = f"acc {last['accuracy']:.3f}"
     return f"{score} widths {'-'.join(map(str, progress.sizes.values()))} {progress.beside}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -27,9 +26,8 @@ from meristem.event import (
     optimizers,
 )
 from meristem.growing import private_generator
-from meristem.lab.batches import check_reiterable, example_of, length, peeked
+from meristem.lab.batches import check_reiterable, example_of, length
 from meristem.lab.laboratory import Progress
-from meristem.lab.ledger import batch_size, step_flops
 from meristem.lab.losses import Loss
 from meristem.methods import Clock, When, Where, check_part, rations
 from meristem.pruning import prune_each
@@ -206,7 +204,9 @@ class Grower:
         step = self.clock.step + 1
         ended = self._epoch_length is not None and step % self._epoch_length == 0
         counted = rations(self.when) and not self.done
-        cost = self._cost_of_a_step() if counted else 0.0
+        if counted and self._step_cost is None:
+            self._step_cost = self.settings.step_cost(self.model)
+        cost = (self._step_cost or 0.0) if counted else 0.0
         self.clock = replace(
             self.clock,
             step=step,
@@ -230,16 +230,6 @@ class Grower:
         growth = self._grow_if_due()
         self.clock = replace(self.clock, epoch_ended=False)
         return growth
-
-    def _cost_of_a_step(self) -> float:
-        """Floating-point operations of a training step at the present sizes."""
-        if self._step_cost is None:
-            # A loss that is not finite is for the training to see.
-            with undisturbed(), contextlib.suppress(DataError):
-                batch = peeked(self.data, self.settings.generator)
-                each = step_flops(self.model, self.loss, batch)
-                self._step_cost = each * batch_size(batch)
-        return self._step_cost or 0.0
 
     def _grow_if_due(self) -> Growth | None:
         if self.done or not self.when.due(self.clock):

@@ -137,9 +137,12 @@ def senn(
         >>> x = torch.randn(400, 2)
         >>> data = list(zip(x.split(50), (x[:, :1] * x[:, 1:]).split(50)))
         >>> loss = lambda model, batch: ((model(batch[0]) - batch[1]) ** 2).mean()
-        >>> grower = ms.recipes.senn(net, optimizer, loss=loss, data=data, when=ms.when.Every(epochs=20))
+        >>> grower = ms.recipes.senn(
+        ...     net, optimizer, loss=loss, data=data, when=ms.when.Every(epochs=20)
+        ... )
         >>> for batch in data * 20:
-        ...     value = grower.loss(net, batch); optimizer.zero_grad(); value.backward(); optimizer.step()
+        ...     value = loss(net, batch)
+        ...     optimizer.zero_grad(); value.backward(); optimizer.step()
         ...     growth = grower.step(value)
         >>> growth.added
         {'0:depth': 1}
@@ -202,7 +205,9 @@ def stack(
         >>> optimizer = torch.optim.AdamW(net.parameters())
         >>> data = [torch.randn(4, 5, 8)]
         >>> loss = lambda model, batch: model(batch).square().mean()
-        >>> grower = ms.recipes.stack(net, optimizer, loss=loss, data=data, to={"layers": 3}, at=0.5, total="4 steps")
+        >>> grower = ms.recipes.stack(
+        ...     net, optimizer, loss=loss, data=data, to={"layers": 3}, total="4 steps"
+        ... )
         >>> [len(net.layers) for _ in range(4) if grower.step() or True]
         [1, 3, 3, 3]
     """
@@ -294,7 +299,9 @@ def swe_svod(
         >>> optimizer = torch.optim.Adam(net.parameters())
         >>> data = [(torch.randn(16, 4), torch.randn(16, 2))]
         >>> loss = lambda model, batch: ((model(batch[0]) - batch[1]) ** 2).mean()
-        >>> grower = ms.recipes.swe_svod(net, optimizer, loss=loss, data=data, when=ms.when.Every(steps=1))
+        >>> grower = ms.recipes.swe_svod(
+        ...     net, optimizer, loss=loss, data=data, when=ms.when.Every(steps=1)
+        ... )
         >>> grower.step().after
         {'0': 10}
     """
@@ -383,7 +390,8 @@ def swe_svod_stages(
         >>> data = [(torch.randn(16, 4), torch.randn(16, 2)) for _ in range(4)]
         >>> loss = lambda model, batch: ((model(batch[0]) - batch[1]) ** 2).mean()
         >>> stages = ms.recipes.swe_svod_stages(
-        ...     net, torch.optim.Adam, loss=loss, data=data, validation=data[:1], amount=[4, 2], epochs=2
+        ...     net, torch.optim.Adam, loss=loss, data=data, validation=data[:1],
+        ...     amount=[4, 2], epochs=2,
         ... )
         >>> [stage.sizes for stage in stages]
         [{'0': 8}, {'0': 12}, {'0': 14}]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from meristem.amounts import (
@@ -23,16 +23,18 @@ from meristem.amounts import (
 from meristem.core.axis import Axis
 from meristem.core.budget import Budget
 from meristem.core.change import Plan
-from meristem.core.errors import GrowthRefused
+from meristem.core.errors import DataError, GrowthRefused
 from meristem.core.growth import Growth
 from meristem.core.offer import Offer, Share
 from meristem.event import Event, batches_for, carry_out, followed, propose
 from meristem.growable import growable
 from meristem.lab.batches import growth_batches, peeked
 from meristem.lab.laboratory import Lab, Loan, Progress
+from meristem.lab.ledger import batch_size, step_flops
 from meristem.lab.losses import Loss
 from meristem.methods import Care, Choice, Clock, How, Where, check_part, is_thrifty
 from meristem.structure import Structure, apart, clash, sized
+from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.optimizers import check_ownership
 from meristem.where import PLACES
 
@@ -60,6 +62,14 @@ class Settings:
     def by_name(self) -> Mapping[str, int] | None:
         """The amounts, where they are named by axis."""
         return self.amount if isinstance(self.amount, Mapping) else None
+
+    def step_cost(self, model: nn.Module) -> float:
+        """Floating-point operations of a training step at the present sizes."""
+        # A loss that is not finite is for the training to see.
+        with undisturbed(), contextlib.suppress(DataError):
+            batch = peeked(self.data, self.generator)
+            return step_flops(model, self.loss, batch) * batch_size(batch)
+        return 0.0
 
     def check(self) -> None:
         """Raise where something is not what it should be."""

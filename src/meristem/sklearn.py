@@ -111,6 +111,41 @@ class _Bold:
         return replace(share, counts=counts)
 
 
+def _scaled(scaler: StandardScaler, x: NDArray[Any]) -> Tensor:
+    """Inputs in standard deviations, far ones cut off."""
+    clipped = np.clip(scaler.transform(x), -FAR, FAR)
+    return torch.tensor(clipped, dtype=torch.float32)
+
+
+def _split(
+    tensors: Sequence[Tensor], strata: Any, fraction: float, seed: int
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """What is trained on, and what is held out to know when to stop.
+
+    All of it is both where there is little.
+    """
+    count = len(tensors[0])
+    if count < SMALL:
+        return tensors, tensors
+    rows = np.arange(count)
+    try:
+        kept, out = train_test_split(
+            rows, test_size=fraction, random_state=seed, stratify=strata
+        )
+    except ValueError:  # a class with one example
+        kept, out = train_test_split(rows, test_size=fraction, random_state=seed)
+    training = [tensor[torch.from_numpy(kept)] for tensor in tensors]
+    held_out = [tensor[torch.from_numpy(out)] for tensor in tensors]
+    return training, held_out
+
+
+def _batch_size(chosen: int | str, count: int) -> int:
+    """Examples in a batch; by default a twentieth of them, within bounds."""
+    if isinstance(chosen, str):
+        return max(16, min(128, count // 20))
+    return int(chosen)
+
+
 def _plotted(estimator: _Growing, ax: Any) -> Any:
     """What `plot_growth` draws."""
     try:
@@ -247,12 +282,17 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
         importance = torch.tensor(
             weights[kept] / weights[kept].mean(), dtype=torch.float32
         )
-        tensors = self._scaled(x[kept]), targets[torch.from_numpy(kept)], importance
+        tensors = (
+            _scaled(self.scaler_, x[kept]),
+            targets[torch.from_numpy(kept)],
+            importance,
+        )
         with self._seeded() as seed:
             strata = strata[kept] if strata is not None else None
-            training, held_out = self._split(tensors, strata, seed)
+            training, held_out = _split(tensors, strata, self.validation_fraction, seed)
             self._fit_and_grow(
-                _Batches(self._batch_size(len(training[0])), *training), held_out
+                _Batches(_batch_size(self.batch_size, len(training[0])), *training),
+                held_out,
             )
 
     def _partial_fit(
@@ -263,8 +303,12 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
         """
         if not hasattr(self, "model_"):
             self._start(x, weights, outputs)
-        tensors = self._scaled(x), targets, torch.tensor(weights, dtype=torch.float32)
-        data = _Batches(self._batch_size(len(x)), *tensors)
+        tensors = (
+            _scaled(self.scaler_, x),
+            targets,
+            torch.tensor(weights, dtype=torch.float32),
+        )
+        data = _Batches(_batch_size(self.batch_size, len(x)), *tensors)
         with self._seeded():
             self._pass(self._state, data, tensors)
             if self.n_iter_ % self.n_iter_growth == 0:
@@ -294,43 +338,6 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(seed)
             yield seed
-
-    def _scaled(self, x: NDArray[Any]) -> Tensor:
-        return torch.tensor(
-            np.clip(self.scaler_.transform(x), -FAR, FAR), dtype=torch.float32
-        )
-
-    def _split(
-        self, tensors: Sequence[Tensor], strata: Any, seed: int
-    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """What is trained on, and what is held out to know when to stop; all of it both
-        where there is little.
-        """
-        count = len(tensors[0])
-        if count < SMALL:
-            return tensors, tensors
-        rows = np.arange(count)
-        try:
-            kept, out = train_test_split(
-                rows,
-                test_size=self.validation_fraction,
-                random_state=seed,
-                stratify=strata,
-            )
-        except ValueError:  # a class with one example
-            kept, out = train_test_split(
-                rows, test_size=self.validation_fraction, random_state=seed
-            )
-        return [t[torch.from_numpy(kept)] for t in tensors], [
-            t[torch.from_numpy(out)] for t in tensors
-        ]
-
-    def _batch_size(self, count: int) -> int:
-        return (
-            max(16, min(128, count // 20))
-            if isinstance(self.batch_size, str)
-            else int(self.batch_size)
-        )
 
     def _fit_and_grow(self, data: _Batches, held_out: Sequence[Tensor]) -> None:
         """Grow while SENN's rule finds something, a few passes apart; train what has
@@ -460,7 +467,7 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
         rows = validate_data(self, x, reset=False, dtype=np.float64)
         with torch.no_grad():
             found: NDArray[np.float64] = (
-                self.model_.eval()(self._scaled(rows)).double().numpy()
+                self.model_.eval()(_scaled(self.scaler_, rows)).double().numpy()
             )
         return found
 

@@ -18,7 +18,8 @@ LEVELS = [
     ["statistics"],
     ["methods"],
     ["how", "where", "when", "care"],
-    ["event", "amounts", "calendar"],
+    ["event", "amounts"],
+    ["calendar"],
     ["growable", "sharing"],
     ["growing"],
     ["pruning"],
@@ -59,6 +60,13 @@ def test_imports_go_downwards() -> None:
             assert part in ORDER, f"{part} has no level"
             higher = {name for name in imports(path) if ORDER[name] > ORDER[part]}
             assert not higher, f"{path.relative_to(SRC)} imports {higher} from above"
+
+
+def test_the_map_in_the_docs_is_the_one_that_is_held() -> None:
+    page = (SRC.parents[1] / "docs/concepts.md").read_text()
+    drawn = page.split("a test holds it.\n\n```\n")[1].split("```")[0]
+    lines = [set(line.split()) for line in drawn.splitlines()]
+    assert lines == [set(names) for names in reversed(LEVELS)]
 
 
 def test_only_surgery_swaps_tensors() -> None:

@@ -186,10 +186,10 @@ class Plan:
             "before": dict(self.before),
             "after": dict(self.after),
             "tensors": [tensor_json(change) for change in self.tensors],
-            "attributes": [_attribute_json(change) for change in self.attributes],
+            "attributes": _edits_json(self.attributes),
             "rescaled": dict(self.rescaled),
             "insertions": [asdict(insertion) for insertion in self.insertions],
-            "counts": [_attribute_json(change) for change in self.counts],
+            "counts": _edits_json(self.counts),
             "parameters": list(self.parameters),
             "flops": list(self.flops),
             "refusal": self.refusal,
@@ -205,10 +205,10 @@ class Plan:
             dict(stored["before"]),
             dict(stored["after"]),
             tuple(tensor_change_from(entry) for entry in stored["tensors"]),
-            attributes=tuple(AttributeChange(*e) for e in stored["attributes"]),
+            attributes=_edits_from(stored["attributes"]),
             rescaled=dict(stored["rescaled"]),
             insertions=tuple(insertions),
-            counts=tuple(AttributeChange(*entry) for entry in stored["counts"]),
+            counts=_edits_from(stored["counts"]),
             parameters=(first[0], first[1]),
             flops=(second[0], second[1]),
             refusal=stored["refusal"],
@@ -277,8 +277,15 @@ def insertion_from(entry: Mapping[str, Any]) -> Insertion:
     return Insertion(**fields)
 
 
-def _attribute_json(change: AttributeChange) -> list[Any]:
-    return [change.module, change.attribute, change.before, change.after]
+def _edits_json(edits: Sequence[AttributeChange]) -> list[list[Any]]:
+    listed = []
+    for edit in edits:
+        listed.append([edit.module, edit.attribute, edit.before, edit.after])
+    return listed
+
+
+def _edits_from(listed: Sequence[Sequence[Any]]) -> tuple[AttributeChange, ...]:
+    return tuple(AttributeChange(*entry) for entry in listed)
 
 
 def by_unit(tensor: Tensor, dim: int, layout: Sources) -> Tensor:

@@ -487,13 +487,11 @@ def _cifar(path: Path, key: bytes) -> Arrays:
     with tarfile.open(path) as archive:
         for member in sorted(archive.getmembers(), key=lambda m: m.name):
             stem = Path(member.name).name
-            part = (
-                "train"
-                if stem.startswith(("data_batch", "train"))
-                else "test"
-                if stem.startswith("test")
-                else None
-            )
+            part = None
+            if stem.startswith(("data_batch", "train")):
+                part = "train"
+            elif stem.startswith("test"):
+                part = "test"
             file = archive.extractfile(member) if part else None
             if part and file is not None:
                 parts[part].append(pickle.load(file, encoding="bytes"))

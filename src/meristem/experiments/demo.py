@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def demo(
     """Run all three; `report(name, progress)` is called after every step."""
     outcomes = []
     for number, (name, experiment) in enumerate(experiments(seed).items()):
-        running = Run(experiment, lambda progress, name=name: report(name, progress))  # type: ignore[misc]
+        running = Run(experiment, partial(report, name))
         running.train(folder / str(number))
         outcomes.append(Outcome(name, result_of(running)))
     return outcomes

@@ -116,23 +116,29 @@ def cells(comparison: Comparison, row: Row) -> list[str]:
         fmean(r["training_flops"] for r in listed),
         fmean(r["growth_flops"] for r in listed),
     )
+    accuracies = [result["accuracy"] for result in listed]
+    losses = [result["loss"] for result in listed]
+    accuracy = spread(accuracies, 4) if accuracies[0] is not None else "–"
+    to_equal = to_reference = "–"
+    if row.baseline is None and equal is not None:
+        to_equal = difference(runs, of(comparison, equal), score)
+    if row != reference:
+        to_reference = difference(runs, of(comparison, reference), score)
+    parameters = fmean(result["parameters"] for result in listed)
+    seconds = fmean(result["seconds"] for result in listed)
     return [
         row.title,
-        spread([r["accuracy"] for r in listed], 4)
-        if listed[0]["accuracy"] is not None
-        else "–",
-        spread([r["loss"] for r in listed], 4),
+        accuracy,
+        spread(losses, 4),
         f"{flops / 1e12:.3g}",
         f"{100 * growth / flops:.0f} %",
         share(comparison, row, flops),
-        f"{fmean(r['parameters'] for r in listed):,.0f}",
+        f"{parameters:,.0f}",
         inactive(listed, "new"),
         inactive(listed, "all"),
-        "–"
-        if row.baseline is not None or equal is None
-        else difference(runs, of(comparison, equal), score),
-        "–" if row == reference else difference(runs, of(comparison, reference), score),
-        f"{fmean(r['seconds'] for r in listed):.0f}",
+        to_equal,
+        to_reference,
+        f"{seconds:.0f}",
     ]
 
 
@@ -150,7 +156,8 @@ def share(comparison: Comparison, row: Row, flops: float) -> str:
     )
     if not own:
         return "–"
-    return f"{100 * flops / fmean(r['training_flops'] for r in of(comparison, own[0]).values()):.0f} %"
+    full = fmean(r["training_flops"] for r in of(comparison, own[0]).values())
+    return f"{100 * flops / full:.0f} %"
 
 
 def spread(values: Sequence[float], digits: int) -> str:

@@ -30,7 +30,8 @@ class Interpose:
         >>> import torch, meristem as ms
         >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
         >>> net = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        >>> growth = ms.grow_(net, {"layers": 2}, torch.randn(3, 5, 8), how=ms.how.Interpose(zero=True))
+        >>> how = ms.how.Interpose(zero=True)
+        >>> growth = ms.grow_(net, {"layers": 2}, torch.randn(3, 5, 8), how=how)
         >>> growth.after, growth.max_change < 1e-6
         ({'layers': 4}, True)
     """

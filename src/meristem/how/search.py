@@ -235,11 +235,12 @@ class Climb:
             chance += free[layer] / joint[layer].samples
             errors.append(sampling_error(free[layer], joint[layer].samples))
         chosen = torch.tensor(order)
+        beyond = [gain - chance for gain in gains(joint, trials, order)]
         return Offer(
             self.axis.name,
             self.count,
             {place: strip[chosen] for place, strip in strips.items()},
-            gains=tuple(gain - chance for gain in gains(joint, trials, order)),
+            gains=tuple(beyond),
             error=math.hypot(*errors),
             freedom=sum(free.values()),
             flops=sum(meter.total for meter in space.meters.values()),

@@ -421,7 +421,10 @@ class Watched:
             gradient = (
                 given.grad if given.grad is not None else torch.zeros_like(given)
             ).double()
-            normalised = layer_of(module).normalised(module, read.detach())  # type: ignore[union-attr,misc]
+            layer = layer_of(module)
+            assert layer is not None
+            assert layer.normalised is not None
+            normalised = layer.normalised(module, read.detach())
             parts = [gradient * normalised.double()]
             parts += [gradient] if getattr(module, "bias", None) is not None else []
             shape = module.weight.shape
@@ -508,7 +511,9 @@ def _classes(output: Tensor) -> int:
     """How many numbers an output has for one example: the last dimension, or the second
     of maps.
     """
-    return output.shape[1 if output.dim() > 3 else -1] if output.dim() > 1 else 1
+    if output.dim() < 2:
+        return 1
+    return output.shape[1] if output.dim() > 3 else output.shape[-1]
 
 
 def mean_diagonal(matrix: Tensor) -> float:

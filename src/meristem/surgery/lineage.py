@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from meristem.core.change import (
+    AttributeChange,
     Plan,
     Sources,
     insertion_from,
@@ -76,15 +77,19 @@ def record(model: nn.Module, plan: Plan, names: Names, ones: Sequence[str]) -> N
         "after": dict(plan.after),
         "tensors": tensors,
         "rescaled": dict(plan.rescaled),
-        "attributes": [[e.module, e.attribute, e.after] for e in plan.attributes],
+        "attributes": _edits(plan.attributes),
         "insertions": [asdict(insertion) for insertion in plan.insertions],
-        "counts": [[e.module, e.attribute, e.after] for e in plan.counts],
+        "counts": _edits(plan.counts),
         "renamed": renamed,
         "made": made,
         "parameters": list(names.parameters),
         "parameters_after": [name for name, _ in model.named_parameters()],
     }
     model.__dict__.setdefault(LINEAGE, []).append(entry)
+
+
+def _edits(changes: Sequence[AttributeChange]) -> list[list[Any]]:
+    return [[edit.module, edit.attribute, edit.after] for edit in changes]
 
 
 def _moved(

@@ -139,7 +139,8 @@ class SENN:
             has earned them; by default what a core does in about a second.
 
     Examples:
-        >>> SENN(budget=0.05, credit=0).due(Clock(step=100, epoch=1, epoch_ended=True, trained=1e9, growing=2e7, least=2e7))
+        >>> clock = Clock(100, 1, True, trained=1e9, growing=2e7, least=2e7)
+        >>> SENN(budget=0.05, credit=0).due(clock)
         True
     """
 
