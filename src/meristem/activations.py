@@ -33,6 +33,7 @@ class Rational(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        # Coefficients stand along the dimension of the units.
         alpha, beta, gamma = (
             p.reshape(-1, *[1] * (-self.dim - 1))
             for p in (self.alpha, self.beta, self.gamma)
@@ -70,6 +71,7 @@ class PReLU(nn.Module):
         self.slope = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        # Written with two rectifiers: a select would hide the slope from autograd at 0.
         return x.relu() - self.slope.reshape(-1, *[1] * (-self.dim - 1)) * (-x).relu()
 
     def tangents(self, x: Tensor) -> list[Tensor]:

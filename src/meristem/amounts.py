@@ -53,6 +53,7 @@ def total_units(amount: Amount, axes: Sequence[Axis], growths: int) -> int | Non
         if growths >= len(amount):
             return None
         now = amount[growths]
+    # A fraction is of all the units there are, not of each axis.
     if isinstance(now, float):
         return round(now * sum(axis.size for axis in axes))
     return int(now)
@@ -60,6 +61,7 @@ def total_units(amount: Amount, axes: Sequence[Axis], growths: int) -> int | Non
 
 def least_step(axis: Axis, round_to: int) -> int:
     """The fewest units by which an axis can grow."""
+    # A step must respect the granularity of the axis and of the hardware.
     step = math.lcm(axis.multiple, round_to) if axis.slots else 1
     return step - axis.size % step
 
@@ -97,6 +99,7 @@ def fitting_plan(
                 result[name] = kept
         return result
 
+    # Most growths fit whole; only the others are bisected.
     everything = cut(1.0)
     if everything and allows(budget, structure, everything):
         return resolve(structure, everything)
@@ -119,5 +122,6 @@ def _cut(axis: Axis, count: int, budget: Budget, round_to: int) -> int:
         count = min(count, largest - axis.size)
     target = axis.size + count
     if axis.slots:
+        # Rounded down: a budget is an upper limit.
         target -= target % round_to
     return (target - axis.size) // axis.multiple * axis.multiple

@@ -52,11 +52,13 @@ class LossRecord:
             Its mean before, how far above it the running mean rose, and the step that
             met it again; None where too few losses are known.
         """
+        # Without the steps before the growth there is nothing to compare with.
         if len(self._losses) != self._losses.maxlen:
             return None
         losses = self.numbers()
         before = sum(losses[:BEFORE]) / BEFORE
         after = losses[BEFORE:]
+        # A running mean: single batches of a noisy loss are no spike.
         means = []
         for start in range(len(after) - _SMOOTHED + 1):
             means.append(sum(after[start : start + _SMOOTHED]) / _SMOOTHED)
@@ -123,6 +125,7 @@ class Calendar:
         structure = self._structure()
         axes = [structure.axes.named(name) for name in growth.added]
         for axis in axes:
+            # Indices would name other units now.
             if axis.size < growth.after[axis.name]:
                 raise GrowthRefused(
                     f"{axis.name} has been narrowed since; its units are not followed any "
@@ -158,6 +161,7 @@ def units_now(growth: Growth, history: Sequence[Growth]) -> dict[str, Sequence[i
     for later in history[history.index(growth) + 1 :]:
         for name in units.keys() & later.blocks.keys():
             came = set(later.blocks[name])
+            # Places that did not come with the later growth, in their order.
             kept = [place for place in range(later.after[name]) if place not in came]
             units[name] = [kept[place] for place in units[name]]
     return units

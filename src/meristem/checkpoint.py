@@ -65,6 +65,7 @@ def save(
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     token = uuid4().hex[:12]
+    # New names every time, so that a kill never tears a file that is in use.
     weights, training = f"weights-{token}.safetensors", f"training-{token}.pt"
     save_file(_unshared(model), folder / weights)
     state = {
@@ -90,6 +91,7 @@ def save(
     }
     draft = folder / f"{MANIFEST}.{token}"
     draft.write_text(json.dumps(manifest, indent=1))
+    # The one moment that counts: before it the old files are named, after it the new.
     os.replace(draft, folder / MANIFEST)
     for stale in [
         *folder.glob("weights-*.safetensors"),
@@ -134,6 +136,7 @@ def load(
     growths = _missing(model, line, targets, weights)
     given = optimizers(optimizer)
     _check(model, growths, weights, given, state, grower)
+    # Nothing may hold the tensors that the growths will exchange.
     changing = {}
     for growth in growths:
         for entry in growth["tensors"]:
@@ -144,6 +147,7 @@ def load(
     live = dict(model.named_parameters())
     for one, saved in zip(given, state["optimizers"], strict=False):
         for group, listed in zip(one.param_groups, saved["names"], strict=True):
+            # Positional state belongs to the order in which it was saved.
             group["params"][:] = [live[name] for name in listed]
         one.load_state_dict(saved["state"])
     private_generator(model).set_state(state["generator"])
@@ -240,6 +244,7 @@ def _missing(
     constructor knows (an eps).
     """
     own = json.loads(json.dumps(getattr(model, LINEAGE, [])))
+    # A model that has had the first growths lacks only the later ones.
     if own and own == lineage[: len(own)]:
         return lineage[len(own) :]
     if have.keys() != saved.keys() or any(

@@ -66,6 +66,7 @@ def main() -> None:
 
 
 def _advance(bars: Progress, task: Any, done: int, name: str) -> None:
+    # The name of the run that has just ended.
     bars.update(task, completed=done, state=name)
 
 

@@ -160,6 +160,7 @@ def method_for(how: Methods, axis: Axis) -> How:
 
 def batches_for(how: Methods) -> int:
     """Growth batches that the methods, and a look at the new units, need."""
+    # The default methods may be called in, too.
     asked = [one.batches for one in (*methods(how), *DEFAULTS.values())]
     return max(HEALTH_BATCHES, *asked)
 
@@ -218,6 +219,7 @@ def accepted(plan: Plan) -> Plan:
 @contextmanager
 def all_or_nothing(generator: torch.Generator) -> Iterator[None]:
     """Global randomness comes back where it was; after an error the generator, too."""
+    # A growth that fails must not move the stream of the next one.
     state = generator.get_state()
     try:
         with undisturbed():
@@ -235,6 +237,7 @@ def propose(event: Event, lab: Lab, axis: Axis, count: int) -> Offer:
     """What the method of an axis offers for it, checked."""
     method = event.method(axis)
     with lab.guarded(method):
+        # Whatever a method does, it does to what it was lent.
         offer = method.propose(lab, axis, count)
     check_offer(method, lab, axis, count, offer)
     return offer
@@ -256,6 +259,7 @@ def carry_out(
     """
     started = time.perf_counter()
     draft = Draft(plan, offers=dict(offers or {}), changed=dict(changed or {}))
+    # Each step reads what the steps before it have written into the draft.
     draft = _treated(event, draft)
     _check_owners(event, draft)
     draft = _proved(event, draft)
@@ -295,6 +299,7 @@ def _check_owners(event: Event, draft: Draft) -> None:
     names = [*(change.name for change in draft.plan.tensors), *draft.changed]
     changing = {name: live[name] for name in names}
     trained = {name: t for name, t in changing.items() if t.requires_grad}
+    # Now, and not after minutes of training on the side.
     check_ownership(event.optimizers, trained)
     check_ownership(event.optimizers, followed(event.structure, draft.plan))
     if draft.plan.insertions:
@@ -321,6 +326,7 @@ def _proved(event: Event, draft: Draft) -> Draft:
     """The edit is right on random weights."""
     axes = _axes(event, draft.plan)
     _, blocks = apart(axes)
+    # A stacked block changes the function by design; its check is that it is read.
     deepen = all(event.method(axis).kinds[axis.kind] for axis in blocks)
     with counting() as counter:
         check_edit(event.structure, draft.plan, axes, deepen)
@@ -336,6 +342,7 @@ def _offered(event: Event, draft: Draft) -> Draft:
     units, blocks = apart(_growing(event, draft.plan))
     offers = dict(draft.offers)
     for axis in units or blocks:
+        # A grower may have asked for the offers already, to weigh them.
         if axis.name not in offers and not settles(event.method(axis)):
             count = draft.plan.added[axis.name]
             offers[axis.name] = propose(event, event.lab, axis, count)
@@ -360,6 +367,7 @@ def _settled(event: Event, draft: Draft) -> Draft:
         counts = {axis.name: draft.plan.added[axis.name] for axis in units}
         with event.lab.guarded(method):
             settled = method.settle(event.lab.sandbox(), counts)  # type: ignore[attr-defined]
+        # One method settles all widths of an event, each beside the others.
         return replace(draft, settled=settled)
     return draft
 
@@ -367,6 +375,7 @@ def _settled(event: Event, draft: Draft) -> Draft:
 def _built(event: Event, draft: Draft) -> Draft:
     """Every tensor at its new shape and values."""
     axes = _axes(event, draft.plan)
+    # Pruning hands over compensated weights: they are cut like old ones.
     values = {**live_values(event.model), **draft.changed}
     offers = list(draft.offers.values())
     grown = grown_tensors(values, draft.plan, axes, offers, draft.treatment.scaling)
@@ -395,6 +404,7 @@ def _deepened(event: Event, draft: Draft) -> Draft:
         structure = Structure(widened, event.structure.example)
         lab = event.lab.of(structure).within(event.lab.allowance / len(deep))
         for axis in missing:
+            # The same axis by name, on the widened copy.
             same = structure.axes.named(axis.name)
             offers[axis.name] = propose(event, lab, same, plan.added[axis.name])
     blocks = []
@@ -402,6 +412,7 @@ def _deepened(event: Event, draft: Draft) -> Draft:
         offer = offers.get(insertion.axis)
         offered = offer.blocks if offer is not None else None
         blocks.append(offered if offered is not None else Blocks(insertion))
+    # A method may want its blocks elsewhere than behind the present ones.
     wanted = [one.insertion for one in blocks]
     if wanted != list(plan.insertions):
         plan = accepted(with_insertions(event.structure, plan, wanted))
@@ -425,6 +436,7 @@ def _whole_blocks(
         complete = {}
         for place, (_, block) in made.items():
             for name, tensor in named_tensors(block).items():
+                # Shared tensors are the model's own already.
                 if id(tensor) not in present:
                     complete[place, name] = tensor.detach()
         whole.append(replace(one, values=complete))
@@ -439,6 +451,7 @@ def _apart_in_memory(
     taken: set[int] = set()
     for key, value in values.items():
         address = value.untyped_storage().data_ptr()
+        # Two blocks that share memory would learn as one.
         if address in taken:
             value = value.clone()
         taken.add(address)
@@ -458,6 +471,7 @@ def _verified(event: Event, draft: Draft) -> Draft:
         after = run(event.model, values, event.structure.example, plan, draft.blocks)
         change = relative_change(plan, before, after)
         growing = _growing(event, plan)
+        # A promise counts only where every method of the event makes it.
         exact = [event.method(axis).kinds[axis.kind] for axis in growing]
         if growing and all(exact) and not draft.treatment.scaling:
             _check_preserved(event, before, change)
@@ -475,6 +489,7 @@ def _check_preserved(event: Event, before: Sequence[Tensor], change: float) -> N
     double = all(dtype == torch.float64 for dtype in floats)
     if change <= (_DOUBLE_TOLERANCE if double else TOLERANCE):
         return
+    # The gap costs a run in float64, so it is measured only where it decides.
     if not double and change <= _GAPS * rounding_gap(event.structure, before):
         return
     names = dict.fromkeys(
@@ -504,6 +519,7 @@ def _health(
     plan, lab = draft.plan, event.lab
     if lab.loss is None or not lab.batches or min(plan.added.values()) < 0:
         return health
+    # A look, not a survey: a few batches tell dead units from living ones.
     batches = list(lab.batches)[:HEALTH_BATCHES]
     figures: dict[str, Figures] = {}
     units, _ = apart(_axes(event, plan))
@@ -537,6 +553,7 @@ def _committed(event: Event, draft: Draft, started: float) -> Growth:
             if parameter in optimizer.state:
                 state = grown_state(optimizer, parameter, change, edits, treatment.warm)
                 states.append((optimizer, parameter, state))
+    # Measuring may have left a graph alive, in the user's loss for example.
     check_free({name: live[name] for name in draft.tensors})
     following = OptimizerChange(event.optimizers, states, treatment.reset)
     exchange(event.model, draft.tensors, plan, draft.blocks, following, _ones(axes))

@@ -66,6 +66,7 @@ class _Trial:
     def __init__(self, structure: Structure, axes: Mapping[str, Axis]) -> None:
         self._structure, self._axes = structure, axes
         if "classes" not in structure.verdicts:
+            # One axis of each kind of block stands for all of them.
             classes = structure.alike.classes(axes.values())
             for first, names in classes.items():
                 for name in names:
@@ -79,6 +80,7 @@ class _Trial:
         first = self._verdicts["first", name]
         assert first is not None
         reason = self._verdicts["grows", first]
+        # Exactness of depths is tried only when a method claims it.
         if reason is None and exact:
             reason = self._exact(first)
         if reason is None:
@@ -122,6 +124,7 @@ class _Trial:
             for name in names:
                 self._verdicts[what, name] = reason
             return
+        # What fails together may still pass in parts; log n trials find the culprit.
         middle = len(names) // 2
         self._halve(names[:middle], what, tried)
         self._halve(names[middle:], what, tried)
@@ -138,6 +141,7 @@ class _Trial:
         if len(names) == 1:
             step = self._axes[names[0]].multiple
             return resolve(self._structure, {names[0]: step}).refusal
+        # Factors of one dimension cannot grow at once, whatever each can do alone.
         if clash(self._structure, names) is not None:
             return "some of them multiply each other"
         plan = resolve(self._structure, self._steps(names))

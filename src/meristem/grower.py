@@ -202,7 +202,9 @@ class Grower:
         if loss is not None:
             self.calendar.losses.add(loss)
         step = self.clock.step + 1
+        # An epoch is len(data) steps, whatever the user's loop calls one.
         ended = self._epoch_length is not None and step % self._epoch_length == 0
+        # Only such a trigger weighs growth against training; others need no count.
         counted = rations(self.when) and not self.done
         if counted and self._step_cost is None:
             self._step_cost = self.settings.step_cost(self.model)
@@ -224,6 +226,7 @@ class Grower:
         """
         if metric is not None:
             self.metrics.append((self.clock.step, float(metric)))
+        # step() has counted the epoch already.
         if self._epoch_length is not None:
             return None
         self.clock = replace(self.clock, epoch=self.clock.epoch + 1, epoch_ended=True)
@@ -263,6 +266,7 @@ class Grower:
         clock = replace(
             clock,
             growing=clock.growing + found.flops,
+            # A check that cost nothing says nothing about the next one.
             latest=float(found.flops) or clock.latest,
         )
         self.done, self.reason = found.done, found.reason or self.reason
@@ -334,6 +338,7 @@ class Grower:
                 "missing"
             )
         self.clock = Clock(**state["clock"])
+        # The model and its optimizer are somebody else's to load.
         self.calendar.restore(state["history"], state["losses"])
         self.metrics = [(int(step), float(value)) for step, value in state["metrics"]]
         self.done, self.reason = bool(state["done"]), str(state["reason"])

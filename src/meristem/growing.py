@@ -45,6 +45,7 @@ def private_generator(model: nn.Module) -> torch.Generator:
 
     It is seeded from torch's initial seed when it is first used.
     """
+    # Seeded when first used, so that torch.manual_seed before a script decides.
     if model not in _GENERATORS:
         seed = torch.initial_seed() % 2**63
         _GENERATORS[model] = torch.Generator().manual_seed(seed)
@@ -188,11 +189,13 @@ def grow_(
         ({'0': 10}, 10)
     """
     generator = generator if generator is not None else private_generator(model)
+    # Wrong arguments are told before anything is run.
     wish = counts if isinstance(counts, Plan) else _counts(counts)
     how, care = methods(how), cares(care)
     with all_or_nothing(generator):
         batches: list[Any] = []
         if data is not None:
+            # Read once: the example, the offers and the health use the same batches.
             batches = growth_batches(data, batches_for(how), generator)
         if example is None:
             example = _example(model, wish, loss, batches)
@@ -223,6 +226,7 @@ def _same(structure: Structure, stored: Plan) -> Plan:
         GrowthRefused: On this model it would change something else.
     """
     planned = _planned(structure, stored.wishes)
+    # The values of the example may differ, the shapes of the edit may not.
     shapes = [(c.name, c.before, c.after) for c in planned.tensors]
     if shapes != [(c.name, c.before, c.after) for c in stored.tensors] or (
         planned.insertions != stored.insertions
@@ -315,6 +319,7 @@ def _drops(units: Mapping[str, Any]) -> dict[str, int | list[int]]:
     wishes: dict[str, int | list[int]] = {}
     for name, amount in units.items():
         if not isinstance(amount, Iterable) or isinstance(amount, str):
+            # A negative count means: the last so many units.
             wishes[name] = -_counts({name: amount})[name]
             continue
         indices = []

@@ -230,6 +230,7 @@ def check_part(kind: str, part: Any, known: Mapping[str, type]) -> None:
     """
     protocol, attributes, methods, example = _PARTS[kind]
     if isinstance(part, str):
+        # A name, as a configuration file would have it.
         hint = nearest(part, known)
         if part in known:
             hint = f" hint: meristem.{kind}.{known[part].__name__}()"
@@ -256,6 +257,8 @@ def takes(part: Any, name: str, arguments: int) -> bool:
     if not callable(method):
         return False
     try:
+        # By shape, not by name alone: a method of the same name may mean something
+        # else.
         inspect.signature(method).bind(*[None] * arguments)
     except (TypeError, ValueError):
         return False
@@ -306,6 +309,7 @@ def check_offer(how: How, lab: Lab, axis: Axis, count: int, offer: Any) -> None:
         raise TypeError(
             f"{name}.propose must return an Offer; got {type(offer).__name__}"
         )
+    # An offer for another count would leave some units without weights.
     if offer.axis != axis.name or offer.count != count:
         raise ValueError(
             f"{name} was asked for {count} units of {axis.name!r} and offers "
@@ -328,6 +332,7 @@ def _check_strips(
 ) -> None:
     shapes = lab.shapes(axis, count)
     places = {slot.place for slot in shapes}
+    # A strip that no slot takes would be dropped without a word.
     strange = [place for place in strips if place not in places]
     if strange:
         raise ValueError(

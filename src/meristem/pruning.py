@@ -113,6 +113,7 @@ def prune_(
                 f"{axis!r} is a depth; prune_ removes units. hint: narrow_(model, "
                 f"{{{axis!r}: 1}}, ...)"
             )
+        # Two thirds weigh the units, one third sees what their removal costs.
         middle = 2 * len(batches) // 3
         trial = _Trial(event, found, loss, batches[:middle] or batches)
         gone = _most(trial, batches[middle:], tolerance)
@@ -126,9 +127,11 @@ def prune_(
 
 def _most(trial: _Trial, shown: Sequence[Any], tolerance: float) -> list[int]:
     """The largest number of units that can go without a rise of the loss, by bisection."""
+    # The loss before, on the very batches that judge the removals.
     now = trial.loss([], shown)
     limit = now + tolerance * abs(now)
     order = trial.order()
+    # The loss rises with every unit that goes, or nearly: bisection is enough.
     low, high = 0, len(order)
     while low < high:
         tried = (low + high + 1) // 2
@@ -218,8 +221,10 @@ class _Trial:
                 )
                 stay = torch.ones(weight.shape[1], dtype=torch.bool)
                 if dropped:
+                    # Units are weighed in the net in which those before them are gone.
                     weight = compensated(factors.inputs, weight, torch.cat(dropped))
                     stay[torch.cat(dropped)] = False
+                # Where a column stands once the dropped ones are gone.
                 place = stay.cumsum(0) - 1
                 rest = replace(
                     factors,

@@ -211,6 +211,7 @@ def stack(
         >>> [len(net.layers) for _ in range(4) if grower.step() or True]
         [1, 3, 3, 3]
     """
+    # A fraction of training needs to know how long that is.
     length, unit = duration(total)
     due = At(**{unit: (moment(at, length),)})
     if example is None:

@@ -166,6 +166,7 @@ class Found:
 def find_growth(check: Check) -> Found:
     """Look for what is worth growing, and grow it."""
     clock = check.clock
+    # The cheapest reasons first: nothing has been read or traced yet.
     limit = check.settings.budget.growths
     if limit is not None and clock.growths >= limit:
         return _ended(clock, f"the budget of {limit} growths is used up")
@@ -176,7 +177,9 @@ def find_growth(check: Check) -> Found:
         clock = replace(clock, least=_least_cost(check, axes, total))
         if check.allowance < clock.least:
             return Found(clock)
+    # From here on it counts as a check, whatever comes of it.
     clock = replace(clock, checked_step=clock.step, checked_epoch=clock.epoch)
+    # The generator moves once per check, so that a resumed run draws alike.
     batches = growth_batches(
         check.settings.data, batches_for(check.settings.how), check.settings.generator
     )
@@ -196,11 +199,13 @@ def find_growth(check: Check) -> Found:
     plan = _planned(check, axes, share, offers)
     if plan is None:
         return _ended(clock, _no_room(check, total), cost)
+    # Each was tried alone; together they may still meet in one attribute.
     if plan.refusal is not None:
         names = ", ".join(plan.after)
         raise GrowthRefused(f"{names} cannot grow together: {plan.refusal}")
     growth = carry_out(event, plan, _kept(axes, plan, offers))
     for name, offer in offers.items():
+        # What was offered in vain was paid for, too.
         if name not in plan.after:
             growth.flops += offer.flops
     growth.flops += share.flops
@@ -326,6 +331,7 @@ def _shared(
     flops, parameters = {}, {}
     for axis in axes:
         plan = sized(check.structure, {axis.name: axis.multiple})
+        # At least 1, so that a unit that costs nothing can be compared.
         more_flops = plan.flops[1] - plan.flops[0]
         more_parameters = plan.parameters[1] - plan.parameters[0]
         flops[axis.name] = max(more_flops, 1) / axis.multiple
@@ -395,6 +401,7 @@ def _kept(
     growing = [axis for axis in axes if axis.name in plan.after]
     units, blocks = apart(growing)
     kept = {}
+    # Where widths grow, blocks are made anew on the widened copy.
     for axis in units or blocks:
         if axis.name in offers:
             kept[axis.name] = offers[axis.name].best(plan.added[axis.name])

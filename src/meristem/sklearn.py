@@ -320,6 +320,7 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
         self._seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         self.scaler_ = StandardScaler().fit(x, sample_weight=weights)
         linear = nn.Linear(x.shape[1], outputs)
+        # From zero the linear fit is the same for every seed.
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
         optimizer = torch.optim.AdamW(
@@ -379,6 +380,7 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
             or not (data.tensors[1] != data.tensors[1][0]).any()
         ):
             return None
+        # Twelve batches at least, so that a third of them can measure.
         looked = _Batches(max(1, min(LOOKED_AT, examples // 12)), *data.tensors)
         budget = Budget(parameters=self.max_parameters, growths=left)
         return Grower(
@@ -409,6 +411,7 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
         """Train until the held-out loss of the averaged weights has not fallen for a
         while; these, where it was lowest.
         """
+        # The weights of the lowest loss, not of the last pass.
         best, since = copy.deepcopy(state), 0
         lowest = self._held_out_loss(state.model, held_out)
         average = AveragedModel(

@@ -129,6 +129,7 @@ class Stages(Iterator[Stage]):
                 raise StopIteration
             self.index += 1
             self._begin()
+        # The paper waits longer in the last stage.
         is_last = self.index == self.growths
         patience = self.last_patience if is_last else self.patience
         while self.epoch < self.epochs and self.epoch - self.best_epoch < patience:
@@ -167,6 +168,7 @@ class Stages(Iterator[Stage]):
 
     def _train_epoch(self) -> None:
         if self._per_example is None:
+            # The cost of a step depends on shapes alone; any batch will do.
             (batch,) = growth_batches(self.data, 1, torch.Generator().manual_seed(0))
             self._per_example = step_flops(self.model, self.loss, batch)
         self.model.train()
@@ -183,6 +185,7 @@ class Stages(Iterator[Stage]):
         validation = self._validate()
         self.epoch += 1
         self.curve.append((total / max(seen, 1), validation))
+        # NaN is never smaller: a diverged epoch is never the best.
         if validation < self.best:
             self.best, self.best_epoch = validation, self.epoch
             self._best_weights = copy.deepcopy(self.model.state_dict())

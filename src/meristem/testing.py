@@ -175,6 +175,7 @@ class Trial:
         out = self.model(self.x)
         self.data = [(self.x, torch.randn_like(out)) for _ in range(3)]
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        # Moments of the optimizer are there before the growth, as in a real run.
         for _ in range(2):
             self.step()
 
@@ -320,6 +321,7 @@ def _check_old(
     for change in planned.tensors:
         value = now[change.name]
         assert tuple(value.shape) == change.after, f"{told}: shape of {change.name}"
+        # What moves old weights by design is held by the change of the outputs.
         if copies or change.name in planned.rescaled:
             continue
         for d, source in enumerate(change.sources):
@@ -450,6 +452,7 @@ def check_when(when: When) -> None:
     told = _named(when)
     times = 0
     for step in range(1, 2001):
+        # Operations enough for any budget.
         clock = Clock(step, step // 20, step % 20 == 0, times, trained=1e12 * step)
         due = when.due(clock)
         assert isinstance(due, bool), f"{told}.due must return a bool; got {due!r}"

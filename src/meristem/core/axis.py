@@ -123,6 +123,7 @@ class Axes(Mapping[str, Axis]):
         if name in self.frozen:
             return UnknownAxis(f"axis {name!r} cannot grow: {self.frozen[name]}")
         known = [*self._axes, *self.ends]
+        # "c_fc" for "h.0.mlp.c_fc": the end of a name is what people remember.
         ending = [other for other in known if other.rpartition(".")[2] == name]
         if ending:
             return UnknownAxis(
@@ -176,6 +177,7 @@ def _slots(axis: Axis) -> str:
 def matches(name: str, patterns: str | Sequence[str]) -> bool:
     """Whether a name fits glob patterns, of which those with a leading "!" exclude."""
     listed = [patterns] if isinstance(patterns, str) else list(patterns)
+    # Exclusions alone mean: everything else.
     wanted = [p for p in listed if not p.startswith("!")] or ["*"]
     barred = [p[1:] for p in listed if p.startswith("!")]
     return any(fnmatch.fnmatchcase(name, p) for p in wanted) and not any(

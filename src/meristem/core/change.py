@@ -226,6 +226,7 @@ def spans(source: Sources) -> Spans:
     """Sources in short."""
     found: Spans = []
     for entry in source.tolist():
+        # Spans keep a lineage small: most entries stay beside their neighbours.
         last = found[-1] if found else None
         continues = last is not None and last[0] >= 0 and entry == last[0] + last[1]
         stays_new = last is not None and last[0] < 0 and entry < 0

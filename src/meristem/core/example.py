@@ -41,6 +41,7 @@ def example_json(value: Any) -> Any:
             "tensor": list(value.shape),
             "dtype": str(value.dtype).removeprefix("torch."),
         }
+        # Indices mean something, and must stay in range; noise will do for the rest.
         if not value.is_floating_point() and not value.is_complex():
             entry["values"] = value.flatten().tolist()
         return entry
@@ -62,6 +63,7 @@ def example_from(stored: Any) -> Any:
         dtype = getattr(torch, stored["dtype"])
         if "values" in stored:
             return torch.tensor(stored["values"], dtype=dtype).reshape(stored["tensor"])
+        # Not zeros: these would hide a wrong edit.
         generator = torch.Generator().manual_seed(0)
         return torch.randn(stored["tensor"], generator=generator).to(dtype)
     if "args" in stored:

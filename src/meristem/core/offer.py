@@ -48,6 +48,7 @@ class Blocks:
     def first(self, count: int) -> Blocks:
         """The first `count` new blocks; all of them stand behind the present ones."""
         placed = self.insertion
+        # The present blocks stand in front.
         end = placed.size + count
         insertion = replace(placed, blocks=placed.blocks[:end], new=placed.new[:end])
         values = {}

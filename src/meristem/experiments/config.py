@@ -51,6 +51,7 @@ def imported(name: str) -> Any:
     The current folder counts as a place to import from.
     """
     module_name, _, attribute = name.partition(":")
+    # As python -m does: a module beside the file is found.
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -362,6 +363,7 @@ def checked(table: Mapping[str, Any], source: str = "the configuration") -> Expe
             "\n".join(f"{source}: {_readable(problem)}" for problem in error.errors())
         ) from None
     train = experiment.train
+    # Two ways to say how long would contradict each other.
     lengths = [train.epochs, train.steps, train.flops, experiment.stages]
     if sum(length is not None for length in lengths) != 1:
         raise ConfigError(

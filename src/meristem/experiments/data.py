@@ -487,6 +487,7 @@ def _cifar(path: Path, key: bytes) -> Arrays:
     with tarfile.open(path) as archive:
         for member in sorted(archive.getmembers(), key=lambda m: m.name):
             stem = Path(member.name).name
+            # Archives name their parts in many ways.
             part = None
             if stem.startswith(("data_batch", "train")):
                 part = "train"

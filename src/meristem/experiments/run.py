@@ -100,6 +100,7 @@ class Run:
         name, options = experiment.data_options
         self.data = datasets.prepared(name, **options.model_dump())
         self.example = self.data.x_train[: min(8, len(self.data.x_train))]
+        # The weights depend on the seed alone, not on the data.
         torch.manual_seed(experiment.seed)
         model = models.build(experiment.model, self.data)
         self.model = models.sized(model, self.example, experiment.sizes).to(
@@ -230,6 +231,7 @@ class Run:
             self._resume(folder)
         self._folder, self._saved = folder, time.perf_counter()
         self._started = time.perf_counter() - self.progress.seconds
+        # A second signal while saving finds the flag set, and waits.
         handlers = {
             number: signal.signal(number, self._stop)
             for number in (signal.SIGINT, signal.SIGTERM)
@@ -285,6 +287,7 @@ class Run:
         """
         while self.progress.step < self.progress.steps:
             epoch, done = divmod(self.progress.step, len(self.batches))
+            # An odd factor keeps epochs of neighbouring seeds apart.
             generator = torch.Generator().manual_seed(
                 self.experiment.seed * 1_000_003 + epoch
             )

@@ -205,6 +205,7 @@ class Comparison:
                 for row in rows
                 if row.title in self.suite.rates
             }
+            # One process per run: a crash costs one row.
             jobs = []
             for row in rows:
                 for seed in self.suite.seeds:

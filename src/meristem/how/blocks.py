@@ -43,6 +43,7 @@ def fresh_blocks(lab: Lab, insertion: Insertion) -> dict[tuple[int, str], Tensor
     none (a bare scale) starts as in the block that it is made after; what is shared
     stays.
     """
+    # Without data: only the new blocks need any.
     copied = lab.skeleton()
     known = {id(module) for module in copied.modules()}
     present = {id(tensor) for tensor in named_tensors(copied).values()}
@@ -52,6 +53,7 @@ def fresh_blocks(lab: Lab, insertion: Insertion) -> dict[tuple[int, str], Tensor
     with undisturbed():
         torch.manual_seed(seed)
         for place, (_, block) in insert(copied, insertion, started).items():
+            # Inner modules first, so that an outer one has the last word.
             for module in reversed(list(block.modules())):
                 if id(module) not in known:
                     _reset(module, present)
@@ -97,6 +99,7 @@ def _planned(lab: Lab, axis: Axis, blocks: Blocks) -> Plan:
         GrowthRefused: The model cannot take them.
     """
     plan = resolve(lab.structure, {axis.name: sum(blocks.insertion.new)})
+    # The plan speaks of blocks at the end; elsewhere the numbers may follow otherwise.
     if plan.insertions != (blocks.insertion,):
         plan = with_insertions(lab.structure, plan, [blocks.insertion])
     if plan.refusal is not None:

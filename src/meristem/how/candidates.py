@@ -241,6 +241,7 @@ class Space:
                     "how.Random()"
                 )
             moments = found[layer].damped(self._damping)
+            # Solved once: every batch takes the same slope off its gradients.
             root = torch.linalg.cholesky(moments.inputs)
             self.moments[layer] = moments
             self.free[layer] = effective(found[layer].outputs, self._damping)
@@ -301,6 +302,7 @@ class Space:
             shown = seen.leading[layer][len(found[layer])]
             found[layer].append(read[:shown])
             counts = [len(found[name]) == len(seen.leading[name]) for name in found]
+            # Layers behind the last reader cost time and tell nothing.
             if all(counts):
                 raise _Reached
 

@@ -200,6 +200,8 @@ class _Space:
                 parts.append((inward, outward, to_in, to_out))
 
         def apply(vectors: Tensor, inwards: bool) -> Tensor:
+            # Sums over batches in float64: singular values far below the first one
+            # count.
             total = torch.zeros(1, dtype=torch.float64)
             for inward, outward, to_in, to_out in parts:
                 source, target = (to_out, inward) if inwards else (to_in, outward)
@@ -224,6 +226,7 @@ class _Space:
         """Leading singular triplets of M, in rows: fan-in vectors, singular values,
         fan-out vectors; float64.
         """
+        # Block subspace iteration, one side orthonormal at a time.
         outward = _orthonormal_rows(self.probes())
         values = torch.zeros(self.trials, dtype=torch.float64)
         for _ in range(self.method.iterations):
@@ -232,6 +235,7 @@ class _Space:
                 adjoint(inward), full_matrices=False
             )
             inward = rotation.T @ inward
+            # Only the units that will be used must have converged.
             energy, new_energy = (
                 v[: self.units].square().sum() for v in (values, new_values)
             )
@@ -253,8 +257,10 @@ class _Space:
         """
         operators, lifted = self.operators(0.0), self.operators(_OFFSET)
         probes = self.probes()
+        # ReLU has slope 0 at 0: M vanishes there, and half a unit away it does not.
         flat = bool(operators[0](probes).norm() < _FLAT * lifted[0](probes).norm())
         inward, values, outward = self.triplets(*(lifted if flat else operators))
+        # Below this share of the largest they are rounding.
         values = torch.where(values > 1e-10 * values.max(), values, 0.0)
         outward, inward = (
             _fill(self.lab, outward, values, self.units),
@@ -263,6 +269,7 @@ class _Space:
         values = torch.nn.functional.pad(values, (0, max(0, self.units - len(values))))[
             : self.units
         ]
+        # Signs of singular vectors are arbitrary; fixed ones make growth repeatable.
         largest = outward.gather(1, outward.abs().argmax(1, keepdim=True)).sign()
         return inward * largest, values, outward * largest, flat
 
@@ -299,6 +306,7 @@ class _Space:
         length = inward.norm(dim=1, keepdim=True).to(self.like)
         best = torch.full_like(length, -1.0)
         best_sign, best_inward = torch.ones_like(length), inward.to(self.like)
+        # Both sides of the hyperplane, both signs of the fan-out.
         for side, sign in itertools.product((1.0, -1.0), repeat=2):
             trial = (side * inward).to(self.like)
             travelled = torch.zeros_like(trial)
@@ -320,6 +328,7 @@ class _Space:
                         torch.finfo(norm.dtype).tiny
                     )
                 )
+            # The first gradient is that of the starting point, the same for all.
             weakest = torch.stack(norms[1:]).amin(0) + 1e-6 * norms[1]
             better = weakest > best
             best = torch.where(better, weakest, best)
@@ -359,6 +368,7 @@ class _Space:
             with torch.no_grad():
                 inward.mul_(length / inward.norm(dim=1, keepdim=True).clamp_min(1e-30))
         reached = gradient(inward, False).norm(dim=1)
+        # The climb may end lower than it began; then the start is kept.
         better = (reached >= best_norms)[:, None]
         best = torch.where(better, inward.detach(), best)
         gains = torch.maximum(reached, best_norms)

@@ -56,6 +56,7 @@ class Interpose:
         free = depth.size - depth.fixed
         blocks, new = list(range(depth.fixed)), [False] * depth.fixed
         for i in range(free):
+            # The first blocks get one more where it does not go round evenly.
             each = count // free + (i < count % free)
             blocks += [depth.fixed + i] * (1 + each)
             new += [False] + [True] * each

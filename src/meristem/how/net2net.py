@@ -75,6 +75,7 @@ class Net2Net:
             torch.rand(old + new, generator=lab.generator, dtype=torch.float64) + 0.5
         )
         family = torch.cat([torch.arange(old), parent])
+        # Shares of a family sum to one.
         total = torch.zeros(old, dtype=torch.float64).index_add(0, family, weight)
         strips = {}
         if self.noise:

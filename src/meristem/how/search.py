@@ -100,6 +100,8 @@ class Search:
         total = 0.0
         for first, second in self.parts([batch] * self.batches):
             looks, measured = min(LOOKS, len(first)), 2 * len(second)
+            # Looks before and after the search, the moments, and one pass per batch
+            # seen.
             passes = 3 * looks + min(self.steps, len(first)) + measured
             total += passes * (3 * each.forward + each.present)
             total += self.steps * (each.forward + 3 * (each.made + each.mixed))
@@ -221,6 +223,7 @@ class Climb:
         moving = [place for place in started if place not in silent]
         strips = self.optimised(started, moving)
         choosing = space.together(strips, self.first[-len(self.second) :])
+        # Chosen on other examples than those that measure: else luck would be gain.
         order = best(choosing, trials, self.units)
         joint = space.together(strips, self.second)
         free = {}
@@ -326,6 +329,7 @@ class Climb:
         if number in self._kept:
             return self._kept[number]
         seen = self.space.seen(self.first[number])
+        # A batch that comes twice or more is worth its memory.
         if len(self.first) <= self.search.steps // 2:
             self._kept[number] = seen
         return seen

@@ -159,6 +159,7 @@ class SENN:
             silent.setdefault(place, set()).update(
                 {names[id(module)]} if scored(module) else ()
             )
+        # Several blocks may share layers: each is looked at once.
         watched = sorted(set().union(*silent.values()))
         meter = Meter()
         number = _affordable(lab, self.batches, _block_pass(lab, axis, count))
@@ -174,6 +175,7 @@ class SENN:
                 Curvature({name: part[name] for name in listed if name in part})
                 for part in parts
             )
+            # With one part of the examples there is nothing to add.
             both = list((one if second is first else one + other).layers.values())
             freedom = sum(
                 effective(layer.outputs, self.damping) * layer.gradient.shape[1]
@@ -199,8 +201,10 @@ class SENN:
         units of the width that it opens would give, whichever is the surer; those behind
         it add nothing yet.
         """
+        # SENN inserts behind an activation of its own, not behind a ReLU.
         insertion = replace(lab.depth(axis).appended(count), activation=self.activation)
         layer = _inserted(lab, axis, self.activation)
+        # An identity layer can pay by itself, or by the units that it makes room for.
         opened = layer.opened
         if opened is None:
             number = _affordable(layer.lab, self.batches, _pass(layer.lab))

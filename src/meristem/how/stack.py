@@ -47,6 +47,7 @@ class Stack:
     def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
         """Copies, round after round; blocks that lead into the run are not repeated."""
         depth = only_runs(lab, axis, "Stack")
+        # Round after round through the blocks that are alike.
         repeated = [depth.fixed + i % (depth.size - depth.fixed) for i in range(count)]
         insertion = depth.with_blocks(
             [*range(depth.size), *repeated], [False] * depth.size + [True] * count

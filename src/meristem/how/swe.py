@@ -138,6 +138,7 @@ class SWE:
         """
         health: dict[str, dict[str, Figures]] = {"insertion": {}, "adjust": {}}
         notes = {}
+        # The paper goes from the output to the input.
         depth = {name: place for place, name in enumerate(sandbox.lab.axes)}
         for name in sorted(counts, key=lambda name: depth.get(name, -1), reverse=True):
             axis = sandbox.lab.axes.named(name)
@@ -222,6 +223,7 @@ class FactoredCoupling:
     """
 
     def __init__(self, rows: Iterator[Tensor], new: int) -> None:
+        # The rows are drawn one by one: all of them would be as large as the full D.
         first = next(rows)
         old = len(first)
         gained = first.new_zeros(
@@ -246,6 +248,7 @@ class FactoredCoupling:
         """
         gradient = self.gained.grad
         assert gradient is not None
+        # The sums of dL/dD over new and over old units, see the module.
         m, n = len(self.new), len(self.old)
         old, new = gradient[:n], gradient[n:]
         from_new, from_old = new.sum(0), old.sum(0)
@@ -258,6 +261,7 @@ class FactoredCoupling:
         """What is given is taken: Adam's element-wise steps are brought back to a sum
         of zero.
         """
+        # Half of it from each side, so that neither drifts.
         surplus = self.gained.sum(0)
         self.old -= surplus / (2 * len(self.old))
         self.new -= surplus / (2 * len(self.new))
@@ -385,6 +389,7 @@ class Adjustment:
 
     def _optimizer(self, numbers: list[tuple[Tensor, int]]) -> torch.optim.Optimizer:
         method = self.method
+        # The coupling may learn slower than the next layer.
         rate = method.lr if method.coupling_lr is None else method.coupling_lr
         adam = method.optimizer == "adam"
         groups = [
@@ -415,6 +420,8 @@ class Adjustment:
                 "there; nothing was changed. hint: how.Random"
             )
         loss.backward()
+        # A gradient of zero lets Adam see the weight decay alone, as the released code
+        # does.
         for name in self.decayed:
             self.base[name].grad = torch.zeros_like(self.base[name])
         for _, coupling in self.couplings:

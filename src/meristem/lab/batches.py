@@ -30,6 +30,7 @@ def check_reiterable(data: Iterable[Any]) -> None:
             "data must be a DataLoader or a re-iterable of batches; got "
             f"{type(data).__name__}"
         )
+    # A loader over a generator looks re-iterable, and is not.
     dataset = getattr(data, "dataset", None)
     if isinstance(data, DataLoader) and isinstance(dataset, Iterator):
         raise DataError(
@@ -59,6 +60,7 @@ def growth_batches(
     first ones.
     """
     check_reiterable(data)
+    # One number of the generator decides the order of all batches.
     seed = int(torch.randint(2**62, (), generator=generator))
     with undisturbed(), _borrowed(data, seed):
         torch.manual_seed(seed)
@@ -96,6 +98,7 @@ def _own_loader(data: Iterable[Any]) -> Iterable[Any]:
             collate_fn=data.collate_fn,
             drop_last=data.drop_last,
         )
+    # A loader without batching: the dataset gives whole batches.
     if data.batch_sampler is None:
         return DataLoader(
             data.dataset,
@@ -168,6 +171,7 @@ def first_call(model: nn.Module, loss: Loss, batch: Any) -> Example:
     ) -> None:
         raise _Called(args, kwargs)
 
+    # The hook must not stand on the user's model, not even for a moment.
     copied = twin(model, lambda _name, tensor: tensor.detach())
     copied.register_forward_pre_hook(catch, with_kwargs=True)
     with undisturbed(), torch.no_grad():

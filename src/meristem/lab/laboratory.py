@@ -98,6 +98,7 @@ class Lab:
     def __init__(self, structure: Structure, loan: Loan) -> None:
         self._origin, self._loan = structure, loan
         self._model = structure.model  # a structure does not keep it alive
+        # Copies are made when looked at: a method that needs two tensors copies two.
         self.values = Values(structure.model)
         self.generator = loan.generator
         self.loss, self.data = loan.loss, loan.data
@@ -108,6 +109,7 @@ class Lab:
     @cached_property
     def structure(self) -> Structure:
         skeleton = twin(self._origin.model, _without_data)
+        # Labels and plans are shared; only the model behind them is another one.
         structure = copy.copy(self._origin)
         structure._model = weakref.ref(skeleton)
         self._skeleton = skeleton  # a structure does not keep its model alive
@@ -213,10 +215,12 @@ class Lab:
     def block_gradients(self, plan: Plan, blocks: Blocks) -> tuple[float, ...]:
         """For every new block the norm of its gradient on the first growth batch."""
         loss = self.user_loss("the gain of a block")
+        # The copy shares the weights: it is only read, and inside this class.
         held = live_values(self._origin.model)
         copied = grown_twin(self._origin.model, held, NO_CHANGE).eval()
         made = insert(copied, blocks.insertion, blocks.values)
         apply_edits(copied, plan.counts)
+        # Which ones learn is asked before all gradients are turned off.
         by_block = []
         for _, block in made.values():
             by_block.append([p for p in block.parameters() if p.requires_grad])
@@ -325,6 +329,7 @@ class Widened:
 
         Gives whether that was possible: no layer may be known to make them.
         """
+        # Of several producers the first one is enough to move the units.
         slot = self.axis.places("fan_in")[0]
         producer = self.model.get_submodule(slot.name.rpartition(".")[0])
         if not offset or not contracts(producer):
@@ -373,6 +378,7 @@ class Sandbox:
             if parameter.requires_grad:
                 self.trained.add(name)
         self.model = lab.copied()
+        # A method turns on what it trains.
         self.model.requires_grad_(False)
         self.meter = Meter()
 
@@ -380,6 +386,7 @@ class Sandbox:
     def lab(self) -> Lab:
         """A laboratory for the copy as it stands."""
         if self._lab is None:
+            # Not kept with the structures of user models: the copy changes at once.
             structure = Structure(self.model, self._origin.structure.example)
             self._lab = self._origin.of(structure)
         return self._lab
@@ -391,6 +398,7 @@ class Sandbox:
         axes = [structure.axes.named(offer.axis) for offer in offers]
         held = live_values(self.model)
         new = grown_tensors(held, plan, axes, offers, Scaling())
+        # The structure has changed: a new one is traced when somebody asks.
         self._lab = None
         exchange(self.model, new, plan)
         self.meter = self.meter.at_new_size()

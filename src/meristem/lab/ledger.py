@@ -84,6 +84,7 @@ class Meter:
                 shapes.append(tuple(leaf.shape))
         key = tuple(shapes)
         if key in self._known:
+            # What is already known is not counted again.
             result = call()
         else:
             with counting() as counter:

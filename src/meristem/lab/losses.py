@@ -69,6 +69,7 @@ def evaluate(
         if tensors is None:
             value = called(loss, model, batch)
         else:
+            # functional_call names tensors as the wrapping module sees them.
             inner = {f"model.{name}": tensor for name, tensor in tensors.items()}
             value = functional_call(_LossModule(model, loss), inner, (batch,))
     except Exception as error:
@@ -89,6 +90,7 @@ def evaluate(
 
 
 def _told(error: Exception, mode: str) -> Exception:
+    # The one failure of a loss that a setting of the loader mends.
     if "more than 1 value per channel" in str(error):
         return DataError(
             "a batch norm cannot train on a batch with one value per channel; nothing "

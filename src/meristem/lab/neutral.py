@@ -48,6 +48,7 @@ def neutral(
     Returns:
         By place, strips of shape (units, entries per unit, *other dimensions).
     """
+    # A tied weight has no fan-in of its own; it draws like what it is.
     producers = axis.places("fan_in") or axis.places("fan_out")
     strips: dict[Place, Tensor] = {}
     for slot, shape in lab.shapes(axis, count).items():
@@ -56,6 +57,7 @@ def neutral(
             where = lab.new_units(axis, count, slot.place)
             strips |= stream_strip(axis, slot, old, where)
         elif slot.role == "fan_out":
+            # The fan-in of what reads the units is the new width.
             widened = lab.plan(axis, count).change(slot.name).after[slot.dim]
             silent = zero == "fan_out" and not axis.streamed
             limit = 0.0 if silent else scale * bound(lab, slot, widened)
@@ -89,8 +91,10 @@ def awake(
     gradients = torch.autograd.grad(loss, list(trial.values()), allow_unused=True)
     reached = [g.flatten(1).abs().amax(1) for g in gradients if g is not None]
     turned = dict(strips)
+    # The loss does not reach the units at all; nothing can be told.
     if not reached:
         return turned
+    # A unit is alive if any of its readers feels it.
     sign = torch.where(torch.stack(reached).amax(0) > 0, 1.0, -1.0)
     for slot in axis.slots:
         makes = slot.role == "fan_in" or slot.fill == "bias"

@@ -67,6 +67,7 @@ class Factors:
 
     def __add__(self, other: Factors) -> Factors:
         """The moments over the examples of both."""
+        # Moments are means: they are weighed by their examples.
         total = self.samples + other.samples
         parts = ("gradient", "inputs", "outputs", "spread")
         mean = {
@@ -144,6 +145,7 @@ def unexplained(layer: Factors, candidates: Candidates) -> Tensor:
     """A_p - A_pc A^-1 A_cp: the moments of what the layer's own inputs do not explain
     of the candidates.
     """
+    # Schur complement by a triangular solve, which keeps it symmetric.
     half = whitened(layer.inputs, candidates.cross)
     return candidates.inputs - half.T @ half
 
@@ -175,6 +177,7 @@ def removal(layer: Factors, weight: Tensor, units: Sequence[Tensor]) -> Removal:
     root = _root(layer.inputs)
     gradient = whitened(layer.outputs, layer.gradient).T
     step = torch.cholesky_solve(gradient, root)
+    # Weights are whitened like the gradient, so that both can be compared.
     wanted = _root(layer.outputs).T @ weight.double().to(root.device)
     inverse = torch.cholesky_inverse(root)
     found = []
@@ -339,7 +342,9 @@ class Watched:
             kwargs: dict[str, Tensor],
             output: Tensor,
         ) -> None:
+            # A layer in a frozen part sees no gradient, and has no score.
             if output.requires_grad:
+                # The gradient of the pre-activation, which autograd would drop.
                 output.retain_grad()
                 self.calls.setdefault(name, []).append(
                     ((*args, *kwargs.values())[0], output)
@@ -357,6 +362,7 @@ class Watched:
         """The loss and its gradients on one batch."""
         self.model.eval()
         self.model.requires_grad_(True)
+        # Only what comes back to the layers counts, not what the weights collect.
         self.model.zero_grad()
         with torch.enable_grad():
             value = evaluate(loss, self.model, batch)
@@ -457,6 +463,7 @@ def _spread(
         for moment, rows in ((within, inputs), (outward, gradients))
     )
     if len(read) > samples:
+        # Every example has as many positions as the others.
         rows = len(read) // samples
         read, back = (
             part[: samples * rows].reshape(samples, rows, -1) for part in (read, back)
@@ -501,6 +508,7 @@ def with_bias(module: nn.Module, rows: Tensor) -> Tensor:
 def leading(module: nn.Module, read: Tensor, given: Tensor) -> int:
     """How many examples of a batch, the first ones, are looked at."""
     kernel = getattr(module, "kernel_size", ())
+    # Many rows per example: the first examples stand for all.
     each = read.numel() // len(read)
     if kernel:  # every output position reads a patch
         each = given[0, 0].numel() * read.shape[1] * math.prod(kernel)

@@ -136,9 +136,11 @@ def look(
 ) -> dict[str, Figures]:
     """The figures of `health` for widths and depths of a model that has been traced."""
     counted, blocks = apart(axes)
+    # Read and never written: the copy may share the weights.
     held = live_values(structure.model)
     copied = twin(structure.model, lambda name, _: held[name])
     figures: dict[str, Figures] = {}
+    # Two looks at the same batches: an iterator would be used up by the first.
     read = list(batches) if counted and blocks else batches
     if counted:
         layouts = {axis.name: structure.layout(axis.name) for axis in counted}
@@ -297,6 +299,7 @@ class _BlockWatch:
         for tensor in tensors_in((args, kwargs)):
             if tensor.shape == given.shape:
                 stream = tensor.detach().double()
+                # A stream of zeros has no length to compare with.
                 if bool(stream.any()):
                     change = (given - stream).norm() / stream.norm()
                     self.moved.setdefault(name, []).append(change.item())
@@ -330,6 +333,7 @@ class _Norms:
             square = gradient.double().square().sum().item()
             key = id(parameter)
             self._squares[key] = self._squares.get(key, 0.0) + square
+        # Blocks may be most of the model: their gradients would be as large.
         parameter.grad = None
 
     def next_batch(self) -> None:
@@ -399,6 +403,7 @@ def _figures(axis: Axis, units: _Units, reader: _Reader, compared: bool) -> Figu
         figures["dormant"] = _share(size[picked] <= DORMANT * size.mean())
     outgoing = _norm(units.weights(axis.places("fan_out")))
     if outgoing is not None:
+        # New units with zero fan-out must not pull the median down.
         heard = outgoing[outgoing > 0]
         limit = UNREAD * heard.median().item() if len(heard) else 0.0
         figures["inactive_outgoing"] = _share(outgoing[picked] <= limit)
@@ -490,6 +495,7 @@ class _Reader(TorchDispatchMode):
                 or value.shape[dim] != size
             ):
                 continue
+            # Every position of every example is a row.
             rows = value.detach().movedim(dim, -1).flatten(0, -2)
             where = torch.from_numpy(layout.copy())
             largest = rows.amax(0).float().cpu()[where].amax(1)

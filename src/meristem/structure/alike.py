@@ -49,6 +49,7 @@ class Alike:
         block = self._block(axis)
         if block is None:
             return axis.name
+        # Names and shapes inside the block, not the name of the block.
         first = self.representative[block]
         slots = []
         for slot in axis.slots:
@@ -136,6 +137,7 @@ def _without_counters(blocks: Sequence[dict[tuple[str, str], Any]]) -> list[Any]
     """The values of every block, without those that number the blocks."""
     counters = set()
     for key, first in blocks[0].items():
+        # A flag that differs is no counter.
         if type(first) is not int:
             continue
         values = [block.get(key) for block in blocks]

@@ -43,10 +43,13 @@ def find_places(
         grown = hasattr(module, CHAIN)  # what has grown inside a block can go again
         if not name or (_is_covered(name, covered) and not grown):
             continue
+        # A layer that is called twice, or held in two places, would be lengthened
+        # twice.
         if times[name] != 1 or held[id(module)] != 1:
             continue
         if grown:
             places.append(_grown_place(name, module))
+            # What stands inside a grown place is counted there.
             covered.add(name)
         elif _fits(module) and not _inside_torch(model, name):
             form: Form = "before" if name in outputs else "after"
@@ -82,6 +85,7 @@ def _inside_torch(model: nn.Module, name: str) -> bool:
 def _fits(module: nn.Module) -> bool:
     """Whether an identity fits behind or before a layer."""
     weight = module._parameters.get("weight")
+    # Parametrized layers hold no plain weight.
     if weight is None or weight.dim() < 2 or not is_plain(module):
         return False
     if type(module) not in _SPOKEN_FOR and layer_of(module) is LAYERS["convolution"]:
@@ -158,6 +162,7 @@ def _stand(
         for activation, layer in placed:
             order += [layer, activation]
         order.append(old)
+    # The Sequential that an earlier growth made is used again.
     chain = present
     if not hasattr(present, CHAIN):
         chain = nn.Sequential().train(old.training)
@@ -182,6 +187,7 @@ def identity_layer(old: nn.Module, behind: bool) -> nn.Module:
     for name, parameter in list(layer.named_parameters()):
         start = weight.detach().new_zeros(parameter.shape)
         if name == "weight" and not has_no_data(weight):
+            # dirac_ is the identity of convolutions.
             fill = nn.init.eye_ if start.dim() == 2 else nn.init.dirac_
             fill(start)
         trained = nn.Parameter(start, requires_grad=weight.requires_grad)

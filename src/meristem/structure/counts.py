@@ -47,6 +47,7 @@ def counts_for(
 
     A re-trace must pass through every block.
     """
+    # The names that surely count are set first; a wrong guess fails the re-trace.
     followers = _Followers(structure, plan, insertions)
     sure: dict[Key, AttributeChange] = {}
     for insertion in followers.runs:
@@ -65,6 +66,7 @@ def counts_for(
         for edit in candidates(structure.model, insertion):
             if (edit.module, edit.attribute) not in sure:
                 possible.append(edit)
+    # One at a time, then all together.
     alone = [[edit] for edit in possible[:TRIALS]]
     for trial in [*alone, possible]:
         edits, still = followers.attempt([*sure.values(), *trial])
@@ -241,6 +243,7 @@ def positions_in(model: nn.Module, depth: Depth) -> dict[Key, int]:
     start = depth.first + depth.fixed
     found = {}
     for name, module in blocks[0].named_modules():
+        # The numbers in layers of torch are sizes, never positions.
         if type(module).__module__.startswith("torch."):
             continue
         for attribute, value in vars(module).items():
@@ -257,6 +260,7 @@ def positions_in(model: nn.Module, depth: Depth) -> dict[Key, int]:
 
 def _is_position(attribute: str, value: int, start: int, blocks: int) -> bool:
     if blocks == 1:
+        # Positions count from 0, from 1, or from the place in the container.
         near = value in (0, 1, start, start + 1)
         return near and bool(_POSITION.search(attribute))
     if blocks > 2 and value in (0, start):

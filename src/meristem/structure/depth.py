@@ -116,6 +116,7 @@ class Depth:
                 f"axis {self.name!r} has blocks 0..{self.size - 1}{must}; "
                 f"{self.least} in all must stay; got {amount!r}"
             )
+        # The order of the blocks that stay does not change.
         kept = [block for block in range(self.size) if block not in drop]
         return self.with_blocks(kept, [False] * len(kept))
 

@@ -76,6 +76,7 @@ class Structure:
 
     def __init__(self, model: nn.Module, example: Any) -> None:
         refuse_wrapped(model)
+        # Structures are kept by model: one that held its model would keep it for ever.
         self._model = weakref.ref(model)
         self.example: Example = as_example(example)
         self.plans: dict[Any, Plan] = {}
@@ -124,6 +125,7 @@ class Structure:
     def _trace_with_fallback(self) -> None:
         try:
             self._trace(fake=True)
+        # A model that cannot be copied cannot be traced on real tensors either.
         except DiscoveryError:
             raise
         except Exception as first:
@@ -142,6 +144,7 @@ class Structure:
     def _trace(self, fake: bool) -> None:
         self.fake = fake
         mode = fake_mode(fake)
+        # Eval mode first: dropout and batch statistics would blur the labels.
         copied = self.twin_of_shape({}, (), mode).eval()
         stack = ModuleStack(copied)
         tracer = Tracer(stack, operation_of)
@@ -171,6 +174,7 @@ class Structure:
         A train-mode forward that fails on the example, as batch norm does on one row,
         has nothing to tell.
         """
+        # The same twin: its tensors already carry their labels.
         copied.train()
         tracer.recording = False
         try:
@@ -228,6 +232,7 @@ class Structure:
         for run in runs:
             listed = []
             for block in run.blocks:
+                # Alike blocks have the same tensors under the same names inside.
                 first = self.alike.representative.get(block, block)
                 if first not in known:
                     stream: set[Label] = set()
@@ -283,6 +288,7 @@ def _labelled(copied: nn.Module) -> dict[str, list[Label]]:
             averaged.update(id(buffer) for buffer in module.buffers(False))
     all_labels = {}
     for name, tensor in named_tensors(copied).items():
+        # Of the buffers only the statistics of norms follow their channels.
         grows = isinstance(tensor, nn.Parameter) or id(tensor) in averaged
         reason = None if grows else f"{name} is a buffer"
         labels = [Label(size, reason) for size in tensor.shape]
@@ -330,6 +336,7 @@ def structure_of(model: nn.Module, example: Any) -> Structure:
     call = as_example(example)
     key = _fingerprint(model, call)
     kept = _STRUCTURES.get(model)
+    # The values of the call may differ; only its shapes were used.
     if kept is not None and kept[0] == key:
         structure = kept[1]
         structure.example = call

@@ -52,6 +52,7 @@ def _hold(block: nn.Module, name: str, value: Tensor) -> None:
 def _insert_blocks(model: nn.Module, insertion: Insertion, values: BlockValues) -> Made:
     container = model.get_submodule(insertion.path)
     old = list(container._modules.items())
+    # Other runs may stand before and behind in the same container.
     end = insertion.first + insertion.size
     run = old[insertion.first : end]
     taken = set(container._modules)
@@ -66,6 +67,7 @@ def _insert_blocks(model: nn.Module, insertion: Insertion, values: BlockValues) 
                     given[name] = value
             copied = copy_part(model, block, given)
             made[place] = (block, copied)
+            # Keys of named containers stay; new blocks get one beside their parent.
             key = _free_key(key, taken)
             taken.add(key)
             placed.append((key, copied))

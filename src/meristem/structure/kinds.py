@@ -140,6 +140,7 @@ def added_by(
     """
     depth = structure.depths[insertion.axis]
     parameters = spent = 0
+    # A block that is in no place any more has been dropped.
     present = set(insertion.blocks)
     for block in range(depth.size):
         if block not in present:
@@ -153,6 +154,8 @@ def added_by(
             spent += _spent_by(depth.costs[block], changes)
         else:
             parameters += _layer_parameters(structure, insertion, block, changes)
+            # An identity layer is square: it has one side of the layer that stands
+            # there.
             squared = []
             for factors in depth.costs[block]:
                 squared.append(_squared(structure, depth, block, factors))
@@ -175,6 +178,7 @@ def _parameters_of(
         inside.append(structure.model.get_submodule(f"{chain}.{beside}"))
     held = {id(p) for module in inside for p in module.parameters()}
     for module in modules_without(structure.model, *inside):
+        # Shared weights stay when a block goes, and are not made anew with one.
         held -= {id(p) for p in module.parameters(False)}
     total = 0
     for name, parameter in structure.model.named_parameters():

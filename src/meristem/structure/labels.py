@@ -48,6 +48,7 @@ class Label:
 
     @property
     def root(self) -> Label:
+        # Chains stay short: a label is merged once, into the one that knows more.
         node = self
         while node.parent is not None:
             node = node.parent
@@ -73,6 +74,7 @@ class Label:
         return f"({sign.join(map(repr, root.parts))})"
 
 
+# Dimensions of size 1 broadcast against everything, so one label serves them all.
 UNIT = Label(1, "a broadcast dimension of size 1")
 
 
@@ -97,6 +99,7 @@ def atoms(label: Label) -> Iterator[Label]:
 def freeze(label: Label, reason: str) -> None:
     """Forbid every atom below `label` to change; the first reason is kept."""
     for atom in atoms(label):
+        # The first reason is the one nearest to the cause.
         if atom is not UNIT and atom.frozen is None:
             atom.frozen = reason
 
@@ -114,6 +117,7 @@ def mark_end(label: Label, end: str) -> None:
     vocabulary).
     """
     for atom in atoms(label):
+        # Dimensions of size 1 are no classes and no vocabulary.
         if atom is not UNIT and atom.end is None:
             atom.end = end
 
@@ -142,6 +146,7 @@ def _flat(labels: Sequence[Label], kind: Literal["product", "sum"]) -> list[Labe
         root = label.root
         if root.composition == kind:
             flat += _flat(root.parts, kind)
+        # A factor of 1 changes no product; a term of 1 does change a sum.
         elif not (kind == "product" and root is UNIT):
             flat.append(root)
     return flat
@@ -152,6 +157,7 @@ def product(labels: Sequence[Label]) -> Label:
     one fastest.
     """
     parts = _flat(labels, "product")
+    # A product of one factor is that factor.
     if len(parts) < 2:
         return parts[0] if parts else UNIT
     result = Label(math.prod(part.size for part in parts))
@@ -161,6 +167,7 @@ def product(labels: Sequence[Label]) -> Label:
 
 def concatenation(labels: Sequence[Label]) -> Label:
     """The label of a dimension that runs through `labels` one after the other."""
+    # Empty parts of a concatenation add no entries.
     parts = [part for part in _flat(labels, "sum") if part.size]
     if len(parts) == 1:
         return parts[0]
@@ -178,6 +185,7 @@ def split_product(label: Label, outer: int) -> tuple[Label, Label]:
         return UNIT, root
     if outer == root.size:
         return root, UNIT
+    # Only a view that cuts the dimension evenly says what its parts are.
     if root.size % outer:
         raise Conflict(
             f"a dimension of size {root.size} cannot be cut into {outer} equal parts"
@@ -186,9 +194,11 @@ def split_product(label: Label, outer: int) -> tuple[Label, Label]:
         first, second = Label(outer), Label(root.size // outer)
         _refine(root, "product", [first, second])
         return first, second
+    # Every term is cut into rows of the same length: (a + b) x c.
     if root.is_sum:
         return _split_sum_of_equal_rows(root, root.size // outer)
     taken: list[Label] = []
+    # Whole factors are taken from the left, until one must be cut itself.
     rest = _flat([root], "product")
     while outer > 1:
         factor = rest.pop(0)
@@ -212,6 +222,7 @@ def _split_sum_of_equal_rows(root: Label, inner: int) -> tuple[Label, Label]:
     pairs = [split_product(term, term.size // inner) for term in terms]
     for _, second in pairs[1:]:
         unify(pairs[0][1], second)
+    # Each term is one row: the outer index only numbers stacked parts.
     if all(term.size == inner for term in terms):
         return Label(len(terms), "an index of stacked parts"), pairs[0][1]
     return concatenation([first for first, _ in pairs]), pairs[0][1]
@@ -220,6 +231,7 @@ def _split_sum_of_equal_rows(root: Label, inner: int) -> tuple[Label, Label]:
 def split_sum(label: Label, position: int) -> tuple[Label, Label]:
     """Cut `label` at `position` into what comes before and what comes after."""
     root = label.root
+    # A cut at either end would leave an empty label.
     if not 0 < position < root.size:
         raise Conflict(f"a dimension of size {root.size} cannot be cut at {position}")
     if root.is_atom:
@@ -240,6 +252,7 @@ def split_sum(label: Label, position: int) -> tuple[Label, Label]:
                 rest.insert(0, right)
                 position = 0
         return concatenation(taken), concatenation(rest)
+    # Of a product the slowest factor is cut: the others lie inside each of its entries.
     factors = _flat([root], "product")
     inner = root.size // factors[0].size
     if position % inner:
@@ -255,6 +268,7 @@ def unify(first: Label, second: Label) -> None:
     a, b = first.root, second.root
     if a is b:
         return
+    # A dimension that meets a broadcast one would stop broadcasting if it grew.
     if a is UNIT or b is UNIT:
         freeze(b if a is UNIT else a, "meets a broadcast dimension of size 1")
         return
@@ -270,6 +284,7 @@ def unify(first: Label, second: Label) -> None:
     a, b = a.root, b.root
     if a is b:
         return
+    # The finer label survives, since it tells more.
     if a.is_atom:
         a, b = b, a
     b.parent = a
@@ -284,6 +299,7 @@ def _unify_structure(a: Label, b: Label) -> None:
     elif a.is_sum and b.is_sum:
         _zip_parts(a, b, "sum", split_sum, lambda label, size: True)
     else:
+        # A product meets a sum: the sum distributes over the inner factors.
         whole, parts = (a, b) if a.is_product else (b, a)
         factors = _flat([whole], "product")
         outer, inner = split_product(parts, factors[0].size)
@@ -298,6 +314,7 @@ def _zip_parts(
     split: Callable[[Label, int], tuple[Label, Label]],
     fits: Callable[[Label, int], bool],
 ) -> None:
+    # Both sides are consumed from the left; the longer part is cut to fit the shorter.
     left, right = _flat([a], kind), _flat([b], kind)
     while left and right:
         p, q = left[0].root, right[0].root
@@ -326,6 +343,7 @@ def regroup(labels: Sequence[Label], sizes: Sequence[int]) -> list[Label]:
     try:
         for size in sizes:
             taken: list[Label] = []
+            # A view of size 1 still uses up a factor of size 1, where one is next.
             while size > 1 or (not taken and factors and factors[0].root.size == 1):
                 factor = factors.pop(0).root
                 if factor.is_product:
@@ -341,6 +359,7 @@ def regroup(labels: Sequence[Label], sizes: Sequence[int]) -> list[Label]:
                 else:
                     raise Conflict(f"a view cuts {list(labels)!r} into {list(sizes)}")
             result.append(product(taken))
+        # What is left over has size 1: a dimension that the view has dropped.
         for left in factors:
             freeze(left, "a view drops a dimension of size 1")
     except (Conflict, IndexError) as conflict:
@@ -372,6 +391,7 @@ def sources(label: Label, changes: Changes) -> Sources:
         return changes[root] if root in changes else np.arange(root.size)
     parts = [(part.root.size, sources(part, changes)) for part in root.parts]
     if root.is_sum:
+        # Terms of a sum follow each other: their entries are shifted by those before.
         offsets = np.cumsum([0] + [old for old, _ in parts])
         shifted = [
             np.where(new < 0, -1, new + start)
@@ -380,6 +400,7 @@ def sources(label: Label, changes: Changes) -> Sources:
         return np.concatenate(shifted)
     result = np.zeros(1, dtype=np.int64)
     for old, new in parts:
+        # Row-major order: the last factor runs fastest.
         combined = result[:, None] * old + new[None, :]
         result = np.where(
             (result[:, None] < 0) | (new[None, :] < 0), -1, combined
@@ -409,6 +430,7 @@ def multiply(label: Label, first: Label, second: Label) -> bool:
     root = label.root
     if root.is_product:
         holds = [(first in atoms(part), second in atoms(part)) for part in root.parts]
+        # Two atoms in one factor do not multiply each other, one in each of two do.
         if any(a and not b for a, b in holds) and any(b and not a for a, b in holds):
             return True
     return any(multiply(part, first, second) for part in root.parts)
@@ -419,5 +441,6 @@ def positions(label: Label, atom: Label, changes: Changes) -> Sources:
     per entry).
     """
     owner = owners(label, atom, changes)
+    # A stable sort groups the places by entry and keeps their order; -1 sorts first.
     where = np.argsort(owner, kind="stable")[int((owner < 0).sum()) :]
     return where.reshape(size(atom, changes), -1)

@@ -56,6 +56,7 @@ def sized(structure: Structure, wishes: Wishes) -> Plan:
     # Inner ones first, and the last runs of a container: the paths and places of the
     # others then hold.
     insertions.sort(key=lambda one: (-one.path.count("."), -one.first))
+    # From here on nothing depends on the kinds of the axes.
     tensors = _tensor_changes(structure, changes)
     parameters = sum(parameter.numel() for parameter in structure.model.parameters())
     added = 0
@@ -143,6 +144,7 @@ def with_insertions(
     """A plan whose new blocks stand where `insertions` say, or the refusal."""
     if not insertions:
         return plan
+    # A method may put blocks elsewhere, whose sizes differ.
     if tuple(insertions) != plan.insertions:
         parameters, spent = plan.parameters[1], plan.flops[1]
         for sign, listed in ((-1, plan.insertions), (1, insertions)):
@@ -187,6 +189,7 @@ def _two_factors(label: Label, by_atom: Mapping[Label, str]) -> tuple[str, str] 
         below = _two_factors(part, by_atom)
         if below is not None:
             return below
+        # A set per factor: an atom in two of them is tied, not multiplied.
         inside.append({by_atom[atom] for atom in atoms(part) if atom in by_atom})
     if not root.is_product:
         return None
@@ -215,6 +218,8 @@ def _renormalise(
         ratio = norm.label.root.size / size(norm.label, plan.changes)
         module = structure.model.get_submodule(norm.module)
         weight = f"{norm.module}.weight" if norm.module else "weight"
+        # A norm without a weight is corrected by its eps alone; that cannot be exact
+        # and is found out by the check.
         if weight in structure.labels:
             rescaled[weight] = ratio**0.5
         eps = getattr(module, "eps", None)

@@ -124,6 +124,7 @@ class _Search:
             result = self.attempt([*edits, edit])
             if result.problem is None:
                 return result, edit
+            # Progress is the only guide: the right number gets the forward further.
             if result.reached > reached:
                 improved, reached = (result, edit), result.reached
         return improved
@@ -135,6 +136,7 @@ class _Search:
         copied = structure.twin_of_shape(self._shapes, edits, mode).eval()
         args, kwargs = structure.example_for(mode)
         stack = ModuleStack(copied)
+        # Only the names of the running modules are needed.
         stack.close()
         checker = _Checker(self._expected)
         try:
@@ -170,6 +172,8 @@ class _Search:
         elif _are_sizes(value) and any(entry in resized for entry in value):
             new = []
             for entry in value:
+                # Tuples of sizes rarely repeat one; where they do, the smallest change
+                # is tried.
                 new.append(min(resized[entry]) if entry in resized else entry)
             yield type(value)(new)
 
@@ -203,6 +207,7 @@ def leaf_attributes(structure: Structure, plan: Plan) -> Iterator[AttributeChang
         if layer is None:
             continue
         prefix = f"{module_name}." if module_name else ""
+        # A batch norm without affine weights still counts its features.
         shape = shapes.get(f"{prefix}weight") or shapes.get(f"{prefix}running_mean")
         if shape is None:
             continue

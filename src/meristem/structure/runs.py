@@ -64,6 +64,7 @@ def find_runs(
             continue
         if not isinstance(container, _CONTAINERS) or hasattr(container, CHAIN):
             continue
+        # Runs inside the blocks of a run grow with these, not by themselves.
         if _lies_inside(path, inside):
             continue
         found, reason = _runs_in(path, container, calls)
@@ -100,6 +101,7 @@ def _runs_in(
         placed = list(grouped)
         start = position
         position += len(placed)
+        # Activations and other layers without weights part two runs.
         if like is None:
             continue
         group = [block for block in placed if block is not None]
@@ -111,6 +113,8 @@ def _runs_in(
             reason = problem or "its blocks change the shape of the stream"
         for fixed, offset, end in segments:
             taken = _blocks_of_runs(found)
+            # ResNet stages begin with a block that changes the stream: it leads the
+            # run.
             lead = fixed
             if not fixed and not offset:
                 lead = _lead(children, start, calls, taken)
@@ -171,6 +175,7 @@ def _signature(block: nn.Module | None) -> Any:
     modules = []
     for name, module in block.named_modules():
         modules.append((name, type_before_parametrizations(module)))
+    # A block that has been lengthened is like no other.
     chain = id(block) if hasattr(block, CHAIN) else 0
     return tuple(modules), tuple(named_tensors(block)), chain
 
@@ -183,6 +188,7 @@ def _segments(passes: Sequence[Pass]) -> list[tuple[int, int, int]]:
     starts = []
     stream: Any = None
     for number, one in enumerate(passes):
+        # The first output is the stream; attention weights and caches follow it.
         after = _kind(one.outputs[0]) if one.outputs else None
         came = [stream] if number else [_kind(tensor) for tensor in one.inputs]
         if after is None or after not in came:
@@ -270,6 +276,7 @@ class SilentTensors:
     def _silencing(self, name: str, within: Sequence[Pass]) -> list[str]:
         owner, _, leaf = name.rpartition(".")
         norm = _norm_behind(owner, self._model, within)
+        # A zero in front of a norm would come out as the bias of the norm.
         if norm is not None:
             return [f"{norm}.weight", f"{norm}.bias"]
         if leaf.endswith("weight"):
@@ -300,6 +307,7 @@ def _norm_behind(owner: str, model: nn.Module, within: Sequence[Pass]) -> str | 
         module = model.get_submodule(reader.name)
         if is_norm(module) and getattr(module, "weight", None) is not None:
             return reader.name
+        # Another layer with weights: what it makes of a zero is its own affair.
         if next(module.parameters(), None) is not None:
             return None
         if next(module.children(), None) is not None:

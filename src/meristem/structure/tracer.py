@@ -122,6 +122,7 @@ def tensors(tree: Any) -> list[Tensor]:
     for leaf in pytree.tree_leaves(tree):
         if isinstance(leaf, Tensor):
             leaves.append(leaf)
+        # Outputs of Hugging Face models are objects that hold their tensors.
         elif hasattr(leaf, "__dict__") and not isinstance(leaf, (nn.Module, type)):
             for value in vars(leaf).values():
                 if isinstance(value, Tensor):
@@ -163,6 +164,7 @@ class ModuleStack:
         self.modules = dict(model.named_modules())
         for name, module in self.modules.items():
             enter = partial(self._enter, name)
+            # The model is a twin: the hooks go with it.
             module.register_forward_pre_hook(enter, with_kwargs=True)
             module.register_forward_hook(self._leave)
 
@@ -231,6 +233,7 @@ class Tracer(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        # Other namespaces wrap ATen operations, which come by themselves.
         if func.namespace != "aten":
             return result
         outputs = []
@@ -243,6 +246,7 @@ class Tracer(TorchDispatchMode):
 
     def _call(self, func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> Call:
         schema = func._schema.arguments
+        # Rules read arguments by name, whatever way the call passed them.
         arguments = {a.name: a.default_value for a in schema if a.has_default_value()}
         arguments.update(zip([a.name for a in schema], args, strict=False))
         arguments.update(kwargs)
@@ -256,6 +260,7 @@ class Tracer(TorchDispatchMode):
     def _label(self, call: Call) -> None:
         for tensor in call.inputs:
             for name in self.of(tensor).parameters():
+                # An axis is named after its first producer in this order.
                 self.trace.order.setdefault(name, len(self.trace.order))
         operation = self.known(call)
         traced = self._ruled(operation, call)
@@ -263,6 +268,8 @@ class Tracer(TorchDispatchMode):
         for tensor in call.inputs:
             self.of(tensor).readers.append(call.name)
         for tensor, known in zip(call.outputs, traced, strict=True):
+            # A layer behind a ReLU that is already there may be an identity, see
+            # chains.
             known.positive = positive
             tensor._meristem = known  # type: ignore[attr-defined]
         if self.recording:
@@ -285,6 +292,7 @@ class Tracer(TorchDispatchMode):
     def _positive(self, operation: Operation, call: Call) -> bool:
         if operation.sign != "kept":
             return operation.sign == "positive"
+        # A number below zero may turn the sign of what was positive.
         if call.name in ("add", "mul"):
             for value in call.arguments.values():
                 if isinstance(value, (int, float)) and value < 0:
@@ -351,12 +359,14 @@ class Tracer(TorchDispatchMode):
         for tensor in inputs:
             lead = rank - tensor.dim()
             for j, dim in enumerate(self.dims(tensor)):
+                # Broadcasting lines dimensions up from the right.
                 position = lead + j
                 if position < 0 or tensor.shape[j] != output.shape[position]:
                     if dim.label is not UNIT:
                         freeze(dim.label, f"{self.place()} broadcasts it")
                     continue
                 present = result[position]
+                # A dimension of size 1 takes the size of the other.
                 if present is None or present.label is UNIT:
                     result[position] = dim
                 elif dim.label is not UNIT:
@@ -366,6 +376,7 @@ class Tracer(TorchDispatchMode):
         dims = []
         for known, size in zip(result, output.shape, strict=True):
             dim = known if known is not None else Dim(fresh(size))
+            # What is computed from data views no parameter any more.
             dims.append(dim if weight else Dim(dim.label))
         return Traced(dims, weight)
 

@@ -62,6 +62,8 @@ def twin(model: nn.Module, convert: Convert) -> nn.Module:
     for name, tensor in named_tensors(model).items():
         new = convert(name, tensor)
         if isinstance(tensor, nn.Parameter) and not isinstance(new, nn.Parameter):
+            # Integers cannot require gradients; a twin may hold them in place of
+            # weights.
             new = nn.Parameter(
                 new, requires_grad=tensor.requires_grad and new.is_floating_point()
             )
@@ -82,6 +84,7 @@ def copy_part(
     memo: dict[int, Any] = {}
     for module in modules_without(model, part):
         memo[id(module)] = module
+        # What the rest of the model holds stays shared: weights, modules, configs.
         held = [
             *vars(module).values(),
             *module.parameters(False),
@@ -135,6 +138,7 @@ def set_attribute(
         setattr(holder, attribute, value)
         return lambda: setattr(holder, attribute, old)
     present = getattr(holder, outer)
+    # A shallow copy: only the number that follows differs.
     changed = copy.copy(present)
     object.__setattr__(
         changed, inner, value
@@ -191,6 +195,7 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         ) from error
     for module, name in _hooked(copied):
         table = getattr(module, name)
+        # The stand-ins for the user's hooks go; torch's own hooks (weight norm) stay.
         for key in [key for key, hook in table.items() if hook is _silent]:
             del table[key]
     return copied
@@ -226,8 +231,10 @@ def looking(mode: FakeTensorMode | None) -> Iterator[None]:
     """Run a twin without gradients, without fused attention kernels, under the fake
     mode if there is one.
     """
+    # The fast path of torch.nn.MultiheadAttention is one opaque operation.
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    # It reports every shape that does not fit, and such shapes are tried on purpose.
     log = logging.getLogger(
         "torch._subclasses.fake_tensor"
     )  # tells of every shape that does not fit: we try those

@@ -19,7 +19,9 @@ def undisturbed() -> Iterator[None]:
 
     Inside, gradients are on and autocast is off, whatever the caller's own modes are.
     """
+    # The three global streams that a forward, a dataset or a transform may draw from.
     python, legacy = random.getstate(), np.random.get_state()
+    # Asking for CUDA here would start it for a user who has not.
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with (

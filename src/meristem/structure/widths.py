@@ -50,6 +50,7 @@ class Widths:
         self._collect()
 
     def _collect(self) -> None:
+        # One atom may stand in many tensors: all of them follow it.
         found: dict[Label, list[Place]] = {}
         for name, labels in self._labels.items():
             for d, label in enumerate(labels):
@@ -65,6 +66,7 @@ class Widths:
         reason = self._reason(atom, places)
         name = self._name(part, owner)
         if reason is not None:
+            # Kernel sizes are no units; nobody looks for them in the table.
             hidden = self._role(owner) == "fan_in" or atom.frozen != _SPATIAL
             if hidden and atom.size > 1:
                 self.frozen[name] = reason
@@ -171,6 +173,7 @@ class Widths:
         return self._reason_of_roles(atom, places)
 
     def _reason_of_roles(self, atom: Label, places: Sequence[Place]) -> str | None:
+        # What an axis can do depends on which sides of it there are.
         roles = {self._role(place) for place in places}
         if atom.end == "output" and roles == {"fan_out"}:
             return "an output that no parameter produces"
@@ -185,6 +188,7 @@ class Widths:
             return None
         if not any(self._tied(place) for place in places):
             return "no weight produces it"
+        # In a normalised stream the rule of the stream keeps a unit alive, not a bias.
         streamed = bool(atom.mixes)
         if not streamed and not self._has_bias(places):
             return "its weight is tied on both sides and no bias would keep a new unit alive"
@@ -220,6 +224,7 @@ class Widths:
     def _slot(self, place: Place) -> Slot:
         tensor = self._tensors[place.name]
         role = self._role(place)
+        # A matrix is drawn like its layer; a vector that is no bias is a scale.
         drawn = tensor.dim() > 1 or role == "fan_in"
         fill = self._trace.fills.get(place.name, "draw" if drawn else "mean")
         buffer = not isinstance(tensor, nn.Parameter)

@@ -108,10 +108,12 @@ class _Transaction:
 
     def __post_init__(self) -> None:
         self.tensors = named_tensors(self.model)
+        # Names move when blocks come between: the lineage needs the old ones.
         self.before = dict(self.model.state_dict(keep_vars=True))
         self.parameters = [name for name, _ in self.model.named_parameters()]
 
     def roll_back(self) -> None:
+        # In the opposite order: a later step may stand on an earlier one.
         for step in reversed(self.undo):
             step()
 
@@ -129,6 +131,7 @@ class _Transaction:
 
     def edit(self, edits: Sequence[Any]) -> None:
         for edit in edits:
+            # Each edit knows how to take itself back.
             done = set_attribute(self.model, edit.module, edit.attribute, edit.after)
             self.undo.append(done)
 
@@ -136,6 +139,7 @@ class _Transaction:
         """Put new blocks in their places, or drop old ones, with groups and states."""
         model = self.model
         self.undo.append(_modules_of(model, blocks.insertion))
+        # By identity: two zero tensors are equal, and not the same.
         before = {id(p) for p in model.parameters()}
         made = insert(model, blocks.insertion, blocks.values)
         live = {id(p) for p in model.parameters()}
@@ -143,10 +147,12 @@ class _Transaction:
             block.train(parent.training)
             for _, tensor, followed in kin(parent, block):
                 self.followed[id(tensor)] = id(followed)
+                # Shared tensors are in a group already; buffers are in none.
                 if id(tensor) in before or not isinstance(tensor, nn.Parameter):
                     continue
                 for optimizer in owners:
                     self.undo += _join(optimizer, tensor, followed, blocks.inherits)
+        # torch keeps names beside the parameters where it was given them.
         names = {id(p): name for name, p in model.named_parameters()}
         for optimizer in owners:
             for group in optimizer.param_groups:

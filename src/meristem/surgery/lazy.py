@@ -56,6 +56,7 @@ class Lazy(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        # Parameters are made of detached tensors, new blocks of clones.
         if func in (aten.detach.default, aten.clone.default, aten.alias.default):
             return args[0].again()
         shortcut = _SHORTCUTS.get(func)
@@ -63,6 +64,7 @@ class Lazy(Tensor):
             result = shortcut(*args)
             if result is not NotImplemented:
                 return result
+        # Whatever else reads it gets the real thing, for as long as it needs it.
         args, kwargs = pytree.tree_map(_made, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -204,6 +206,7 @@ def random_matrix(
         dtype: Its dtype.
     """
     shape = tuple(like.shape)
+    # Outputs of unit variance, so that no layer drowns another.
     fan = max(1, like.numel() // max(shape[0], 1))
 
     def normal(*sizes: int) -> Tensor:
@@ -214,6 +217,7 @@ def random_matrix(
         full: Tensor = normal(*shape) / fan**0.5
         return full
     rank = min(RANK, shape[0], fan)
+    # The variance of a product of factors is the product of theirs, times the rank.
     columns = normal(rank, *shape[1:]) / (rank * fan) ** 0.5
     factored: Tensor = Factored(normal(shape[0], rank), columns)
     return factored

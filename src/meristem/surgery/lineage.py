@@ -69,6 +69,7 @@ def record(model: nn.Module, plan: Plan, names: Names, ones: Sequence[str]) -> N
     tensors = []
     for change in plan.tensors:
         entry = tensor_json(change)
+        # Zero would silence a norm and divide by a variance of nothing.
         entry["start"] = "one" if change.name in ones else "zero"
         tensors.append(entry)
     renamed, made = _moved(model, names)
@@ -109,6 +110,7 @@ def _moved(
     now = dict(model.state_dict(keep_vars=True))
     for name, tensor in now.items():
         key = id(tensor)
+        # The same object: it is the same tensor, whatever it is called now.
         if key in old_names:
             listed = old_names[key]
             # A tied tensor has several names; each new one continues one of them.
@@ -128,6 +130,8 @@ def _start(
     name: str, tensor: Tensor, old: Tensor | None, parent: str | None
 ) -> dict[str, Any]:
     """How a tensor of a new block starts in a converted state dict."""
+    # A square hidden layer looks like the identity layer made after it; its values
+    # tell.
     if old is not None and old.shape == tensor.shape:
         same_leaf = name.rpartition(".")[2] == (parent or "").rpartition(".")[2]
         if same_leaf and not _is_identity(tensor):
@@ -168,6 +172,7 @@ def replay(model: nn.Module, growths: Line) -> None:
             live = named_tensors(model)
             for entry in growth["tensors"]:
                 tensor, shape = live[entry["name"]], entry["after"]
+                # A model built at its grown size has the shape already.
                 if list(tensor.shape) != list(shape):
                     swap(tensor, tensor.detach().new_zeros(shape), None)
             _set_all(model, growth["attributes"])
@@ -270,6 +275,7 @@ def _converted(state: Mapping[str, Any], growth: Mapping[str, Any]) -> dict[str,
             value = value * growth["rescaled"][name]
         carried[name] = value
     result: dict[str, Any] = {}
+    # First the shapes under old names, then the new names.
     for name, value in carried.items():
         new_name = growth["renamed"].get(name, name)
         if new_name is not None:
@@ -295,6 +301,7 @@ def _carried(
             )
     grown = carry(value, sources)
     if one:
+        # One where an entry is old, zero where it is new.
         kept = carry(torch.ones_like(value), sources)
         grown = grown + (1 - kept)
     return grown
@@ -304,6 +311,7 @@ def _started(made: Mapping[str, Any], state: Mapping[str, Tensor]) -> Tensor:
     parent = state.get(made["parent"]) if made["parent"] else None
     if parent is not None and "start" not in made:
         return parent.clone()
+    # Its dtype and device, where there is one.
     like = parent if parent is not None else torch.zeros(())
     start = like.new_zeros(made["shape"])
     if made.get("start") == "one":
@@ -319,6 +327,7 @@ def _restored(state: Mapping[str, Any], growth: Mapping[str, Any]) -> dict[str, 
     old_names = {new: old for old, new in growth["renamed"].items()}
     result: dict[str, Any] = {}
     for name, value in state.items():
+        # Tensors of blocks that had not come yet.
         if name in growth["made"]:
             continue
         old = old_names.get(name, name)
@@ -348,6 +357,7 @@ def _converted_optimizer(
     orders = growth["parameters"], growth["parameters_after"]
     start, end = reversed(orders) if back else orders
     held = list(names if names is not None else start)
+    # An optimizer numbers its parameters through all groups.
     indices = [i for group in state["param_groups"] for i in group["params"]]
     if len(held) != len(indices):
         raise CheckpointError(
@@ -361,6 +371,7 @@ def _converted_optimizer(
     number = 0
     for group in state["param_groups"]:
         members = [renamed.get(name_of[i], name_of[i]) for i in group["params"]]
+        # The order of the model, not the order of arrival: positional states fit it.
         inside = {name for name in members if name is not None}
         if not back:
             olds = {name_of[i] for i in group["params"]}
@@ -404,6 +415,7 @@ def _converted_entry(
 ) -> dict[str, Any]:
     converted = {}
     for key, value in entry.items():
+        # Counters of steps have no dimensions and stay.
         follows = isinstance(value, Tensor) and value.dim() > 0 and sources is not None
         if follows and back:
             value = _picked(value, sources or ())

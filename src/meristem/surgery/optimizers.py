@@ -90,6 +90,7 @@ def grown_state(
     """
     result: dict[str, Any] = {}
     for key, value in optimizer.state[parameter].items():
+        # Steps and flags do not grow.
         if not isinstance(value, Tensor) or value.dim() == 0:
             result[key] = value
             continue
@@ -108,6 +109,7 @@ def rule_for(optimizer: Optimizer, key: str) -> Moment:
     """The rule for a state tensor, from the optimizer's class or the nearest base class
     that has a row.
     """
+    # A subclass follows the rules of its base, unless it has its own.
     for kind in type(optimizer).__mro__:
         if kind in STATE_RULES and key in STATE_RULES[kind]:
             return STATE_RULES[kind][key]
@@ -132,6 +134,7 @@ def _grown_moment(
     """
     grown = carry(value, sources_with_copies(change, edits))
     if warm and moment == "second":
+        # The mean of the tensor: a zero would let Adam leap.
         level = value.mean().item()
         for edit in edits:
             if edit.copies is None:

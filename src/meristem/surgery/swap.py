@@ -22,8 +22,10 @@ def swap(old: Tensor, value: Tensor, change: TensorChange | None) -> Undo:
     new: Tensor = value
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(value, requires_grad=old.requires_grad)
+    # Subclasses of Parameter keep their class.
     if type(old) is not type(new):
         new = new.as_subclass(type(old))
+    # A gradient that waits for its step grows with its weight.
     if old.grad is not None and change is not None:
         new.grad = carry(old.grad, change.sources)
     elif old.grad is not None and old.shape == new.shape:
@@ -34,6 +36,7 @@ def swap(old: Tensor, value: Tensor, change: TensorChange | None) -> Undo:
 
 def _laid_out_like(old: Tensor, value: Tensor) -> Tensor:
     """A value with the memory format of the tensor that it replaces."""
+    # Also true of tensors with one channel, whatever their format.
     if old.is_contiguous():
         return value
     for rank, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
@@ -47,6 +50,7 @@ def _exchange(first: Tensor, second: Tensor) -> None:
     second.__dict__.update(first.__dict__)
     hooks = first._backward_hooks
     accumulated = getattr(first, "_post_accumulate_grad_hooks", None)
+    # The object stays, so optimizers, hooks and loggers keep hold of it.
     torch.utils.swap_tensors(first, second)
     if hooks is not None and first.requires_grad:
         first._backward_hooks = hooks

@@ -70,6 +70,7 @@ def new_units(plan: Plan, axis: str, place: Place) -> Sources:
     """
     layout = plan.layout[axis][place]
     source = plan.change(place.name).sources[place.dim]
+    # A unit is new if any of its entries is.
     is_new = (source[layout] < 0).any(axis=1)
     return layout[is_new]
 
@@ -156,6 +157,7 @@ def _placed(grown: Tensor, strip: Tensor, change: TensorChange, edit: Edit) -> T
 
     Corners with other new units are zero.
     """
+    # Strips speak of the old tensor: its other dimensions grow with it.
     flat = strip.to(grown.dtype).flatten(0, 1).movedim(0, edit.dim)
     others: list[Sources | None] = list(change.sources)
     others[edit.dim] = None

@@ -93,6 +93,7 @@ def _ways(structure: Structure) -> Iterator[Probe]:
     yield Probe(random, double, [], STRUCTURAL_TOLERANCE)
     real = {name: lazy.doubled(v) for name, v in live_values(structure.model).items()}
     yield Probe(real, double, [], STRUCTURAL_TOLERANCE)
+    # Last, since rounding is coarse there.
     own = random_tensors(structure.model, None)
     yield Probe(own, structure.example, [], _COARSE_TOLERANCE)
 
@@ -117,6 +118,7 @@ def check_edit(
     insertions = plan.insertions if deepen else ()
     if any(len(insertion.blocks) < insertion.size for insertion in insertions):
         insertions = ()  # what the model computes without a block is the user's choice
+    # Blocks that go, and blocks that may change the function, leave nothing to compare.
     if not plan.tensors and not insertions:
         return
     drops = any(count < 0 for count in plan.added.values())
@@ -125,6 +127,7 @@ def check_edit(
     probe = probe_of(structure)
     grown = _grown(plan, axes, probe.values)
     if drops:
+        # A unit that nothing reads can go: that is what a removal must keep.
         silent = _silenced_units(plan, axes, probe.values)
         probe = replace(
             probe,
@@ -138,6 +141,7 @@ def check_edit(
     change = relative_change(plan, probe.before, after)
     if change <= probe.tolerance:
         return
+    # Is it the width or the block? The width alone tells.
     if insertions and plan.tensors:
         check_edit(structure, plan, axes, deepen=False)
     if insertions:
@@ -155,6 +159,8 @@ def _check_read(structure: Structure, insertion: Insertion, deepen: bool) -> Non
     try:
         silence(structure, insertion)
     except VerificationError:
+        # A method that changes the function needs no silence, but its block must be
+        # read.
         if deepen:
             raise
 
@@ -185,6 +191,7 @@ def _grown(plan: Plan, axes: Sequence[Axis], values: Values) -> dict[str, Tensor
     """Values grown by new units that preserve the function, random wherever they may
     be.
     """
+    # From here on large weights are their factors.
     plan, axes = lazy.on_factors(plan, axes, values)
     parts = lazy.split(values)
     generator = torch.Generator().manual_seed(0)
@@ -285,7 +292,9 @@ def _random_tensor(
     noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
     noise = noise.to(device=tensor.device, dtype=dtype)
     if isinstance(tensor, nn.Parameter):
+        # Around one: norm weights near zero would hide what they scale.
         return 1 + 0.5 * noise
+    # Buffers keep what they mean (a table of positions), a little disturbed.
     return tensor.detach().to(dtype) + 0.1 * noise
 
 
@@ -352,6 +361,7 @@ class _Silencing:
                 "the "
                 "model reads its blocks by their numbers, or a fixed number of them"
             )
+        # Scales and shifts, where projections cannot silence the block.
         block = self._structure.model.get_submodule(self._block)
         vectors = [name for name, p in block.named_parameters() if p.dim() == 1]
         steep = False
@@ -430,6 +440,7 @@ def run(
     copied = grown_twin(model, values, plan, blocks).eval()
     # Tensors that are no parameters and no buffers stand in the model's own precision.
     with undisturbed(), looking(None):
+        # Models that draw numbers in eval mode draw the same ones twice.
         torch.manual_seed(0)
         args, kwargs = map_tensors(example, lambda t: t.detach().clone())
         return tensors(copied(*args, **kwargs))
@@ -443,6 +454,7 @@ def relative_change(
     Infinite where the outputs cannot be compared.
     """
     outputs = plan.outputs or _same_outputs(before)
+    # One output per block, say: they cannot be compared at all.
     if len(before) != len(after) or len(before) != len(outputs):
         return math.inf
     pairs = []

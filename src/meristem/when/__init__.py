@@ -80,6 +80,7 @@ class Every:
         """Whether to grow now."""
         if self.growths is not None and clock.growths >= self.growths:
             return False
+        # Epochs count only where one has just ended, or each step of it would be due.
         now = clock.step if self.steps else clock.epoch
         if self.epochs and not clock.epoch_ended:
             return False
@@ -163,6 +164,7 @@ class SENN:
 
     def allowance(self, clock: Clock) -> float:
         """What a check may cost now."""
+        # After the first check the credit is paid back before anything is earned.
         earned = self.budget * clock.trained
         return earned - clock.growing if clock.growing else max(earned, self.credit)
 

@@ -153,9 +153,11 @@ class SENN:
         if asked is None:
             asked = offer.freedom / examples
         asked = max(asked, (self.tau or 0.0) * own)
+        # The bound on how many may be accepted one after the other holds at once, too.
         limit = self._limit(lab, asked)
         margins = [gain - asked for gain in offer.gains[:limit]]
         slack = _SURE * offer.error
+        # The published rule stops at the first unit that falls short.
         if self.alpha is not None:
             margins = list(takewhile(lambda margin: margin > 0, margins))
             slack = 0.0

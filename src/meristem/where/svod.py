@@ -90,6 +90,7 @@ class SVoD:
 
     def share(self, choice: Choice) -> Share:
         """Counts by vote; with one axis there is nothing to vote on."""
+        # Two epochs of training would decide nothing.
         if len(choice.axes) == 1:
             return rounded(
                 choice.axes, {choice.axes[0].name: float(choice.total)}, choice.total
@@ -146,6 +147,7 @@ class SVoD:
             tensors[name].requires_grad_()
         parameters = [tensors[name] for name in sandbox.trained]
         if parameters:
+            # As published: RMSprop with alpha .9 and momentum .1.
             warming = torch.optim.RMSprop(
                 parameters, lr=self.lr, alpha=0.9, momentum=0.1
             )
@@ -154,6 +156,7 @@ class SVoD:
                 sandbox.meter.run(batch, lambda: _backward(sandbox, batch))  # noqa: B023
                 warming.step()
             warming.zero_grad()
+        # Frozen weights have gates, too.
         gates = {axis.name: _gates(axis, plan) for axis in axes}
         for slot in (slot for slots in gates.values() for slot in slots):
             tensors[slot.name].requires_grad_()

@@ -35,10 +35,12 @@ def matmul(tracer: Tracer, call: Call) -> Result:
     if first.dim() == 3:
         unify(a[0].label, b[0].label)
         batch = as_data(a[:1])
+        # A batched product of two computed tensors: attention written by hand.
         if not tracer.of(first).weight and not tracer.of(second).weight:
             tracer.trace.heads.add(a[0].label)
     tracer.contract(a[-1], b[-2] if is_matrix else b[0])
     columns = b[-1:] if is_matrix else []
+    # Whatever side is a weight makes units along its other dimension.
     tracer.produce([*a[:-1], *b[:-2], *columns])
     rows = as_data(a[len(batch) : -1])
     known = Traced([*batch, *rows, *as_data(columns)])
@@ -51,6 +53,7 @@ def matmul(tracer: Tracer, call: Call) -> Result:
 def _add_bias(tracer: Tracer, call: Call, known: Traced) -> None:
     bias, out = call.inputs[0], call.outputs[0]
     tracer.fill(bias, "bias")
+    # The bias is broadcast against the product as an addition would be.
     out._meristem = known  # type: ignore[attr-defined]
     tracer.broadcast([out, bias], out)
 
@@ -80,6 +83,7 @@ def _channels(tracer: Tracer, call: Call, data: Dim, kernel: list[Dim]) -> Label
     if groups > 1:
         channels = _grouped(tracer, data, kernel, groups, transposed)
         for name in tracer.of(call.arguments["weight"]).parameters():
+            # The number of groups follows, where whole groups are added.
             tracer.trace.groups[name] = split_product(data.label, groups)[0]
         return channels
     into, from_ = (kernel[1], kernel[0]) if transposed else (kernel[0], kernel[1])
@@ -128,6 +132,7 @@ def attention(tracer: Tracer, call: Call) -> Result:
     if mask is not None:
         _follow_mask(tracer, mask, [k[2], q[2], q[1], q[0]])
     rows = [dim.label for dim in q[:3]]
+    # First the scores, then their product with the values.
     tracer.count([*rows, q[3].label, k[2].label])
     tracer.count([*rows, k[2].label, v[3].label])
     leading = as_data(q[:3])

@@ -35,6 +35,7 @@ def layer_norm(tracer: Tracer, call: Call) -> Result:
         carry_along(tracer, call.arguments.get(key), fill, normal)
     for dim in normal:
         mix(dim.label, f"layer norm {tracer.place()}")
+    # Only a norm over one dimension can be kept exact when that grows.
     if count == 1:
         norm = Norm(tracer.stack.innermost, "layer_norm", dims[-1].label)
         tracer.trace.norms.append(norm)
@@ -47,6 +48,7 @@ def group_norm(tracer: Tracer, call: Call) -> Result:
     dims = as_data(tracer.dims(call.inputs[0]))
     channels = dims[1]
     groups, inner = split_product(channels.label, call.arguments["group"])
+    # Whole groups may be added, channels inside one may not.
     mix(inner, f"group norm {tracer.place()} normalises over the channels of a group")
     for key, fill in _AFFINE:
         tensor = call.arguments.get(key)

@@ -55,6 +55,7 @@ def _regrouped(dims: list[Dim], old: list[int], new: list[int]) -> list[Origin]:
     while i < len(old) and j < len(new):
         i_end, j_end = i + 1, j + 1
         have, want = old[i], new[j]
+        # Products of sizes are grown on the smaller side until they meet.
         while have != want:
             if have < want and i_end < len(old):
                 have *= old[i_end]
@@ -129,6 +130,7 @@ def repeat(tracer: Tracer, call: Call) -> Result:
     old = [1] * lead + shape
     dims = []
     for dim, before, after in zip(inner, old, sizes, strict=True):
+        # Copies lie one behind the other: the outer factor numbers them.
         times = fresh(after // before)
         dims.append(Dim(product([times, dim.label]), dim.origin))
     return [Traced(dims, source.weight)]
@@ -142,6 +144,7 @@ def slice_(tracer: Tracer, call: Call) -> Result:
         return [Traced(dims, source.weight)]
     label, origin = dims[d]
     step = call.arguments.get("step") or 1
+    # A stride, or a single entry, depends on where entries stand.
     if step != 1 or kept in (0, 1):
         freeze(label, f"{tracer.place()} picks entries of it by index")
         dims[d] = Dim(fresh(kept, _PICKED))
@@ -205,6 +208,7 @@ def cat(tracer: Tracer, call: Call) -> Result:
         nothing: Origin = frozenset()
         origin = nothing.union(*(dim.origin for dim in column))
         if d == joined:
+            # A size of 1 is a real entry in a concatenation, and broadcasts nowhere.
             terms = []
             for dim in column:
                 terms.append(Label(1) if dim.label is UNIT else dim.label)
@@ -266,6 +270,8 @@ def index(tracer: Tracer, call: Call) -> Result:
     at = [d for d, one in enumerate(indices) if one is not None]
     for d in at:
         freeze(source[d].label, f"{tracer.place()} picks entries of it by index")
+    # Indices that are apart move their dimensions to the front: that is left to no
+    # rule.
     in_one_run = at == list(range(at[0], at[-1] + 1))
     if not in_one_run or any(indices[d].dtype == torch.bool for d in at):
         return None
