@@ -3,6 +3,7 @@
 from meristem import care, how, recipes, when, where
 from meristem.activations import PReLU, Rational
 from meristem.checkpoint import load, save
+from meristem.core import VERSION
 from meristem.core.axis import Axes, Axis, Slot
 from meristem.core.budget import Budget
 from meristem.core.change import Plan
@@ -25,7 +26,7 @@ from meristem.statistics.health import health
 from meristem.surgery.lineage import convert, lineage
 from meristem.surgery.optimizers import STATE_RULES
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "STATE_RULES",

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from meristem.core.errors import CheckpointError
-from meristem.event import Optimizers, optimizers
+from meristem.event.steps import Optimizers, optimizers, private_generator
 from meristem.grower import Grower
-from meristem.growing import private_generator
 from meristem.structure.twin import twin
 from meristem.surgery.exchange import check_free
 from meristem.surgery.lineage import LINEAGE, rebuild, replay

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from meristem.amounts import Amount
-from meristem.calendar import Calendar
 from meristem.core.budget import Budget
 from meristem.core.errors import DataError
 from meristem.core.growth import Growth
-from meristem.event import (
+from meristem.event.amounts import Amount
+from meristem.event.calendar import Calendar
+from meristem.event.sharing import Check, Settings, find_growth
+from meristem.event.steps import (
     Cares,
     Methods,
     Optimizers,
@@ -24,14 +25,13 @@ from meristem.event import (
     cares,
     methods,
     optimizers,
+    private_generator,
 )
-from meristem.growing import private_generator
 from meristem.lab.batches import check_reiterable, example_of, length
 from meristem.lab.laboratory import Progress
 from meristem.lab.losses import Loss
 from meristem.methods import Clock, When, Where, check_part, rations
 from meristem.pruning import prune_each
-from meristem.sharing import Check, Settings, find_growth
 from meristem.structure import Structure, structure_of
 from meristem.structure.undisturbed import undisturbed
 from meristem.when import TRIGGERS
@@ -54,19 +54,17 @@ class Grower:
         where: Which axis gets how many units.
         care: What the optimizer and the old weights get; a warm second moment by
             default.
-        amount: Units per growth: an int over all axes, a fraction of the present
-            widths, a list of either (one per growth), or {axis: count}. An int is
-            shared out among the widths that `axes` lets grow, or among the depths where
-            `axes` or the methods speak for these alone (runs of blocks first);
-            `where.ByGain(per_flop=True)` weighs both.
+        amount: Units per growth: an int over all axes, a fraction of the present widths,
+            a list of either (one per growth), or {axis: count}. An int goes to widths, or
+            to depths where `axes` or the methods speak for these alone (runs of blocks
+            first); `where.ByGain(per_flop=True)` weighs both.
         budget: Upper limits; a growth that would pass one grows what fits.
         axes: Glob patterns of the axes that may grow; a leading "!" excludes.
         round_to: Grown sizes are rounded down to a multiple of this.
         example: The example input; by default the model's first call inside `loss` on
             the first batch.
         generator: The source of randomness; by default a private one of the model.
-        progress: Called as `progress(phase, done, total)` while a method trains on the
-            side.
+        progress: Called as `progress(phase, done, total)` by what trains on the side.
 
     Attributes:
         history: Every `Growth` so far.

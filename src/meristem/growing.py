@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -15,7 +14,8 @@ from meristem.core.axis import Axes
 from meristem.core.change import Plan
 from meristem.core.errors import DataError, GrowthRefused
 from meristem.core.growth import Growth
-from meristem.event import (
+from meristem.event.growable import growable
+from meristem.event.steps import (
     Cares,
     Methods,
     Optimizers,
@@ -27,29 +27,13 @@ from meristem.event import (
     methods,
     optimizers,
     prepare,
+    private_generator,
 )
-from meristem.growable import growable
 from meristem.lab.batches import first_call, growth_batches
 from meristem.lab.laboratory import Loan, Progress
 from meristem.lab.losses import Loss
 from meristem.structure import Structure, known_example, resolve, structure_of
 from meristem.structure.undisturbed import undisturbed
-
-_GENERATORS: weakref.WeakKeyDictionary[nn.Module, torch.Generator] = (
-    weakref.WeakKeyDictionary()
-)
-
-
-def private_generator(model: nn.Module) -> torch.Generator:
-    """The generator of one model's growths; checkpoints keep its state.
-
-    It is seeded from torch's initial seed when it is first used.
-    """
-    # Seeded when first used, so that torch.manual_seed before a script decides.
-    if model not in _GENERATORS:
-        seed = torch.initial_seed() % 2**63
-        _GENERATORS[model] = torch.Generator().manual_seed(seed)
-    return _GENERATORS[model]
 
 
 def find_axes(model: nn.Module, example: Any, axes: str | Sequence[str] = "*") -> Axes:

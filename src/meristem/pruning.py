@@ -15,15 +15,22 @@ from meristem.core.change import NO_CHANGE, Plan, index
 from meristem.core.errors import GrowthRefused
 from meristem.core.growth import Growth
 from meristem.core.offer import Scaling
-from meristem.event import Event, Optimizers, accepted, carry_out, optimizers, prepare
-from meristem.growable import growable
-from meristem.growing import private_generator
+from meristem.event.growable import growable
+from meristem.event.sharing import Settings
+from meristem.event.steps import (
+    Event,
+    Optimizers,
+    accepted,
+    carry_out,
+    optimizers,
+    prepare,
+    private_generator,
+)
 from meristem.how.candidates import next_layers
 from meristem.lab.batches import check_reiterable, first_call, growth_batches
 from meristem.lab.laboratory import Loan
 from meristem.lab.ledger import counting
 from meristem.lab.losses import Loss, mean_loss
-from meristem.sharing import Settings
 from meristem.statistics.curvature import Factors, compensated, measure, removal
 from meristem.structure import Structure, apart, resolve
 from meristem.structure.undisturbed import undisturbed

@@ -10,11 +10,11 @@ from torch import nn
 
 from meristem import care, how, where
 from meristem import when as triggers
-from meristem.amounts import Amount
 from meristem.core.axis import Axes
 from meristem.core.budget import Budget
 from meristem.core.errors import GrowthRefused
-from meristem.event import Optimizers
+from meristem.event.amounts import Amount
+from meristem.event.steps import Optimizers
 from meristem.grower import Grower
 from meristem.how import SWE
 from meristem.lab.batches import example_of

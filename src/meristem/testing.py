@@ -24,7 +24,7 @@ from meristem.core.change import Plan, by_unit
 from meristem.core.errors import GrowthRefused
 from meristem.core.growth import Growth
 from meristem.core.offer import Treatment
-from meristem.event import methods
+from meristem.event.steps import methods
 from meristem.grower import Grower
 from meristem.growing import find_axes, grow_, plan
 from meristem.how import GradMax, Random

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from zoo import make
 
 import meristem as ms
-from meristem import sharing
 from meristem.activations import Rational
-from meristem.calendar import units_now
+from meristem.event import sharing
+from meristem.event.calendar import units_now
 
 
 class Residual(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zoo import ZOO, make
 
 import meristem as ms
-from meristem import event
+from meristem.event import steps
 
 
 def loss(model: nn.Module, batch: Any) -> Tensor:
@@ -181,13 +181,13 @@ def test_new_units_are_looked_at_on_a_few_batches_however_many_a_method_takes(
 ) -> None:
     model, x = make("bn_conv")
     looked = []
-    measure = event.measure
+    measure = steps.measure
     monkeypatch.setattr(
-        event, "measure", lambda *args: looked.append(len(args[4])) or measure(*args)
+        steps, "measure", lambda *args: looked.append(len(args[4])) or measure(*args)
     )
     data = [torch.randn_like(x) for _ in range(12)]
     growth = ms.grow_(
         model, {"fc1": 2}, x, how=ms.how.GradMax(batches=12), loss=loss, data=data
     )
-    assert looked == [event.HEALTH_BATCHES]
+    assert looked == [steps.HEALTH_BATCHES]
     assert growth.health["insertion"]

@@ -24,10 +24,11 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-import meristem
 from meristem import checkpoint
 from meristem.care import CARES
+from meristem.core import VERSION
 from meristem.core.budget import Budget
+from meristem.event.growable import growable
 from meristem.experiments import data as datasets
 from meristem.experiments import models
 from meristem.experiments.config import (
@@ -42,7 +43,6 @@ from meristem.experiments.config import (
     trigger,
 )
 from meristem.experiments.data import Batches
-from meristem.growable import growable
 from meristem.grower import Grower
 from meristem.growing import listed_sizes
 from meristem.how import METHODS
@@ -433,7 +433,7 @@ def result_of(run: Run) -> dict[str, Any]:
         "curve": progress.curve,
         "config": run.experiment.model_dump(mode="json"),
         "versions": {
-            "meristem": meristem.__version__,
+            "meristem": VERSION,
             "torch": torch.__version__,
             "python": platform.python_version(),
         },

@@ -8,6 +8,7 @@ only gains fields; nothing of the user's has changed before the commit. `grow_`,
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -71,6 +72,23 @@ _DOUBLE_TOLERANCE = 1e-12
 _GAPS = 10
 HEALTH_BATCHES = 4
 """Growth batches that the health of new units is measured on."""
+
+
+_GENERATORS: weakref.WeakKeyDictionary[nn.Module, torch.Generator] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def private_generator(model: nn.Module) -> torch.Generator:
+    """The generator of one model's growths; checkpoints keep its state.
+
+    It is seeded from torch's initial seed when it is first used.
+    """
+    # Seeded when first used, so that torch.manual_seed before a script decides.
+    if model not in _GENERATORS:
+        seed = torch.initial_seed() % 2**63
+        _GENERATORS[model] = torch.Generator().manual_seed(seed)
+    return _GENERATORS[model]
 
 
 @dataclass(frozen=True)

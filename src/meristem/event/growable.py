@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from meristem.core.axis import Axes, Axis, matches
 from meristem.core.errors import GrowthRefused, VerificationError
-from meristem.event import Methods, method_for
+from meristem.event.steps import Methods, method_for
 from meristem.structure import Structure, clash, resolve
 from meristem.structure.kinds import apart
 from meristem.surgery.verify import check_edit, silence

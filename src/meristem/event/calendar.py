@@ -11,7 +11,7 @@ from torch import Tensor
 
 from meristem.core.errors import GrowthRefused
 from meristem.core.growth import Growth
-from meristem.event import HEALTH_BATCHES
+from meristem.event.steps import HEALTH_BATCHES
 from meristem.lab.batches import growth_batches
 from meristem.lab.ledger import counting
 from meristem.lab.losses import Loss

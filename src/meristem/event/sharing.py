@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from meristem.amounts import (
+from meristem.core.axis import Axis
+from meristem.core.budget import Budget
+from meristem.core.change import Plan
+from meristem.core.errors import DataError, GrowthRefused
+from meristem.core.growth import Growth
+from meristem.core.offer import Offer, Share
+from meristem.event.amounts import (
     Amount,
     allows,
     check_amount,
@@ -20,14 +26,8 @@ from meristem.amounts import (
     least_step,
     total_units,
 )
-from meristem.core.axis import Axis
-from meristem.core.budget import Budget
-from meristem.core.change import Plan
-from meristem.core.errors import DataError, GrowthRefused
-from meristem.core.growth import Growth
-from meristem.core.offer import Offer, Share
-from meristem.event import Event, batches_for, carry_out, followed, propose
-from meristem.growable import growable
+from meristem.event.growable import growable
+from meristem.event.steps import Event, batches_for, carry_out, followed, propose
 from meristem.lab.batches import growth_batches, peeked
 from meristem.lab.laboratory import Lab, Loan, Progress
 from meristem.lab.ledger import batch_size, step_flops
