@@ -21,7 +21,7 @@ from torch.nn import functional as F
 import meristem as ms
 from meristem.core.axis import Axis
 from meristem.core.offer import Offer
-from meristem.lab.neutral import mean_norm
+from meristem.lab.neutral import mean_norm, neutral
 from meristem.methods import Lab
 
 RESULTS = Path(__file__).parent / "results"
@@ -37,27 +37,30 @@ class ReLU(nn.Module):
 
 @dataclass(frozen=True)
 class RandomFanOut:
-    """Zero fan-in, random fan-out of the mean norm: Gaussian directions, or the released code's all-positive ones."""
+    """Zero fan-in, random fan-out of the mean norm.
+
+    Gaussian directions, or the released code's all-positive ones.
+    """
 
     positive: bool = False
-    preserves: bool = True
-    batches: int = 0
+
+    @property
+    def kinds(self) -> dict[str, bool]:
+        return {"width": True}
+
+    @property
+    def batches(self) -> int:
+        return 0
 
     def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
-        strips = {}
-        for slot, shape in lab.shapes(axis, count).items():
-            old = lab.values[slot.name]
-            if slot.role == "fan_out":
-                raw = (
-                    lab.uniform(shape, 1.0, old).abs()
-                    if self.positive
-                    else lab.normal(shape, old)
-                )
-                strips[slot.place] = (
-                    raw
-                    / raw.flatten(1).norm(dim=1)[:, None, None]
-                    * mean_norm(lab, axis, "fan_out")
-                )
+        strips = neutral(lab, axis, count, zero="fan_in")
+        length = mean_norm(lab, axis, "fan_out")
+        for slot in axis.places("fan_out"):
+            raw = lab.normal(strips[slot.place].shape, strips[slot.place])
+            if self.positive:
+                raw = lab.uniform(raw.shape, 1.0, raw).abs()
+            norms = raw.flatten(1).norm(dim=1)
+            strips[slot.place] = length * raw / norms[:, None, None]
         return Offer(axis.name, count, strips)
 
 

@@ -45,15 +45,12 @@ class Grower:
         model: Any module that runs.
         optimizer: The optimizer, or all of them, whose state follows.
         loss: `loss(model, batch)`, a scalar, the mean over the batch.
-        data: A DataLoader or any re-iterable of batches; read on the side, by a loader
-            of the grower's own.
+        data: A DataLoader or any re-iterable of batches; read on the side.
         when: The trigger.
         how: The method, or several: the first that speaks for the kind of an axis grows
-            it. A kind that none speaks for gets random units with zero fan-out, or
-            `how.ZeroBlock`.
+            it; else random units with zero fan-out, or `how.ZeroBlock`.
         where: Which axis gets how many units.
-        care: What the optimizer and the old weights get; a warm second moment by
-            default.
+        care: What optimizer and old weights get; by default a warm second moment.
         amount: Units per growth: an int over all axes, a fraction of the present widths,
             a list of either (one per growth), or {axis: count}. An int goes to widths, or
             to depths where `axes` or the methods speak for these alone (runs of blocks
@@ -70,8 +67,7 @@ class Grower:
         history: Every `Growth` so far.
         done: True once nothing more can grow; `reason` says why, or why nothing grew
             last.
-        flops: Floating-point operations that all growths and checks cost together,
-            without later looks at their health.
+        flops: Floating-point operations that all growths and checks cost together.
 
     Raises:
         GrowthRefused: The model is wrapped, or nothing in it can grow.

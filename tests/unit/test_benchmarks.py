@@ -1,0 +1,40 @@
+"""The scripts of the benchmarks import, and their methods are what a method should be."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from meristem.event.steps import methods
+from meristem.testing import check_how
+
+SCRIPTS = sorted((Path(__file__).parents[2] / "benchmarks").rglob("*.py"))
+
+
+def loaded(path: Path) -> object:
+    spec = importlib.util.spec_from_file_location(f"benchmark_{path.parent.name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "path", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}"
+)
+def test_scripts_import(path: Path) -> None:
+    module = loaded(path)
+    for how in getattr(module, "HOWS", {}).values():
+        methods(how)
+
+
+def test_the_methods_of_the_student_teacher_task_offer_what_they_should() -> None:
+    script = next(path for path in SCRIPTS if path.parent.name == "student_teacher")
+    how = loaded(script).HOWS["random, Gaussian"]  # type: ignore[attr-defined]
+    with pytest.raises(AssertionError, match="receive no gradient"):
+        check_how(how)  # zero fan-in under ReLU, as published: dead, and said so
