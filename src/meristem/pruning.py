@@ -268,8 +268,8 @@ class _Trial:
     def loss(self, units: list[int], batches: Sequence[Any]) -> float:
         """The mean loss without some units."""
         planned, changed = self.without(units) if units else (NO_CHANGE, {})
-        values = {**live_values(self.structure.model), **changed}
+        values = {**live_values(self.structure), **changed}
         if units:
             values |= grown_tensors(values, planned, [self.axis], [], Scaling())
-        model = grown_twin(self.structure.model, values, planned).eval()
+        model = grown_twin(self.structure, values, planned).eval()
         return mean_loss(self._loss, model, batches)

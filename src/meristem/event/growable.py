@@ -14,9 +14,6 @@ from meristem.structure import Structure, clash, resolve
 from meristem.structure.kinds import apart
 from meristem.surgery.verify import check_edit, silence
 
-# Counts of axes that grow together go from one step to this many.
-_DISTINCT = 7
-
 Reason = str | None
 
 
@@ -132,8 +129,8 @@ class _Trial:
     def _steps(self, names: Iterable[str]) -> dict[str, int]:
         # Distinct counts keep sizes that must change together from passing by accident.
         steps = {}
-        for i, name in enumerate(names):
-            steps[name] = self._axes[name].multiple * (i % _DISTINCT + 1)
+        for number, name in enumerate(names, 1):
+            steps[name] = self._axes[name].multiple * number
         return steps
 
     def _follows(self, names: Sequence[str]) -> Reason:
@@ -169,7 +166,7 @@ class _Trial:
         return None
 
     def _follows_depth(self, names: Sequence[str]) -> Reason:
-        return resolve(self._structure, dict.fromkeys(names, 1)).refusal
+        return resolve(self._structure, self._steps(names)).refusal
 
     def _unread(self, name: str) -> Reason:
         """Why nothing would read a new block, or None."""

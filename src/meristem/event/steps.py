@@ -394,7 +394,7 @@ def _built(event: Event, draft: Draft) -> Draft:
     """Every tensor at its new shape and values."""
     axes = _axes(event, draft.plan)
     # Pruning hands over compensated weights: they are cut like old ones.
-    values = {**live_values(event.model), **draft.changed}
+    values = {**live_values(event.structure), **draft.changed}
     offers = list(draft.offers.values())
     grown = grown_tensors(values, draft.plan, axes, offers, draft.treatment.scaling)
     tensors = {**draft.changed, **grown}
@@ -413,12 +413,12 @@ def _deepened(event: Event, draft: Draft) -> Draft:
     plan = draft.plan
     if not plan.insertions:
         return draft
-    values = {**live_values(event.model), **draft.tensors}
+    values = {**live_values(event.structure), **draft.tensors}
     offers = dict(draft.offers)
     _, deep = apart(_growing(event, plan))
     missing = [axis for axis in deep if axis.name not in offers]
     if missing:
-        widened = grown_twin(event.model, values, replace(plan, counts=()))
+        widened = grown_twin(event.structure, values, replace(plan, counts=()))
         structure = Structure(widened, event.structure.example)
         lab = event.lab.of(structure).within(event.lab.allowance / len(deep))
         for axis in missing:
@@ -434,18 +434,18 @@ def _deepened(event: Event, draft: Draft) -> Draft:
     wanted = [one.insertion for one in blocks]
     if wanted != list(plan.insertions):
         plan = accepted(with_insertions(event.structure, plan, wanted))
-    whole = _whole_blocks(event.model, values, plan, blocks)
+    whole = _whole_blocks(event.structure, values, plan, blocks)
     return replace(draft, plan=plan, offers=offers, blocks=whole)
 
 
 def _whole_blocks(
-    model: nn.Module,
+    structure: Structure,
     values: Mapping[str, Tensor],
     plan: Plan,
     blocks: Sequence[Blocks],
 ) -> list[Blocks]:
     """Blocks with every tensor of their own; the model will hold these very tensors."""
-    copied = grown_twin(model, values, replace(plan, counts=()))
+    copied = grown_twin(structure, values, replace(plan, counts=()))
     whole = []
     for one in blocks:
         present = {id(tensor) for tensor in named_tensors(copied).values()}
@@ -482,11 +482,13 @@ def _verified(event: Event, draft: Draft) -> Draft:
     live.
     """
     plan = draft.plan
-    present = live_values(event.model)
+    present = live_values(event.structure)
     values = {**present, **draft.tensors}
     with counting() as counter:
-        before = run(event.model, present, event.structure.example)
-        after = run(event.model, values, event.structure.example, plan, draft.blocks)
+        before = run(event.structure, present, event.structure.example)
+        after = run(
+            event.structure, values, event.structure.example, plan, draft.blocks
+        )
         change = relative_change(plan, before, after)
         growing = _growing(event, plan)
         # A promise counts only where every method of the event makes it.
@@ -542,13 +544,13 @@ def _health(
     figures: dict[str, Figures] = {}
     units, _ = apart(_axes(event, plan))
     if units and draft.settled is None:
-        copied = grown_twin(event.model, values, replace(plan, counts=()))
+        copied = grown_twin(event.structure, values, replace(plan, counts=()))
         new = {}
         for axis in units:
             new[axis.name] = range(plan.before[axis.name], plan.after[axis.name])
         figures |= measure(copied, units, plan.layout, lab.loss, batches, new)
     if draft.blocks:
-        copied = grown_twin(event.model, values, plan, draft.blocks)
+        copied = grown_twin(event.structure, values, plan, draft.blocks)
         structure = Structure(copied, event.structure.example)
         places = {one.insertion.axis: one.insertion.new_places for one in draft.blocks}
         figures |= measure_blocks(structure, copied, places, lab.loss, batches)

@@ -172,7 +172,7 @@ def first_call(model: nn.Module, loss: Loss, batch: Any) -> Example:
         raise _Called(args, kwargs)
 
     # The hook must not stand on the user's model, not even for a moment.
-    copied = twin(model, lambda _name, tensor: tensor.detach())
+    copied = twin(model, lambda _name, tensor: tensor.detach().clone())
     copied.register_forward_pre_hook(catch, with_kwargs=True)
     with undisturbed(), torch.no_grad():
         try:

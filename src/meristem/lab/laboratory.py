@@ -207,17 +207,18 @@ class Lab:
         self, plan: Plan, blocks: Blocks
     ) -> tuple[list[Tensor], list[Tensor], Plan]:
         """The outputs on the example, without and with new blocks, and the plan."""
-        model, example = self._origin.model, self._origin.example
-        held = live_values(model)
-        before = run(model, held, example)
-        return before, run(model, held, example, plan, [blocks]), plan
+        structure = self._origin
+        held = live_values(structure)
+        before = run(structure, held, structure.example)
+        after = run(structure, held, structure.example, plan, [blocks])
+        return before, after, plan
 
     def block_gradients(self, plan: Plan, blocks: Blocks) -> tuple[float, ...]:
         """For every new block the norm of its gradient on the first growth batch."""
         loss = self.user_loss("the gain of a block")
         # The copy shares the weights: it is only read, and inside this class.
-        held = live_values(self._origin.model)
-        copied = grown_twin(self._origin.model, held, NO_CHANGE).eval()
+        held = live_values(self._origin)
+        copied = grown_twin(self._origin, held, NO_CHANGE).eval()
         made = insert(copied, blocks.insertion, blocks.values)
         apply_edits(copied, plan.counts)
         # Which ones learn is asked before all gradients are turned off.
@@ -254,8 +255,8 @@ class Lab:
         """A copy of the model widened by `count` units of `axis`, to try weights on."""
         loss = self.user_loss("a widened copy")
         plan = self.plan(axis, count)
-        held = live_values(self._origin.model)
-        copied = grown_twin(self._origin.model, held, plan).eval()
+        held = live_values(self._origin)
+        copied = grown_twin(self._origin, held, plan).eval()
         return Widened(copied, loss, plan, axis, held)
 
     def sandbox(self) -> Sandbox:
@@ -396,7 +397,7 @@ class Sandbox:
         structure = self.lab._origin
         plan = resolve(structure, {offer.axis: offer.count for offer in offers})
         axes = [structure.axes.named(offer.axis) for offer in offers]
-        held = live_values(self.model)
+        held = live_values(structure)
         new = grown_tensors(held, plan, axes, offers, Scaling())
         # The structure has changed: a new one is traced when somebody asks.
         self._lab = None

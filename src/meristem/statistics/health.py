@@ -137,7 +137,7 @@ def look(
     """The figures of `health` for widths and depths of a model that has been traced."""
     counted, blocks = apart(axes)
     # Read and never written: the copy may share the weights.
-    held = live_values(structure.model)
+    held = live_values(structure)
     copied = twin(structure.model, lambda name, _: held[name])
     figures: dict[str, Figures] = {}
     # Two looks at the same batches: an iterator would be used up by the first.

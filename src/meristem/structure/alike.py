@@ -18,7 +18,7 @@ from meristem.structure.depth import Depth
 from meristem.structure.tracer import Law, Pass
 from meristem.structure.twin import named_tensors
 
-_PLAIN = (int, float, str, bool, type(None), tuple, list)
+_PLAIN = (int, float, str, bool, type(None), tuple, list, dict, set)
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,7 @@ class Structure:
         tracer = Tracer(stack, operation_of)
         stack.counted = tracer.counted
         self.labels = _labelled(copied)
+        tracer.watch(dict(copied.named_parameters()))
         output = self._labelled_run(copied, tracer, mode)
         self.trace: Trace = tracer.trace
         self.outputs: list[list[Label]] = _mark_outputs(tracer, output)
@@ -375,11 +376,16 @@ def _fingerprint(model: nn.Module, example: Example) -> Any:
 
 
 def _plain_values(holder: Any) -> Any:
-    values = []
+    values: list[Any] = []
     for attribute, value in vars(holder).items():
-        plain = isinstance(value, (int, float, str, tuple, list))
-        if plain and attribute != "training":
+        if attribute == "training":
+            continue  # both modes are traced
+        if isinstance(value, (int, float, str, tuple, list)) or (
+            isinstance(value, (dict, set)) and not attribute.startswith("_")
+        ):
             values.append((attribute, repr(value)))
+        elif callable(value) and not isinstance(value, nn.Module):
+            values.append((attribute, id(value)))
     return tuple(values)
 
 

@@ -55,7 +55,7 @@ def sized(structure: Structure, wishes: Wishes) -> Plan:
         after[name] = change.size
     # Inner ones first, and the last runs of a container: the paths and places of the
     # others then hold.
-    insertions.sort(key=lambda one: (-one.path.count("."), -one.first))
+    insertions.sort(key=_inner_first)
     # From here on nothing depends on the kinds of the axes.
     tensors = _tensor_changes(structure, changes)
     parameters = sum(parameter.numel() for parameter in structure.model.parameters())
@@ -84,6 +84,12 @@ def sized(structure: Structure, wishes: Wishes) -> Plan:
         wishes=dict(wishes),
         example=structure.example,
     )
+
+
+def _inner_first(insertion: Insertion) -> tuple[int, int]:
+    # The model itself, "", is outside of everything.
+    depth = len(insertion.path.split(".")) if insertion.path else 0
+    return -depth, -insertion.first
 
 
 def _tensor_changes(structure: Structure, changes: Changes) -> tuple[TensorChange, ...]:

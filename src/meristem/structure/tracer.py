@@ -5,7 +5,7 @@ A dispatch mode gives every tensor dimension a label, and every operation a shap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -84,6 +84,7 @@ class Trace:
         groups: The label of the groups of a convolution or group norm, by its weight.
         heads: Labels that number the products of a batched product.
         batch_norms: The labels of what batch norms normalise.
+        written: Parameters that the forward itself writes into.
     """
 
     laws: list[Law] = field(default_factory=list)
@@ -96,6 +97,7 @@ class Trace:
     groups: dict[str, Label] = field(default_factory=dict)
     heads: set[Label] = field(default_factory=set)
     batch_norms: list[Label] = field(default_factory=list)
+    written: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -222,6 +224,7 @@ class Tracer(TorchDispatchMode):
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.stack, self.known = stack, known
+        self.memory: dict[int, str] = {}
         self.trace = Trace()
         self.recording = True
 
@@ -229,9 +232,16 @@ class Tracer(TorchDispatchMode):
         """How many laws and multiply-adds there are so far."""
         return len(self.trace.laws), len(self.trace.macs)
 
+    def watch(self, tensors_by_name: Mapping[str, Tensor]) -> None:
+        """Note in the trace which of these the forward writes into."""
+        for name, tensor in tensors_by_name.items():
+            self.memory[tensor.untyped_storage()._cdata] = name
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if func._schema.is_mutable:
+            self._note_writes(func, args, kwargs or {})
         result = func(*args, **(kwargs or {}))
         # Other namespaces wrap ATen operations, which come by themselves.
         if func.namespace != "aten":
@@ -243,6 +253,18 @@ class Tracer(TorchDispatchMode):
         if outputs:
             self._label(self._call(func, args, kwargs or {}, outputs))
         return result
+
+    def _note_writes(self, func: Any, args: Any, kwargs: Any) -> None:
+        for place, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            given = kwargs.get(argument.name)
+            if place < len(args):
+                given = args[place]
+            for tensor in tensors(given):
+                name = self.memory.get(tensor.untyped_storage()._cdata)
+                if name is not None:
+                    self.trace.written.add(name)
 
     def _call(self, func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> Call:
         schema = func._schema.arguments

@@ -54,6 +54,21 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a state dict names, with every name of a shared tensor; no hook is called."""
+    stored: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dotted = f"{prefix}." if prefix else ""
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if (
+                    tensor is not None
+                    and name not in module._non_persistent_buffers_set
+                ):
+                    stored[f"{dotted}{name}"] = tensor
+    return stored
+
+
 def twin(model: nn.Module, convert: Convert) -> nn.Module:
     """A deep copy of the module tree whose tensors are made by `convert(name, tensor)`;
     the user's hooks stay behind.
@@ -101,7 +116,9 @@ def copy_part(
         if new is None:
             new = tensor.detach().clone()
         new = new.to(device=tensor.device, dtype=tensor.dtype)
-        if isinstance(tensor, nn.Parameter):
+        if not isinstance(tensor, nn.Parameter):
+            new = new.clone()  # a forward may write into it
+        else:
             new = nn.Parameter(new, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = new
     return _copied(part, memo)
@@ -175,7 +192,7 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
                 and not value.is_leaf
                 and id(value) not in memo
             ):
-                memo[id(value)] = value.detach()
+                memo[id(value)] = value.detach().clone()
     hooks = [
         (module, name, list(getattr(module, name).items()))
         for module, name in _hooked(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +17,7 @@ from meristem.core.errors import GrowthRefused, PendingBackward
 from meristem.core.offer import Blocks
 from meristem.structure.chains import CHAIN
 from meristem.structure.insertion import insert, kin
-from meristem.structure.twin import named_tensors, opened, set_attribute
+from meristem.structure.twin import named_tensors, opened, set_attribute, stored_tensors
 from meristem.surgery.lineage import Names, record
 from meristem.surgery.swap import swap
 
@@ -92,10 +93,10 @@ def exchange(
                 transaction.place(one, optimizers.owners)
             transaction.edit(plan.counts)
             transaction.check(plan)
+            record(model, plan, transaction.names(), ones)
         except BaseException:
             transaction.roll_back()
             raise
-        record(model, plan, transaction.names(), ones)
 
 
 @dataclass
@@ -109,7 +110,7 @@ class _Transaction:
     def __post_init__(self) -> None:
         self.tensors = named_tensors(self.model)
         # Names move when blocks come between: the lineage needs the old ones.
-        self.before = dict(self.model.state_dict(keep_vars=True))
+        self.before = stored_tensors(self.model)
         self.parameters = [name for name, _ in self.model.named_parameters()]
 
     def roll_back(self) -> None:
@@ -144,19 +145,48 @@ class _Transaction:
         made = insert(model, blocks.insertion, blocks.values)
         live = {id(p) for p in model.parameters()}
         for parent, block in made.values():
-            block.train(parent.training)
             for _, tensor, followed in kin(parent, block):
                 self.followed[id(tensor)] = id(followed)
                 # Shared tensors are in a group already; buffers are in none.
                 if id(tensor) in before or not isinstance(tensor, nn.Parameter):
                     continue
                 for optimizer in owners:
-                    self.undo += _join(optimizer, tensor, followed, blocks.inherits)
+                    self._join(optimizer, tensor, followed, blocks.inherits)
         # torch keeps names beside the parameters where it was given them.
         names = {id(p): name for name, p in model.named_parameters()}
         for optimizer in owners:
             for group in optimizer.param_groups:
                 self._leave(optimizer, group, before - live, names)
+
+    def _join(
+        self, optimizer: Optimizer, new: Tensor, followed: Tensor, inherits: bool
+    ) -> None:
+        """A new parameter joins the group of the one it follows, in model order.
+
+        So positional states fit a net that is built at its grown size. As a copy, it gets
+        a copy of the other's state.
+        """
+        for group in optimizer.param_groups:
+            held = group["params"]
+            if not any(p is followed for p in held):
+                continue
+            self.undo.append(partial(_part, optimizer, held, new))
+            held.insert(self._place_in(held, new, followed), new)
+            if inherits and followed in optimizer.state:
+                state = {}
+                for key, value in optimizer.state[followed].items():
+                    state[key] = value.clone() if isinstance(value, Tensor) else value
+                optimizer.state[new] = state
+            return
+
+    def _place_in(self, held: Sequence[Tensor], new: Tensor, followed: Tensor) -> int:
+        """Where a new parameter stands in a group."""
+        order = {id(p): i for i, p in enumerate(self.model.parameters())}
+        places = [order.get(id(p), -1) for p in held]
+        if places == sorted(places):
+            return bisect(places, order[id(new)])
+        # A group in an order of its own: behind the one that it follows.
+        return next(i for i, p in enumerate(held, 1) if p is followed)
 
     def _leave(
         self,
@@ -197,26 +227,6 @@ def _modules_of(model: nn.Module, insertion: Insertion) -> Undo:
                 vars(holder).pop(CHAIN, None)
 
     return undo
-
-
-def _join(
-    optimizer: Optimizer, new: Tensor, followed: Tensor, inherits: bool
-) -> list[Undo]:
-    """A new parameter joins the group of the one it follows.
-
-    As a copy, it gets a copy of its state.
-    """
-    for group in optimizer.param_groups:
-        if not any(p is followed for p in group["params"]):
-            continue
-        group["params"].append(new)
-        if inherits and followed in optimizer.state:
-            state = {}
-            for key, value in optimizer.state[followed].items():
-                state[key] = value.clone() if isinstance(value, Tensor) else value
-            optimizer.state[new] = state
-        return [partial(_part, optimizer, group["params"], new)]
-    return []
 
 
 def _part(optimizer: Optimizer, group: list[Tensor], new: Tensor) -> None:

@@ -7,7 +7,7 @@ state dict of an old shape is mapped to the new one.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,7 +24,13 @@ from meristem.core.change import (
 )
 from meristem.core.errors import CheckpointError
 from meristem.structure.insertion import insert
-from meristem.structure.twin import get_attribute, named_tensors, opened, set_attribute
+from meristem.structure.twin import (
+    get_attribute,
+    named_tensors,
+    opened,
+    set_attribute,
+    stored_tensors,
+)
 from meristem.surgery.swap import swap
 from meristem.surgery.tensors import carry
 
@@ -66,18 +72,23 @@ def lineage(model: nn.Module) -> list[dict[str, Any]]:
 
 def record(model: nn.Module, plan: Plan, names: Names, ones: Sequence[str]) -> None:
     """Append a growth to a model's lineage."""
+    aliases = _aliases(names.before or stored_tensors(model))
     tensors = []
     for change in plan.tensors:
         entry = tensor_json(change)
+        entry["aliases"] = aliases.get(change.name, [])
         # Zero would silence a norm and divide by a variance of nothing.
         entry["start"] = "one" if change.name in ones else "zero"
         tensors.append(entry)
+    rescaled = {}
+    for name, factor in plan.rescaled.items():
+        rescaled.update(dict.fromkeys(aliases.get(name, [name]), factor))
     renamed, made = _moved(model, names)
     entry = {
         "before": dict(plan.before),
         "after": dict(plan.after),
         "tensors": tensors,
-        "rescaled": dict(plan.rescaled),
+        "rescaled": rescaled,
         "attributes": _edits(plan.attributes),
         "insertions": [asdict(insertion) for insertion in plan.insertions],
         "counts": _edits(plan.counts),
@@ -87,6 +98,14 @@ def record(model: nn.Module, plan: Plan, names: Names, ones: Sequence[str]) -> N
         "parameters_after": [name for name, _ in model.named_parameters()],
     }
     model.__dict__.setdefault(LINEAGE, []).append(entry)
+
+
+def _aliases(stored: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """By name, all names of the same tensor."""
+    by_tensor: dict[int, list[str]] = {}
+    for name, tensor in stored.items():
+        by_tensor.setdefault(id(tensor), []).append(name)
+    return {name: by_tensor[id(tensor)] for name, tensor in stored.items()}
 
 
 def _edits(changes: Sequence[AttributeChange]) -> list[list[Any]]:
@@ -107,7 +126,7 @@ def _moved(
     firsts = {key: listed[0] for key, listed in old_names.items()}
     renamed: dict[str, str | None] = {}
     made: dict[str, dict[str, Any]] = {}
-    now = dict(model.state_dict(keep_vars=True))
+    now = stored_tensors(model)
     for name, tensor in now.items():
         key = id(tensor)
         # The same object: it is the same tensor, whatever it is called now.
@@ -257,20 +276,37 @@ def convert(
     return result
 
 
-def _sources_by_name(growth: Mapping[str, Any]) -> dict[str, tuple[Sources, ...]]:
-    return {
-        entry["name"]: tuple(sources_from(source) for source in entry["sources"])
-        for entry in growth["tensors"]
-    }
+def _entries(growth: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What happened to each tensor, under every name that it had."""
+    entries = {}
+    for entry in growth["tensors"]:
+        for name in (entry["name"], *entry["aliases"]):
+            entries[name] = entry
+    return entries
+
+
+def _sources(entry: Mapping[str, Any]) -> tuple[Sources, ...]:
+    return tuple(sources_from(source) for source in entry["sources"])
+
+
+def _check_known(state: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raise where a state has nothing of what a growth changed."""
+    names = list(known)
+    if names and not any(name in state for name in names):
+        first = next(iter(state), None)
+        raise CheckpointError(
+            f"the state has none of the tensors that the growth changed ({names[0]}, ...); "
+            f"its first is {first!r}. hint: take a prefix such as 'module.' off its names"
+        )
 
 
 def _converted(state: Mapping[str, Any], growth: Mapping[str, Any]) -> dict[str, Any]:
-    ones = {e["name"] for e in growth["tensors"] if e["start"] == "one"}
-    sources = _sources_by_name(growth)
+    entries = _entries(growth)
+    _check_known(state, [*entries, *growth["renamed"]])
     carried: dict[str, Any] = {}
     for name, value in state.items():
-        if name in sources:
-            value = _carried(name, value, sources[name], name in ones)
+        if name in entries:
+            value = _carried(name, value, entries[name])
         if name in growth["rescaled"]:
             value = value * growth["rescaled"][name]
         carried[name] = value
@@ -285,22 +321,15 @@ def _converted(state: Mapping[str, Any], growth: Mapping[str, Any]) -> dict[str,
     return result
 
 
-def _carried(
-    name: str, value: Tensor, sources: tuple[Sources, ...], one: bool
-) -> Tensor:
-    if value.dim() != len(sources):
+def _carried(name: str, value: Tensor, entry: Mapping[str, Any]) -> Tensor:
+    if list(value.shape) != list(entry["before"]):
         raise CheckpointError(
-            f"{name} has {value.dim()} dimensions, not {len(sources)}"
+            f"{name} has shape {tuple(value.shape)}, the growth starts from "
+            f"{tuple(entry['before'])}. hint: pass the growths that this state has not had"
         )
-    for d, source in enumerate(sources):
-        if source.max(initial=-1) >= value.shape[d]:
-            raise CheckpointError(
-                f"{name} has {value.shape[d]} entries along dimension {d}; the lineage "
-                "starts "
-                "from more. hint: pass the growths that this state has not had"
-            )
+    sources = _sources(entry)
     grown = carry(value, sources)
-    if one:
+    if entry["start"] == "one":
         # One where an entry is old, zero where it is new.
         kept = carry(torch.ones_like(value), sources)
         grown = grown + (1 - kept)
@@ -323,8 +352,9 @@ def _restored(state: Mapping[str, Any], growth: Mapping[str, Any]) -> dict[str, 
     """A state as it was before a growth that only added."""
     if any(growth["after"][name] < n for name, n in growth["before"].items()):
         raise CheckpointError("a growth that dropped units cannot be mapped back")
-    sources = _sources_by_name(growth)
+    entries = _entries(growth)
     old_names = {new: old for old, new in growth["renamed"].items()}
+    _check_known(state, [*entries, *old_names, *growth["made"]])
     result: dict[str, Any] = {}
     for name, value in state.items():
         # Tensors of blocks that had not come yet.
@@ -333,15 +363,20 @@ def _restored(state: Mapping[str, Any], growth: Mapping[str, Any]) -> dict[str, 
         old = old_names.get(name, name)
         if old in growth["rescaled"]:
             value = value / growth["rescaled"][old]
-        if old in sources:
-            value = _picked(value, sources[old])
+        if old in entries:
+            value = _picked(value, entries[old])
         result[old] = value
     return result
 
 
-def _picked(value: Tensor, sources: tuple[Sources, ...]) -> Tensor:
+def _picked(value: Tensor, entry: Mapping[str, Any]) -> Tensor:
     """The old entries of a grown tensor, in their old order."""
-    for d, source in enumerate(sources):
+    if list(value.shape) != list(entry["after"]):
+        raise CheckpointError(
+            f"{entry['name']} has shape {tuple(value.shape)}, the growth ends at "
+            f"{tuple(entry['after'])}. hint: pass the growths that this state has had"
+        )
+    for d, source in enumerate(_sources(entry)):
         kept = torch.from_numpy((source >= 0).nonzero()[0])
         value = value.index_select(d, kept.to(value.device))
     return value
@@ -367,31 +402,45 @@ def _converted_optimizer(
         )
     name_of = dict(zip(indices, held, strict=True))
     renamed = _new_names(growth, back)
-    groups, order = [], []
-    number = 0
+    groups: list[dict[str, Any]] = []
+    order: list[str] = []
     for group in state["param_groups"]:
-        members = [renamed.get(name_of[i], name_of[i]) for i in group["params"]]
-        # The order of the model, not the order of arrival: positional states fit it.
-        inside = {name for name in members if name is not None}
-        if not back:
-            olds = {name_of[i] for i in group["params"]}
-            for name, made in growth["made"].items():
-                if made["parent"] in olds:
-                    inside.add(name)
-        listed = [name for name in end if name in inside]
+        olds = [name_of[i] for i in group["params"]]
+        listed = _members(olds, growth, end, renamed, back)
+        first = len(order)
         order += listed
-        groups.append({**group, "params": list(range(number, number + len(listed)))})
-        number += len(listed)
+        moved = {**group, "params": list(range(first, len(order)))}
+        if "param_names" in group:
+            moved["param_names"] = listed
+        groups.append(moved)
     places = {name: i for i, name in enumerate(order)}
-    sources = _sources_by_name(growth)
+    entries = _entries(growth)
     states = {}
     for i, entry in state["state"].items():
         new_name = renamed.get(name_of[i], name_of[i])
         if new_name not in places:
             continue
         old = _old_name(growth, name_of[i]) if back else name_of[i]
-        states[places[new_name]] = _converted_entry(entry, sources.get(old), back)
+        states[places[new_name]] = _converted_entry(entry, entries.get(old), back)
     return {**state, "state": states, "param_groups": groups}, order
+
+
+def _members(
+    olds: Sequence[str],
+    growth: Mapping[str, Any],
+    end: Sequence[str],
+    renamed: Mapping[str, str | None],
+    back: bool,
+) -> list[str]:
+    """The parameters of a group after a growth, new ones in the order of the model."""
+    kept = [renamed.get(name, name) for name in olds]
+    inside = {name for name in kept if name is not None}
+    if not back:
+        for name, made in growth["made"].items():
+            if made["parent"] in olds:
+                inside.add(name)
+    # The order of the model, not the order of arrival: positional states fit it.
+    return [name for name in end if name in inside]
 
 
 def _new_names(growth: Mapping[str, Any], back: bool) -> dict[str, str | None]:
@@ -411,15 +460,12 @@ def _old_name(growth: Mapping[str, Any], name: str) -> str:
 
 
 def _converted_entry(
-    entry: Mapping[str, Any], sources: tuple[Sources, ...] | None, back: bool
+    state: Mapping[str, Any], entry: Mapping[str, Any] | None, back: bool
 ) -> dict[str, Any]:
+    """The state of one parameter; counters of steps have no dimensions and stay."""
     converted = {}
-    for key, value in entry.items():
-        # Counters of steps have no dimensions and stay.
-        follows = isinstance(value, Tensor) and value.dim() > 0 and sources is not None
-        if follows and back:
-            value = _picked(value, sources or ())
-        elif follows:
-            value = carry(value, sources or ())
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.dim() and entry is not None:
+            value = _picked(value, entry) if back else carry(value, _sources(entry))
         converted[key] = value
     return converted

@@ -74,7 +74,7 @@ def probe_of(structure: Structure) -> Probe:
     reason = "its outputs hold no floating-point number"
     for probe in _ways(structure):
         try:
-            before = run(structure.model, probe.values, probe.example)
+            before = run(structure, probe.values, probe.example)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             continue
@@ -91,7 +91,7 @@ def _ways(structure: Structure) -> Iterator[Probe]:
     double = _doubled(structure.example)
     random = random_tensors(structure.model, torch.float64)
     yield Probe(random, double, [], STRUCTURAL_TOLERANCE)
-    real = {name: lazy.doubled(v) for name, v in live_values(structure.model).items()}
+    real = {name: lazy.doubled(v) for name, v in live_values(structure).items()}
     yield Probe(real, double, [], STRUCTURAL_TOLERANCE)
     # Last, since rounding is coarse there.
     own = random_tensors(structure.model, None)
@@ -132,12 +132,12 @@ def check_edit(
         probe = replace(
             probe,
             values=silent,
-            before=run(structure.model, silent, probe.example),
+            before=run(structure, silent, probe.example),
         )
         grown = _grown(plan, axes, silent)
     blocks = [silent_blocks(structure, one, grown) for one in insertions]
     followed = plan if insertions else replace(plan, counts=())
-    after = run(structure.model, grown, probe.example, followed, blocks)
+    after = run(structure, grown, probe.example, followed, blocks)
     change = relative_change(plan, probe.before, after)
     if change <= probe.tolerance:
         return
@@ -399,35 +399,61 @@ class _Silencing:
             small = lazy.scaled(value, scale) if scale else lazy.zeros(value)
             placed[self._depth.size, name] = small
         blocks = [Blocks(self._plan.insertions[0], placed)]
-        model = self._structure.model
-        after = run(model, probe.values, probe.example, self._plan, blocks)
+        structure = self._structure
+        after = run(structure, probe.values, probe.example, self._plan, blocks)
         return relative_change(self._plan, probe.before, after)
 
 
-def live_values(model: nn.Module) -> dict[str, Tensor]:
-    """A model's own tensors, to be read; buffers, which a forward may write, are
-    copied.
+def live_values(structure: Structure) -> dict[str, Tensor]:
+    """A model's own tensors, to be read.
+
+    Buffers and parameters that a forward may write into are copied.
     """
-    values = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    for name, buffer in model.named_buffers():
+    values = {}
+    for name, parameter in structure.model.named_parameters():
+        value = parameter.detach()
+        values[name] = value.clone() if name in structure.trace.written else value
+    for name, buffer in structure.model.named_buffers():
         values[name] = buffer.detach().clone()
     return values
 
 
 def grown_twin(
-    model: nn.Module, values: Values, plan: Plan, blocks: Sequence[Blocks] = ()
+    structure: Structure, values: Values, plan: Plan, blocks: Sequence[Blocks] = ()
 ) -> nn.Module:
-    """A twin that holds the very tensors of `values` and of the new blocks."""
-    copied = twin(model, lambda name, _: values[name].detach())
+    """A twin that holds the very tensors of `values` and of the new blocks.
+
+    What a forward may write into is copied: the next twin starts from the same values.
+    """
+    written = structure.trace.written
+
+    def convert(name: str, tensor: Tensor) -> Tensor:
+        value = values[name].detach()
+        shared = isinstance(tensor, nn.Parameter) and name not in written
+        return value if shared else value.clone()
+
+    copied = twin(structure.model, convert)
     apply_edits(copied, plan.attributes)
     for one in blocks:
-        insert(copied, one.insertion, one.values)
+        insert(copied, one.insertion, _unwritten(structure, one))
     apply_edits(copied, plan.counts)
     return copied
 
 
+def _unwritten(structure: Structure, blocks: Blocks) -> dict[tuple[int, str], Tensor]:
+    """The tensors of new blocks; those that a forward writes into are copied."""
+    insertion = blocks.insertion
+    names = structure.depths[insertion.axis].blocks
+    values = {}
+    for (place, name), value in blocks.values.items():
+        parent = f"{names[insertion.blocks[place]]}.{name}"
+        written = parent in structure.trace.written
+        values[place, name] = value.clone() if written else value
+    return values
+
+
 def run(
-    model: nn.Module,
+    structure: Structure,
     values: Values,
     example: Example,
     plan: Plan = NO_CHANGE,
@@ -437,7 +463,7 @@ def run(
 
     It holds `values`, and is grown by a plan; random layers are seeded alike.
     """
-    copied = grown_twin(model, values, plan, blocks).eval()
+    copied = grown_twin(structure, values, plan, blocks).eval()
     # Tensors that are no parameters and no buffers stand in the model's own precision.
     with undisturbed(), looking(None):
         # Models that draw numbers in eval mode draw the same ones twice.
@@ -509,10 +535,10 @@ def rounding_gap(structure: Structure, before: Sequence[Tensor]) -> float:
     Zero where the model does not run in float64.
     """
     values = {}
-    for name, value in live_values(structure.model).items():
+    for name, value in live_values(structure).items():
         values[name] = lazy.doubled(value)
     try:
-        exact = run(structure.model, values, _doubled(structure.example))
+        exact = run(structure, values, _doubled(structure.example))
     except Exception:
         return 0.0  # the strictest that can be asked
     pairs = zip(before, exact, strict=True)
