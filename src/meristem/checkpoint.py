@@ -224,8 +224,8 @@ def _group_names(optimizer: Optimizer, model: nn.Module) -> list[list[str]]:
     if foreign:
         raise CheckpointError(
             f"the {type(optimizer).__name__} holds {foreign} parameters that are not "
-            "the model's. hint: save a module that "
-            "contains everything the optimizer trains"
+            "the model's. hint: save a module that contains everything the optimizer "
+            "trains"
         )
     return [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
 
@@ -276,8 +276,8 @@ def _check_shapes(have: dict[str, Tensor], saved: dict[str, Tensor], kind: str) 
         if tensor.shape != saved[name].shape:
             raise CheckpointError(
                 f"the checkpoint does not belong to this {kind}: {name} was saved as "
-                f"{tuple(saved[name].shape)}, here it is "
-                f"{tuple(tensor.shape)}, and no growth of the checkpoint explains that"
+                f"{tuple(saved[name].shape)}, here it is {tuple(tensor.shape)}, and no "
+                "growth of the checkpoint explains that"
             )
 
 

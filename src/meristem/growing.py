@@ -94,7 +94,7 @@ def plan(model: nn.Module, counts: Mapping[str, int], example: Any) -> Plan:
     Raises:
         UnknownAxis: A name is no axis of the model.
         GrowthRefused: A count is not positive or not a multiple of the axis'
-        granularity.
+            granularity.
 
     Examples:
         >>> import torch
@@ -160,8 +160,7 @@ def grow_(
         GrowthRefused: Unknown axis, wrong count, or the model cannot follow.
         VerificationError: The grown model would compute something else.
         OptimizerError, DataError, PendingBackward: As their names say. Nothing has
-        changed
-            in any case.
+            changed in any case.
 
     Examples:
         >>> import torch, meristem as ms
@@ -217,8 +216,7 @@ def _same(structure: Structure, stored: Plan) -> Plan:
     ):
         raise GrowthRefused(
             "the plan was made for another model, or for this one before it changed. "
-            "hint: "
-            "make it anew with meristem.plan"
+            "hint: make it anew with meristem.plan"
         )
     return planned
 

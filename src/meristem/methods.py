@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from meristem.core.axis import Axes, Axis, Kind, Place, Slot
-from meristem.core.change import Plan
+from meristem.core.change import Insertion, Plan
 from meristem.core.errors import GrowthRefused, nearest
 from meristem.core.offer import (
     Blocks,
@@ -29,6 +29,7 @@ from meristem.core.offer import (
 )
 from meristem.lab.laboratory import Lab, Sandbox, Widened
 from meristem.lab.neutral import neutral
+from meristem.structure.depth import Depth
 
 __all__ = [
     "Axes",
@@ -38,7 +39,9 @@ __all__ = [
     "Choice",
     "Clock",
     "Copies",
+    "Depth",
     "How",
+    "Insertion",
     "Kind",
     "Lab",
     "Offer",
@@ -196,7 +199,6 @@ class Care(Protocol):
 
 
 # -- checks where a part enters
-# ----------------------------------------------------------
 
 # By kind of part: its protocol, attributes, methods with their arguments, an example.
 _PARTS: dict[str, tuple[type, tuple[str, ...], dict[str, int], str]] = {
@@ -293,8 +295,7 @@ def check_kinds(how: How) -> None:
         if kind not in ("width", "heads", "depth"):
             raise TypeError(
                 f"{type(how).__name__}.kinds names {kind!r}; kinds of axes are "
-                "'width', "
-                "'heads' and 'depth'"
+                "'width', 'heads' and 'depth'"
             )
 
 
@@ -313,8 +314,7 @@ def check_offer(how: How, lab: Lab, axis: Axis, count: int, offer: Any) -> None:
     if offer.axis != axis.name or offer.count != count:
         raise ValueError(
             f"{name} was asked for {count} units of {axis.name!r} and offers "
-            f"{offer.count} "
-            f"of {offer.axis!r}. hint: Offer(axis.name, count, strips)"
+            f"{offer.count} of {offer.axis!r}. hint: Offer(axis.name, count, strips)"
         )
     if not axis.slots:
         if offer.blocks is None or sum(offer.blocks.insertion.new) != count:
@@ -337,8 +337,7 @@ def _check_strips(
     if strange:
         raise ValueError(
             f"{name} offers a strip for {tuple(strange[0])}, which axis {axis.name!r} "
-            "does "
-            f"not have. Its slots are {[tuple(place) for place in places]}"
+            f"does not have. Its slots are {[tuple(place) for place in places]}"
         )
     for slot, shape in shapes.items():
         strip = strips.get(slot.place)
@@ -347,8 +346,7 @@ def _check_strips(
                 raise ValueError(
                     f"{name} offers no weights for {slot.name} (dimension {slot.dim}, "
                     f"{slot.role}) of axis {axis.name!r}. hint: start from "
-                    "neutral(lab, "
-                    "axis, count), which has a strip for every slot"
+                    "neutral(lab, axis, count), which has a strip for every slot"
                 )
             continue
         if not isinstance(strip, Tensor) or tuple(strip.shape) != shape:
@@ -356,12 +354,11 @@ def _check_strips(
             got = tuple(strip.shape) if is_tensor else type(strip).__name__
             raise ValueError(
                 f"the strip of {name} for {slot.name} (dimension {slot.dim}) must have "
-                "shape "
-                f"{shape}: (units, entries per unit, *other dimensions); got {got}"
+                f"shape {shape}: (units, entries per unit, *other dimensions); got "
+                f"{got}"
             )
         if not bool(torch.isfinite(strip).all()):
             raise GrowthRefused(
                 f"{name} offers weights for {slot.name} that are not finite; nothing "
-                "was "
-                "changed"
+                "was changed"
             )

@@ -89,8 +89,8 @@ def prune_(
 
     Raises:
         GrowthRefused: The axis is not known, or is read by something else than linear
-        layers and ungrouped convolutions. DataError: `data` is empty, or can be read
-        only once.
+            layers and ungrouped convolutions.
+        DataError: `data` is empty, or can be read only once.
 
     Examples:
         >>> import torch, meristem as ms
@@ -192,8 +192,7 @@ class _Trial:
             if name not in factors:
                 raise GrowthRefused(
                     f"nothing is seen of {name!r}, which reads axis {axis.name!r}. "
-                    "hint: "
-                    "call the module"
+                    "hint: call the module"
                 )
             self.factors[name] = factors[name].damped(_DAMPING)
         self.units = {name: self._entries(name) for name in self.factors}

@@ -42,7 +42,6 @@ _STEPS = 3
 
 
 # -- the zoo
-# -----------------------------------------------------------------------------
 
 
 class _Plain(nn.Module):
@@ -204,7 +203,6 @@ class Trial:
 
 
 # -- how
-# ---------------------------------------------------------------------------------
 
 
 def check_how(how: How) -> dict[str, str]:
@@ -370,13 +368,11 @@ def _check_alive(trial: Trial, growth: Growth, axis: Axis, told: str) -> None:
         allowed = len(new) // 2 if ZOO[trial.name].rectified else 0
         assert not slots or dead <= allowed, (
             f"{told}: {dead} of {len(new)} new units receive no gradient on their "
-            f"{side} "
-            f"after {_STEPS} steps"
+            f"{side} after {_STEPS} steps"
         )
 
 
 # -- where, when, care
-# -------------------------------------------------------------------
 
 
 def check_where(where: Where) -> None:

@@ -54,7 +54,7 @@ def test_weights_of_the_old_shape_are_mapped(name: str) -> None:
         torch.testing.assert_close(again[key], value, rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize("name", ["mlp", "bn_conv"])
+@pytest.mark.parametrize("name", ["mlp", "bn_conv", "resnet18", "nanogpt"])
 def test_an_average_computes_what_it_did(name: str) -> None:
     before, after, x, line = grown(name)
     with torch.no_grad():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import meristem as ms
+from meristem import methods
 
 
 class Residual(nn.Module):
@@ -170,3 +171,45 @@ def test_a_hook_that_fails_leaves_the_model() -> None:
         assert model.hidden.weight.shape == shape
     else:
         assert model.hidden.weight.shape[0] == model.head.weight.shape[1] == 20
+
+
+def depth_grown() -> tuple[dict[str, Tensor], nn.Module]:
+    x = torch.randn(16, 8)
+    model = nn.Sequential(Residual(), Residual(), nn.Linear(8, 3))
+    before = copy.deepcopy(model.state_dict())
+    y = model(x)
+    ms.grow_(model, {"0:depth": 2}, x)
+    converted = ms.convert(before, ms.lineage(model))
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(converted)
+    torch.testing.assert_close(twin(x), y)
+    return before, model
+
+
+def test_a_state_of_another_depth_is_refused() -> None:
+    before, model = depth_grown()
+    with pytest.raises(ms.CheckpointError):
+        ms.convert(model.state_dict(), ms.lineage(model))
+    with pytest.raises(ms.CheckpointError):
+        ms.convert(before, ms.lineage(model), back=True)
+
+
+class Spoiling:
+    """A care that scales old weights by what is no number."""
+
+    batches = 0
+
+    def treat(self, model: nn.Module, plan: Any, axes: Any) -> methods.Treatment:
+        place = axes[0].slots[0].place
+        scaling = methods.Scaling(places={place: float("nan")})
+        return methods.Treatment(scaling)
+
+
+def test_values_that_are_not_finite_are_refused() -> None:
+    x = torch.randn(16, 8)
+    model = Optioned()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ms.GrowthRefused, match="not finite"):
+        ms.grow_(model, {"hidden": 4}, x, care=[Spoiling()])
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])

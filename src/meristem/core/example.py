@@ -77,7 +77,6 @@ def example_from(stored: Any) -> Any:
     if "unknown" in stored:
         raise ValueError(
             f"the example of this plan holds a {stored['unknown']}, which JSON cannot "
-            "keep. "
-            "hint: pass example= when the plan is applied"
+            "keep. hint: pass example= when the plan is applied"
         )
     return stored["value"]

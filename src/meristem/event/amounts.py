@@ -26,8 +26,7 @@ def check_amount(amount: Amount) -> None:
         if not is_number or one <= 0:
             raise ValueError(
                 "amount must be positive: units, or a fraction of the present widths; "
-                "got "
-                f"{one!r}"
+                f"got {one!r}"
             )
         if isinstance(amount, Mapping) and not isinstance(one, int):
             raise ValueError(

@@ -51,8 +51,7 @@ def _held(structure: Structure, axis: Axis) -> Reason:
         if weakref.getweakrefs(tensors[slot.name]):
             return (
                 f"{slot.name} is held by a weak reference (as in nn.GRU), which would "
-                "keep "
-                "the old tensor"
+                "keep the old tensor"
             )
     return None
 
@@ -190,8 +189,7 @@ class _Trial:
                 return str(error)
             return (
                 "no new block of it leaves the function as it is; it grows when its "
-                "method "
-                "is named, as how.Stack()"
+                "method is named, as how.Stack()"
             )
         return None
 

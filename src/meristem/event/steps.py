@@ -148,7 +148,6 @@ class Draft:
 
 
 # -- preparing
-# ---------------------------------------------------------------------------
 
 
 def prepare(
@@ -248,7 +247,6 @@ def all_or_nothing(generator: torch.Generator) -> Iterator[None]:
 
 
 # -- the event
-# ---------------------------------------------------------------------------
 
 
 def propose(event: Event, lab: Lab, axis: Axis, count: int) -> Offer:
@@ -377,10 +375,8 @@ def _settled(event: Event, draft: Draft) -> Draft:
         if draft.treatment.scaling:
             raise GrowthRefused(
                 f"{type(method).__name__} settles new units beside the present "
-                "weights; a "
-                "care that scales these afterwards (VarianceTransfer, Shrink) would "
-                "undo "
-                "it. hint: use WarmMoments or ResetMoments"
+                "weights; a care that scales these afterwards (VarianceTransfer, "
+                "Shrink) would undo it. hint: use WarmMoments or ResetMoments"
             )
         counts = {axis.name: draft.plan.added[axis.name] for axis in units}
         with event.lab.guarded(method):
@@ -450,6 +446,8 @@ def _whole_blocks(
     for one in blocks:
         present = {id(tensor) for tensor in named_tensors(copied).values()}
         given = _apart_in_memory(one.values)
+        for (place, name), tensor in given.items():
+            _check_finite(f"{name} of block {place} of {one.insertion.axis}", tensor)
         made = insert(copied, one.insertion, given)
         complete = {}
         for place, (_, block) in made.items():
@@ -483,6 +481,10 @@ def _verified(event: Event, draft: Draft) -> Draft:
     """
     plan = draft.plan
     present = live_values(event.structure)
+    for name, tensor in draft.tensors.items():
+        # Masks may hold infinities of their own.
+        if name not in present or bool(torch.isfinite(present[name]).all()):
+            _check_finite(name, tensor)
     values = {**present, **draft.tensors}
     with counting() as counter:
         before = run(event.structure, present, event.structure.example)
@@ -498,6 +500,15 @@ def _verified(event: Event, draft: Draft) -> Draft:
         health = _health(event, draft, values)
     flops = draft.flops + counter.get_total_flops()
     return replace(draft, change=change, health=health, flops=flops)
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise GrowthRefused(
+            f"the growth would put values that are not finite into {name}; nothing was "
+            "changed. hint: a how that offers them, or a care that scales by them, is at "
+            "fault"
+        )
 
 
 def _check_preserved(event: Event, before: Sequence[Tensor], change: float) -> None:
@@ -518,10 +529,8 @@ def _check_preserved(event: Event, before: Sequence[Tensor], change: float) -> N
     spoken = ", ".join(names) if not event.how else type(event.how[0]).__name__
     raise VerificationError(
         f"{spoken} should preserve the function, but an output would change by "
-        f"{change:.1e} "
-        "of the largest one; nothing was changed. hint: for widths, an activation that "
-        "is "
-        "not 0 at 0 breaks a zero fan-in; use zero='fan_out'"
+        f"{change:.1e} of the largest one; nothing was changed. hint: for widths, an "
+        "activation that is not 0 at 0 breaks a zero fan-in; use zero='fan_out'"
     )
 
 

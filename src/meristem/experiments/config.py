@@ -348,7 +348,7 @@ def read(path: Path, **overrides: Any) -> Experiment:
 
     Raises:
         ConfigError: The file is missing, is no TOML, or says something unknown; the
-        message names the key.
+            message names the key.
     """
     table = toml(path)
     return checked(table | overrides, str(path))

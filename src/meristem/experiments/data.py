@@ -286,7 +286,7 @@ def load(
 
     Raises:
         DataError: The name is unknown, or its file is neither under MERISTEM_DATA nor
-        to be had.
+            to be had.
     """
     if name == "digits":
         return _digits()
@@ -453,9 +453,8 @@ def _download(name: str, base: str, files: dict[str, str]) -> Arrays:
     except Exception as error:
         raise DataError(
             f"data = {name!r} could not be downloaded ({type(error).__name__}: "
-            f"{error}). "
-            f"hint: put {name}.npz (x_train, y_train, x_test, y_test) into a folder "
-            "and set MERISTEM_DATA to it"
+            f"{error}). hint: put {name}.npz (x_train, y_train, x_test, y_test) into a "
+            "folder and set MERISTEM_DATA to it"
         ) from error
     if name.startswith("cifar"):
         return _cifar(paths[0], b"fine_labels" if name == "cifar100" else b"labels")

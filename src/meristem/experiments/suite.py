@@ -189,7 +189,7 @@ class Comparison:
 
         Raises:
             Interrupted: The runs in progress were stopped; what they last saved is
-            complete.
+                complete.
         """
         count = 0
 
@@ -297,7 +297,7 @@ def read(path: Path, out: Path | None = None) -> Comparison:
 
     Raises:
         ConfigError: The file is missing, is no TOML, or says something unknown; the
-        message names the key.
+            message names the key.
     """
     suite = _validated(path)
     if out is None:

@@ -30,8 +30,7 @@ def only_runs(lab: Lab, axis: Axis, method: str) -> Depth:
     if not depth.copied:
         raise GrowthRefused(
             f"{method} copies blocks, and {axis.name!r} is a place in a chain, which "
-            "has "
-            "none. hint: how.ZeroBlock() inserts an identity layer there"
+            "has none. hint: how.ZeroBlock() inserts an identity layer there"
         )
     return depth
 

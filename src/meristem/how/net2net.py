@@ -62,9 +62,8 @@ class Net2Net:
         if tied or axis.streamed or not axis.slots:
             raise GrowthRefused(
                 "Net2Net copies units and divides what reads them; on axis "
-                f"{axis.name!r} "
-                "a weight is both sides, or a norm runs over it. hint: how.Random "
-                "grows it"
+                f"{axis.name!r} a weight is both sides, or a norm runs over it. hint: "
+                "how.Random grows it"
             )
         old, new = axis.size // axis.multiple, count // axis.multiple
         rounds = [

@@ -22,8 +22,8 @@ def check_reiterable(data: Iterable[Any]) -> None:
     if isinstance(data, Iterator):
         raise DataError(
             f"data is a one-shot iterator ({type(data).__name__}): growth would eat "
-            "the batches that training needs. "
-            "hint: pass the DataLoader itself, or a list of batches"
+            "the batches that training needs. hint: pass the DataLoader itself, or a "
+            "list of batches"
         )
     if not isinstance(data, Iterable):
         raise DataError(
@@ -181,7 +181,6 @@ def first_call(model: nn.Module, loss: Loss, batch: Any) -> Example:
             args, kwargs = caught.args
             return Example(args, kwargs)
     raise DataError(
-        "loss(model, batch) never calls the model, so no example input is known. hint: "
-        "pass example=, or call model(...) "
-        "inside the loss"
+        "loss(model, batch) never calls the model, so no example input is known. "
+        "hint: pass example=, or call model(...) inside the loss"
     )

@@ -285,8 +285,7 @@ class Lab:
         if self.values.untouched() != before:
             raise MeristemError(
                 f"{type(method).__name__} wrote into the tensors of the model itself. "
-                "hint: "
-                "work on lab.values, lab.copied() or lab.sandbox()"
+                "hint: work on lab.values, lab.copied() or lab.sandbox()"
             )
 
 

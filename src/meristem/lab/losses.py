@@ -79,8 +79,7 @@ def evaluate(
         received = tuple(value.shape) if is_tensor else type(value).__name__
         raise DataError(
             f"loss(model, batch) must return a scalar tensor; got {received}; nothing "
-            "was "
-            "changed"
+            "was changed"
         )
     if not bool(torch.isfinite(value)):
         raise DataError(
@@ -94,16 +93,13 @@ def _told(error: Exception, mode: str) -> Exception:
     if "more than 1 value per channel" in str(error):
         return DataError(
             "a batch norm cannot train on a batch with one value per channel; nothing "
-            "was "
-            "changed. hint: use a larger batch size, or drop_last=True where only the "
-            "last "
-            "batch is that small"
+            "was changed. hint: use a larger batch size, or drop_last=True where only "
+            "the last batch is that small"
         )
     return GrowthRefused(
         f"the loss fails on a copy of the model in {mode} mode "
         f"({type(error).__name__}: {error}); nothing was changed. hint: a weight that "
-        "only "
-        "the loss uses does not grow; let the model's forward use it"
+        "only the loss uses does not grow; let the model's forward use it"
     )
 
 

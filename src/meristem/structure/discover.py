@@ -136,8 +136,7 @@ class Structure:
                     f"the forward of {type(self.model).__name__} fails on the example "
                     f"({type(error).__name__}: {error}). Received "
                     f"{_describe(self.example)}. hint: pass the example as the model "
-                    "is "
-                    "called: a tensor, a tuple of arguments or a dict of keyword "
+                    "is called: a tensor, a tuple of arguments or a dict of keyword "
                     "arguments"
                 ) from first
 
@@ -400,10 +399,8 @@ def refuse_wrapped(model: nn.Module) -> None:
         if kind.__name__ in _WRAPPERS:
             raise GrowthRefused(
                 f"the model is wrapped in {kind.__name__}, which keeps references to "
-                "the "
-                "old tensors. hint: grow the inner model "
-                f"(model.{_WRAPPERS[kind.__name__]}) "
-                "and wrap it again"
+                "the old tensors. hint: grow the inner model "
+                f"(model.{_WRAPPERS[kind.__name__]}) and wrap it again"
             )
     lazy = nn.parameter.UninitializedParameter
     if any(isinstance(parameter, lazy) for parameter in model.parameters()):

@@ -206,9 +206,8 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     except Exception as error:
         raise DiscoveryError(
             f"{type(model).__name__} cannot be deep-copied ({type(error).__name__}: "
-            f"{error}). Meristem looks at a copy, "
-            "never at the model itself. hint: keep what cannot be copied (locks, "
-            "files, generators) outside the module"
+            f"{error}). Meristem looks at a copy, never at the model itself. hint: "
+            "keep what cannot be copied (locks, files, generators) outside the module"
         ) from error
     for module, name in _hooked(copied):
         table = getattr(module, name)

@@ -45,8 +45,7 @@ def check_free(tensors: Mapping[str, Tensor]) -> None:
         if weakref.getweakrefs(tensor):
             raise GrowthRefused(
                 f"{name} is held by a weak reference (as nn.LSTM does), which would "
-                "keep "
-                "the old tensor"
+                "keep the old tensor"
             )
         references = tensor._use_count()  # type: ignore[attr-defined]
         # A parameter that has been trained is held by its gradient accumulator, too.
@@ -54,10 +53,8 @@ def check_free(tensors: Mapping[str, Tensor]) -> None:
         if references > allowed:
             raise PendingBackward(
                 f"{name} is still held by a graph that waits for its backward pass. "
-                "hint: "
-                "grow after optimizer.step(), when no loss is waiting for backward() "
-                "and no "
-                "retained graph or view of the weights is alive"
+                "hint: grow after optimizer.step(), when no loss is waiting for "
+                "backward() and no retained graph or view of the weights is alive"
             )
 
 

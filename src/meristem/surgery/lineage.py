@@ -153,6 +153,9 @@ def _start(
     # tell.
     if old is not None and old.shape == tensor.shape:
         same_leaf = name.rpartition(".")[2] == (parent or "").rpartition(".")[2]
+        # What the growth silenced is silent in an average too.
+        if bool(old.any()) and not bool(tensor.any()):
+            return {"parent": parent, "shape": list(tensor.shape), "start": "zero"}
         if same_leaf and not _is_identity(tensor):
             return {"parent": parent, "shape": list(tensor.shape)}
     leaf = name.rpartition(".")[2]
@@ -178,7 +181,6 @@ def _identity(like: Tensor) -> Tensor:
 
 
 # -- rebuilding
-# --------------------------------------------------------------------------
 
 
 def replay(model: nn.Module, growths: Line) -> None:
@@ -222,7 +224,6 @@ def rebuild(
 
 
 # -- converting
-# --------------------------------------------------------------------------
 
 
 def convert(
@@ -254,7 +255,7 @@ def convert(
 
     Raises:
         CheckpointError: The state does not have the shapes that the lineage starts
-        from.
+            from.
 
     Examples:
         >>> import torch, meristem as ms
@@ -295,14 +296,23 @@ def _check_known(state: Mapping[str, Any], known: Iterable[str]) -> None:
     if names and not any(name in state for name in names):
         first = next(iter(state), None)
         raise CheckpointError(
-            f"the state has none of the tensors that the growth changed ({names[0]}, ...); "
-            f"its first is {first!r}. hint: take a prefix such as 'module.' off its names"
+            f"the state has none of the tensors of this growth ({names[0]}, ...); its first "
+            f"is {first!r}. hint: take a prefix such as 'module.' off its names, and pass "
+            "the growths that fit it"
         )
 
 
 def _converted(state: Mapping[str, Any], growth: Mapping[str, Any]) -> dict[str, Any]:
     entries = _entries(growth)
     _check_known(state, [*entries, *growth["renamed"]])
+    # Names that only the grown model has.
+    later = {*growth["made"], *growth["renamed"].values()} - growth["renamed"].keys()
+    for name in state:
+        if name in later:
+            raise CheckpointError(
+                f"the state has {name}, which the growth makes. hint: pass the growths "
+                "that this state has not had"
+            )
     carried: dict[str, Any] = {}
     for name, value in state.items():
         if name in entries:
@@ -354,7 +364,8 @@ def _restored(state: Mapping[str, Any], growth: Mapping[str, Any]) -> dict[str, 
         raise CheckpointError("a growth that dropped units cannot be mapped back")
     entries = _entries(growth)
     old_names = {new: old for old, new in growth["renamed"].items()}
-    _check_known(state, [*entries, *old_names, *growth["made"]])
+    _check_known(state, [*entries, *old_names])
+    _check_known(state, growth["made"])
     result: dict[str, Any] = {}
     for name, value in state.items():
         # Tensors of blocks that had not come yet.
@@ -397,8 +408,7 @@ def _converted_optimizer(
     if len(held) != len(indices):
         raise CheckpointError(
             f"the optimizer holds {len(indices)} parameters, {len(held)} are named. "
-            "hint: "
-            "pass names=, the parameters in the order of its groups"
+            "hint: pass names=, the parameters in the order of its groups"
         )
     name_of = dict(zip(indices, held, strict=True))
     renamed = _new_names(growth, back)

@@ -82,8 +82,7 @@ def probe_of(structure: Structure) -> Probe:
             return replace(probe, before=before)
     raise VerificationError(
         f"what a growth of {type(structure.model).__name__} does to its outputs could "
-        "not be "
-        f"checked: {reason}; nothing was changed"
+        f"not be checked: {reason}; nothing was changed"
     )
 
 
@@ -175,15 +174,14 @@ def _deepened(plan: Plan, insertions: Sequence[Insertion], change: float) -> str
         return (
             f"with a new block of {names} the model gives other outputs, or outputs of "
             "other shapes (one for every block?), which cannot be compared; nothing "
-            "was "
-            f"changed. {remedy}"
+            f"was changed. {remedy}"
         )
     follows = [f"{edit.module or 'model'}.{edit.attribute}" for edit in plan.counts]
     beside = f", with {', '.join(follows)} changed too" if follows else ""
     return (
         f"no new block of {names} leaves the function as it is: the outputs would "
-        "change "
-        f"by {change:.1e} of the largest one{beside}; nothing was changed. {remedy}"
+        f"change by {change:.1e} of the largest one{beside}; nothing was changed. "
+        f"{remedy}"
     )
 
 
@@ -358,8 +356,8 @@ class _Silencing:
         if whole == 0:
             raise GrowthRefused(
                 f"what a new block of {self._axis} gives would not reach the output: "
-                "the "
-                "model reads its blocks by their numbers, or a fixed number of them"
+                "the model reads its blocks by their numbers, or a fixed number of "
+                "them"
             )
         # Scales and shifts, where projections cannot silence the block.
         block = self._structure.model.get_submodule(self._block)
@@ -375,10 +373,9 @@ class _Silencing:
         if steep:
             raise VerificationError(
                 f"a new block of {self._axis} could only be silenced in front of a "
-                "norm, "
-                "where the first step would undo it; nothing was changed. hint: a "
-                "method "
-                "that does not preserve the function, as how.Stack(), grows it"
+                "norm, where the first step would undo it; nothing was changed. hint: "
+                "a method that does not preserve the function, as how.Stack(), grows "
+                "it"
             )
         return labelled
 
