@@ -339,6 +339,7 @@ def _check_alive(trial: Trial, growth: Growth, axis: Axis, told: str) -> None:
     """Every new unit, or block, receives gradient."""
     trial.optimizer.zero_grad()
     trial.loss(trial.model, trial.data[0]).backward()
+    # A depth has blocks instead of slots: every parameter of the net must learn.
     if not axis.slots:
         found = find_axes(trial.model, trial.x)
         assert found.named(axis.name).size == growth.after[axis.name], (
@@ -365,6 +366,7 @@ def _check_alive(trial: Trial, growth: Growth, axis: Axis, told: str) -> None:
                 reached += by.flatten(1).abs().amax(1).float()
         new = reached[[unit // now.multiple for unit in units]]
         dead = int((new == 0).sum())
+        # Behind a ReLU half of them may be off on the batch.
         allowed = len(new) // 2 if ZOO[trial.name].rectified else 0
         assert not slots or dead <= allowed, (
             f"{told}: {dead} of {len(new)} new units receive no gradient on their "

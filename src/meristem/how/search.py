@@ -290,6 +290,8 @@ class Climb:
             self._turn(strips, started)
         groups = []
         for place in moving:
+            # A step in proportion to the weights, whatever their scale; 1 where they
+            # are all zero.
             size = started[place].square().mean().sqrt()
             groups.append({"params": [strips[place]], "lr": _RATE * float(size or 1.0)})
         optimizer = torch.optim.Adam(groups)

@@ -254,6 +254,7 @@ def measure_blocks(
     with watch, _gradients_of(copied, trained), _Norms(trained) as norms:
         for batch in batches:
             value = evaluate(loss, copied, batch)
+            # A net without trained parameters has no gradient to measure.
             if value.requires_grad:
                 value.backward()
             norms.next_batch()

@@ -88,9 +88,11 @@ def exchange(
             transaction.edit(plan.attributes)
             for one in blocks:
                 transaction.place(one, optimizers.owners)
+            # Counts of blocks are set on the container that now has them.
             transaction.edit(plan.counts)
             transaction.check(plan)
             record(model, plan, transaction.names(), ones)
+        # An interrupt, too, must not leave half a growth.
         except BaseException:
             transaction.roll_back()
             raise

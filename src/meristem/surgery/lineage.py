@@ -239,7 +239,9 @@ def convert(
     of norm weights and variances at one; tensors of new blocks start as those that they
     were made after, or as the identity. In an optimizer's state every new entry is
     zero, and parameters of new blocks join the groups of those that they were made
-    after, in the order of the model.
+    after, in the order of the model. Old entries keep the values that they come with:
+    what a method did to old weights (Net2Net divides fan-outs) is neither done nor
+    undone.
 
     Args:
         state: The state dict of a model, of an average of its weights, or of an

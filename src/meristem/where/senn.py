@@ -129,6 +129,7 @@ class SENN:
                 if worth <= 0 or units > choice.total:
                     continue
                 cost = units * costs[axis.name] if costs is not None else 1.0
+                # The name decides between equals, so that all ranks agree.
                 if best is None or (gain / cost, axis.name, units) > best:
                     best = (gain / cost, axis.name, units)
         flops = counter.get_total_flops()
