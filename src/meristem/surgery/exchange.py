@@ -88,7 +88,7 @@ def exchange(
             transaction.edit(plan.attributes)
             for one in blocks:
                 transaction.place(one, optimizers.owners)
-            # Counts of blocks are set on the container that now has them.
+            # After the blocks: their modules are named as they are then.
             transaction.edit(plan.counts)
             transaction.check(plan)
             record(model, plan, transaction.names(), ones)
