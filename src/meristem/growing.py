@@ -211,12 +211,14 @@ def _same(structure: Structure, stored: Plan) -> Plan:
     planned = _planned(structure, stored.wishes)
     # The values of the example may differ, the shapes of the edit may not.
     shapes = [(c.name, c.before, c.after) for c in planned.tensors]
-    if shapes != [(c.name, c.before, c.after) for c in stored.tensors] or (
-        planned.insertions != stored.insertions
+    if (
+        shapes != [(c.name, c.before, c.after) for c in stored.tensors]
+        or planned.insertions != stored.insertions
+        or (planned.before, planned.after) != (stored.before, stored.after)
     ):
         raise GrowthRefused(
-            "the plan was made for another model, or for this one before it changed. "
-            "hint: make it anew with meristem.plan"
+            "the plan was made for another model, or for this one before it changed, or "
+            "was edited. hint: make it anew with meristem.plan"
         )
     return planned
 

@@ -66,6 +66,15 @@ def test_a_plan_for_another_model_is_refused() -> None:
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
 
 
+def test_an_edited_plan_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    x = torch.randn(3, 4)
+    stored = ms.plan(model, {"0": 2}, x).json()
+    stored["after"]["0"] = 99
+    with pytest.raises(ms.GrowthRefused, match="edited"):
+        ms.grow_(model, ms.Plan.from_json(stored), x)
+
+
 def test_a_refused_plan_is_false_and_raises_its_reason() -> None:
     model, x = make("nanogpt")
     frozen = ms.find_axes(model, x).frozen
