@@ -430,7 +430,7 @@ def test_parts_come_from_any_import_path(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     grow = {
-        "when": {"my_care:Late": {}},
+        "when": "my_care:Late",
         "how": {"my_growth:Orthogonal": {"scale": 0.5}},
         "where": "my_growth:ThinnestFirst",
         "care": ["my_care:Gentle"],

@@ -228,6 +228,12 @@ class Grow(_Strict):
     axes: str | list[str] = "*"
     round_to: int = Field(1, ge=1)
 
+    @field_validator("when", mode="before")
+    @classmethod
+    def _path(cls, value: Any) -> Any:
+        # A trigger of one's own may have nothing to set.
+        return {value: {}} if isinstance(value, str) and ":" in value else value
+
     @field_validator("when")
     @classmethod
     def _when(cls, value: dict[str, Any]) -> dict[str, Any]:
