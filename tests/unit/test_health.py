@@ -139,18 +139,24 @@ def test_history_is_completed_at_later_steps_and_survives_a_checkpoint(
     assert grower.history[0].health_flops > 0
 
 
-def test_units_that_were_narrowed_away_are_not_followed() -> None:
-    model, x = make("mlp")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    grower = ms.Grower(
+def growing_at_once(
+    model: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer, amount: Any
+) -> ms.Grower:
+    return ms.Grower(
         model,
         optimizer,
         loss=loss,
         data=[x],
         when=ms.when.At(steps=(1,)),
         how=ms.how.Random(),
-        amount={"fc1": 4},
+        amount=amount,
     )
+
+
+def test_units_that_were_narrowed_away_are_not_followed() -> None:
+    model, x = make("mlp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    grower = growing_at_once(model, x, optimizer, {"fc1": 4})
     grower.step()
     ms.narrow_(model, {"fc1": 3}, x, optimizer=optimizer)
     grower.step()
@@ -160,15 +166,7 @@ def test_units_that_were_narrowed_away_are_not_followed() -> None:
 def test_diverged_training_is_noted_not_raised() -> None:
     model, x = make("mlp")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    grower = ms.Grower(
-        model,
-        optimizer,
-        loss=loss,
-        data=[x],
-        when=ms.when.At(steps=(1,)),
-        how=ms.how.Random(),
-        amount=4,
-    )
+    grower = growing_at_once(model, x, optimizer, 4)
     grower.step()
     with torch.no_grad():
         model.fc1.weight.fill_(float("nan"))

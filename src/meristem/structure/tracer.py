@@ -198,6 +198,24 @@ class ModuleStack:
         return self.running[-1] if self.running else ""
 
 
+def _by_name(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments of an operation by name, whatever way the call passed them."""
+    schema = func._schema.arguments
+    arguments = {a.name: a.default_value for a in schema if a.has_default_value()}
+    arguments.update(zip([a.name for a in schema], args, strict=False))
+    arguments.update(kwargs)
+    return arguments
+
+
+def _call(func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> Call:
+    inputs = []
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor):
+            inputs.append(leaf)
+    name = func._schema.name.split("::")[1]
+    return Call(func, name, _by_name(func, args, kwargs), inputs, outputs)
+
+
 Rule = Callable[["Tracer", Call], list[Traced] | None]
 """The labels of a call's outputs, or None where it does not know the operation."""
 Sign = Literal["any", "kept", "positive"]
@@ -241,7 +259,7 @@ class Tracer(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if func._schema.is_mutable:
-            self._note_writes(func, args, kwargs or {})
+            self._note_writes(func, _by_name(func, args, kwargs or {}))
         result = func(*args, **(kwargs or {}))
         # Other namespaces wrap ATen operations, which come by themselves.
         if func.namespace != "aten":
@@ -251,33 +269,17 @@ class Tracer(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 outputs.append(leaf)
         if outputs:
-            self._label(self._call(func, args, kwargs or {}, outputs))
+            self._label(_call(func, args, kwargs or {}, outputs))
         return result
 
-    def _note_writes(self, func: Any, args: Any, kwargs: Any) -> None:
-        for place, argument in enumerate(func._schema.arguments):
+    def _note_writes(self, func: Any, arguments: Mapping[str, Any]) -> None:
+        for argument in func._schema.arguments:
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
-            given = kwargs.get(argument.name)
-            if place < len(args):
-                given = args[place]
-            for tensor in tensors(given):
+            for tensor in tensors(arguments.get(argument.name)):
                 name = self.memory.get(tensor.untyped_storage()._cdata)
                 if name is not None:
                     self.trace.written.add(name)
-
-    def _call(self, func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> Call:
-        schema = func._schema.arguments
-        # Rules read arguments by name, whatever way the call passed them.
-        arguments = {a.name: a.default_value for a in schema if a.has_default_value()}
-        arguments.update(zip([a.name for a in schema], args, strict=False))
-        arguments.update(kwargs)
-        inputs = []
-        for leaf in pytree.tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                inputs.append(leaf)
-        name = func._schema.name.split("::")[1]
-        return Call(func, name, arguments, inputs, outputs)
 
     def _label(self, call: Call) -> None:
         for tensor in call.inputs:

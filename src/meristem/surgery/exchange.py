@@ -142,7 +142,7 @@ class _Transaction:
         # By identity: two zero tensors are equal, and not the same.
         before = {id(p) for p in model.parameters()}
         made = insert(model, blocks.insertion, blocks.values)
-        live = {id(p) for p in model.parameters()}
+        order = {id(p): place for place, p in enumerate(model.parameters())}
         for parent, block in made.values():
             for _, tensor, followed in kin(parent, block):
                 self.followed[id(tensor)] = id(followed)
@@ -150,15 +150,20 @@ class _Transaction:
                 if id(tensor) in before or not isinstance(tensor, nn.Parameter):
                     continue
                 for optimizer in owners:
-                    self._join(optimizer, tensor, followed, blocks.inherits)
+                    self._join(optimizer, tensor, followed, order, blocks.inherits)
         # torch keeps names beside the parameters where it was given them.
         names = {id(p): name for name, p in model.named_parameters()}
         for optimizer in owners:
             for group in optimizer.param_groups:
-                self._leave(optimizer, group, before - live, names)
+                self._leave(optimizer, group, before - order.keys(), names)
 
     def _join(
-        self, optimizer: Optimizer, new: Tensor, followed: Tensor, inherits: bool
+        self,
+        optimizer: Optimizer,
+        new: Tensor,
+        followed: Tensor,
+        order: Mapping[int, int],
+        inherits: bool,
     ) -> None:
         """A new parameter joins the group of the one it follows, in model order.
 
@@ -170,22 +175,13 @@ class _Transaction:
             if not any(p is followed for p in held):
                 continue
             self.undo.append(partial(_part, optimizer, held, new))
-            held.insert(self._place_in(held, new, followed), new)
+            held.insert(_place_in(held, new, followed, order), new)
             if inherits and followed in optimizer.state:
                 state = {}
                 for key, value in optimizer.state[followed].items():
                     state[key] = value.clone() if isinstance(value, Tensor) else value
                 optimizer.state[new] = state
             return
-
-    def _place_in(self, held: Sequence[Tensor], new: Tensor, followed: Tensor) -> int:
-        """Where a new parameter stands in a group."""
-        order = {id(p): i for i, p in enumerate(self.model.parameters())}
-        places = [order.get(id(p), -1) for p in held]
-        if places == sorted(places):
-            return bisect(places, order[id(new)])
-        # A group in an order of its own: behind the one that it follows.
-        return next(i for i, p in enumerate(held, 1) if p is followed)
 
     def _leave(
         self,
@@ -226,6 +222,17 @@ def _modules_of(model: nn.Module, insertion: Insertion) -> Undo:
                 vars(holder).pop(CHAIN, None)
 
     return undo
+
+
+def _place_in(
+    held: Sequence[Tensor], new: Tensor, followed: Tensor, order: Mapping[int, int]
+) -> int:
+    """Where a new parameter stands in a group; `order` numbers those of the model."""
+    places = [order.get(id(p), -1) for p in held]
+    if places == sorted(places):
+        return bisect(places, order[id(new)])
+    # A group in an order of its own: behind the one that it follows.
+    return next(i for i, p in enumerate(held, 1) if p is followed)
 
 
 def _part(optimizer: Optimizer, group: list[Tensor], new: Tensor) -> None:

@@ -72,7 +72,9 @@ def lineage(model: nn.Module) -> list[dict[str, Any]]:
 
 def record(model: nn.Module, plan: Plan, names: Names, ones: Sequence[str]) -> None:
     """Append a growth to a model's lineage."""
-    aliases = _aliases(names.before or stored_tensors(model))
+    stored = names.before or stored_tensors(model)
+    names_of = _names_of(stored)
+    aliases = {name: names_of[id(tensor)] for name, tensor in stored.items()}
     tensors = []
     for change in plan.tensors:
         entry = tensor_json(change)
@@ -100,12 +102,12 @@ def record(model: nn.Module, plan: Plan, names: Names, ones: Sequence[str]) -> N
     model.__dict__.setdefault(LINEAGE, []).append(entry)
 
 
-def _aliases(stored: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """By name, all names of the same tensor."""
-    by_tensor: dict[int, list[str]] = {}
+def _names_of(stored: Mapping[str, Tensor]) -> dict[int, list[str]]:
+    """All names of each tensor, by its identity."""
+    names: dict[int, list[str]] = {}
     for name, tensor in stored.items():
-        by_tensor.setdefault(id(tensor), []).append(name)
-    return {name: by_tensor[id(tensor)] for name, tensor in stored.items()}
+        names.setdefault(id(tensor), []).append(name)
+    return names
 
 
 def _edits(changes: Sequence[AttributeChange]) -> list[list[Any]]:
@@ -120,9 +122,7 @@ def _moved(
 
     A dropped tensor is renamed to None.
     """
-    old_names: dict[int, list[str]] = {}
-    for name, tensor in names.before.items():
-        old_names.setdefault(id(tensor), []).append(name)
+    old_names = _names_of(names.before)
     firsts = {key: listed[0] for key, listed in old_names.items()}
     renamed: dict[str, str | None] = {}
     made: dict[str, dict[str, Any]] = {}
