@@ -56,7 +56,7 @@ def measure(what: str) -> dict[str, float]:
             "seconds": (time.perf_counter() - began) / STEPS[what],
             "bytes": peak() - start,
         }
-    method = SWE(coupling="full" if what == "full" else "factored")
+    method = SWE.published("full" if what == "full" else "factored")
     loan = Loan(torch.Generator().manual_seed(0), loss, [batch], data)
     lab = Lab(Structure(model, batch[0]), loan)
     sandbox = lab.sandbox()

@@ -20,6 +20,7 @@ from meristem.core.errors import CheckpointError
 from meristem.event.steps import Optimizers, optimizers, private_generator
 from meristem.grower import Grower
 from meristem.structure.twin import twin
+from meristem.surgery.aftercare import aftercare_state, load_aftercare
 from meristem.surgery.exchange import check_free
 from meristem.surgery.lineage import LINEAGE, rebuild, replay
 
@@ -78,6 +79,7 @@ def save(
         ],
         "grower": grower.state_dict() if grower is not None else None,
         "generator": private_generator(model).get_state(),
+        "aftercare": aftercare_state(model, optimizers(optimizer)),
         "extra": extra,
     }
     torch.save(state, folder / training)
@@ -150,6 +152,7 @@ def load(
             group["params"][:] = [live[name] for name in listed]
         one.load_state_dict(saved["state"])
     private_generator(model).set_state(state["generator"])
+    load_aftercare(model, given, state["aftercare"])
     if grower is not None:
         grower.load_state_dict(state["grower"])
     return model

@@ -34,8 +34,14 @@ from meristem.methods import Clock, When, Where, check_part, rations
 from meristem.pruning import prune_each
 from meristem.structure import Structure, structure_of
 from meristem.structure.undisturbed import undisturbed
+from meristem.surgery.aftercare import aftercare_state, load_aftercare
 from meristem.when import TRIGGERS
 from meristem.where import Uniform
+
+
+_STATE = frozenset(
+    "clock history metrics done reason losses generator aftercare".split()
+)
 
 
 class Grower:
@@ -50,7 +56,8 @@ class Grower:
         how: The method, or several: the first that speaks for the kind of an axis grows
             it; else random units with zero fan-out, or `how.ZeroBlock`.
         where: Which axis gets how many units.
-        care: What optimizer and old weights get; by default a warm second moment.
+        care: What optimizer and old weights get; by default a warm second moment, and
+            running statistics of batch norms that follow faster for 100 steps.
         amount: Units per growth: an int over all axes, a fraction of the present widths,
             a list of either (one per growth), or {axis: count}. An int goes to widths, or
             to depths where `axes` or the methods speak for these alone (runs of blocks
@@ -125,7 +132,7 @@ class Grower:
             progress=progress,
             how=methods(how),
             where=where if where is not None else Uniform(),
-            care=cares(care),
+            care=cares(care, optimizer),
             optimizers=optimizers(optimizer),
             amount=amount,
             budget=budget if budget is not None else Budget(),
@@ -139,6 +146,8 @@ class Grower:
         self._epoch_length = length(data)
         self._example = example
         self._step_cost: float | None = None
+        # Asked once: an idle step must cost next to nothing.
+        self._rationed = rations(when)
         # Find out now, not at the first growth, whether all of it will do.
         self.settings.check()
         with undisturbed():
@@ -199,7 +208,7 @@ class Grower:
         # An epoch is len(data) steps, whatever the user's loop calls one.
         ended = self._epoch_length is not None and step % self._epoch_length == 0
         # Only such a trigger weighs growth against training; others need no count.
-        counted = rations(self.when) and not self.done
+        counted = self._rationed and not self.done
         if counted and self._step_cost is None:
             self._step_cost = self.settings.step_cost(self.model)
         cost = (self._step_cost or 0.0) if counted else 0.0
@@ -232,7 +241,7 @@ class Grower:
         if self.done or not self.when.due(self.clock):
             return None
         allowance = math.inf
-        if rations(self.when):
+        if self._rationed:
             allowance = self.when.allowance(self.clock)  # type: ignore[attr-defined]
         return self._check_and_grow(allowance)
 
@@ -309,6 +318,7 @@ class Grower:
             "reason": self.reason,
             "losses": self.calendar.losses.numbers(),
             "generator": self.settings.generator.get_state(),
+            "aftercare": aftercare_state(self.model, self.optimizers),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -316,16 +326,7 @@ class Grower:
 
         Model and optimizer are loaded separately (see `meristem.load`).
         """
-        needed = {
-            "clock",
-            "history",
-            "metrics",
-            "done",
-            "reason",
-            "losses",
-            "generator",
-        }
-        missing = needed - set(state)
+        missing = _STATE - set(state)
         if missing:
             raise DataError(
                 f"this is not the state of a Grower: {', '.join(sorted(missing))} "
@@ -338,3 +339,4 @@ class Grower:
         self.done, self.reason = bool(state["done"]), str(state["reason"])
         self._step_cost = None
         self.settings.generator.set_state(state["generator"])
+        load_aftercare(self.model, self.optimizers, state["aftercare"])

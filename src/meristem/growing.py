@@ -143,8 +143,9 @@ def grow_(
         how: The method, or several, of which the first that speaks for the kind of an
             axis grows it; by default random fan-in and zero fan-out for widths, and
             `how.ZeroBlock` for depths.
-        care: What the optimizer and the old weights get; by default the new slices get
-            a warm second moment.
+        care: What the optimizer and the old weights get; by default a warm second
+            moment of the new slices, and running statistics of batch norms that follow
+            faster for 100 steps.
         optimizer: The optimizer, or all of them, whose state follows.
         loss: For methods that measure or train: `loss(model, batch)`, a mean over the
             batch.
@@ -174,7 +175,7 @@ def grow_(
     generator = generator if generator is not None else private_generator(model)
     # Wrong arguments are told before anything is run.
     wish = counts if isinstance(counts, Plan) else _counts(counts)
-    how, care = methods(how), cares(care)
+    how, care = methods(how), cares(care, optimizer)
     with all_or_nothing(generator):
         batches: list[Any] = []
         if data is not None:

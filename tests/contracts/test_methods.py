@@ -39,7 +39,7 @@ METHODS = {
         ms.how.SENN(steps=3, candidates=4), True, everywhere=False, refused=("down2",)
     ),
     "swe": Row(ms.how.SWE(), False, keeps_old=False),
-    "swe_factored": Row(ms.how.SWE(coupling="factored"), False, keeps_old=False),
+    "swe_published": Row(ms.how.SWE.published(), False, keeps_old=False),
 }
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.01),

@@ -55,6 +55,9 @@ CARES = {
     "reset_moments": ms.care.ResetMoments(),
     "variance_transfer": ms.care.VarianceTransfer(),
     "shrink": ms.care.Shrink(),
+    "young_rate": ms.care.YoungRate(steps=5),
+    "rewarm": ms.care.Rewarm(steps=5),
+    "fresh_statistics": ms.care.FreshStatistics(),
 }
 
 

@@ -67,7 +67,7 @@ def output(sandbox: Sandbox, x: Any, tensors: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("coupling", ["full", "factored"])
 @pytest.mark.parametrize("name", AXES)
 def test_insertion_and_merge_keep_what_the_spec_says(name: str, coupling: str) -> None:
-    model, sandbox, adjustment, data = adjusted(name, SWE(coupling=coupling))
+    model, sandbox, adjustment, data = adjusted(name, SWE.published(coupling))
     with torch.no_grad():
         want = model.eval()(data[0])
     assert torch.allclose(
@@ -103,7 +103,7 @@ def test_insertion_and_merge_keep_what_the_spec_says(name: str, coupling: str) -
 
 def test_the_gradient_of_a_pair_is_the_difference_and_wakes_a_dead_unit() -> None:
     for name in ("mlp", "bn_conv"):
-        _, sandbox, adjustment, data = adjusted(name, SWE(coupling="full"))
+        _, sandbox, adjustment, data = adjusted(name, SWE.published())
         plan = adjustment.plan
         bias = next(slot for slot, _ in adjustment.couplings if slot.fill == "bias")
         new = plan.after[adjustment.axis.name] - plan.before[adjustment.axis.name]
@@ -130,7 +130,7 @@ def test_the_gradient_of_a_pair_is_the_difference_and_wakes_a_dead_unit() -> Non
 def test_the_base_is_frozen_before_the_merge_unless_told() -> None:
     for decay in (False, True):
         _, sandbox, adjustment, data = adjusted(
-            "mlp", SWE(coupling="full", decay_base=decay)
+            "mlp", SWE(coupling="full", coupling_lr=None, decay_base=decay)
         )
         name = "fc1.weight"
         before = adjustment.base[name].detach().clone()
@@ -157,7 +157,7 @@ def test_factored_equals_full_under_sgd(name: str) -> None:
     for coupling in ("full", "factored"):
         torch.manual_seed(0)
         _, sandbox, adjustment, _ = adjusted(
-            name, SWE(coupling=coupling, optimizer="sgd", lr=0.05)
+            name, SWE(coupling=coupling, optimizer="sgd", lr=0.05, coupling_lr=None)
         )
         adjustment.adjust()
         adjustment.merge()

@@ -12,7 +12,7 @@ from torch import nn
 
 from meristem.core.axis import Axis
 from meristem.core.change import Plan
-from meristem.core.offer import Scaling, Treatment
+from meristem.core.offer import Ramp, Scaling, Tracking, Treatment
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,128 @@ class Shrink:
         return Treatment(Scaling(tensors=dict.fromkeys(names, self.factor)))
 
 
+@dataclass(frozen=True)
+class YoungRate:
+    """New weights learn slower while they are young: their steps are multiplied by a
+    factor that rises evenly from `start` to 1 over `steps` optimizer steps.
+
+    Hooks of the optimizer do it, whichever it is; they are taken away when the weights
+    are mature. Moments are collected at the full rate. Follows the rate adaptation of
+    Yuan, Savarese, Maire (2023, arXiv 2306.12700) in its purpose; theirs is one rate
+    per growth by the norm of its weights.
+
+    Args:
+        steps: Optimizer steps until the weights learn as all others do.
+        start: The factor at the first one, in [0, 1).
+
+    Examples:
+        >>> YoungRate(50)
+        YoungRate(steps=50, start=0.0)
+    """
+
+    steps: int = 100
+    start: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_ramp(self)
+
+    def treat(self, model: nn.Module, plan: Plan, axes: Sequence[Axis]) -> Treatment:
+        return Treatment(after=(Ramp(self.steps, self.start),))
+
+
+@dataclass(frozen=True)
+class Rewarm:
+    """The learning rate warms up again after a growth: all steps are multiplied by a
+    factor that rises evenly from `start` to 1 over `steps` optimizer steps.
+
+    Hooks of the optimizer do it, beside any scheduler of the learning rate.
+
+    Args:
+        steps: Optimizer steps of the warm-up.
+        start: The factor at the first one, in [0, 1).
+
+    Examples:
+        >>> Rewarm(50, start=0.1)
+        Rewarm(steps=50, start=0.1)
+    """
+
+    steps: int = 100
+    start: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_ramp(self)
+
+    def treat(self, model: nn.Module, plan: Plan, axes: Sequence[Axis]) -> Treatment:
+        return Treatment(after=(Ramp(self.steps, self.start, whole=True),))
+
+
+def _check_ramp(care: YoungRate | Rewarm) -> None:
+    name = type(care).__name__
+    check_steps(name, care.steps)
+    if isinstance(care.start, bool) or not 0 <= care.start < 1:
+        raise ValueError(f"{name}(start=...) must be a float in [0, 1); got {care.start}")
+
+
+def check_steps(name: str, steps: object) -> None:
+    """Raise unless a number of steps is a positive int."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"{name}(steps=...) must be an int in [1, inf); got {steps!r}")
+
+
+@dataclass(frozen=True)
+class FreshStatistics:
+    """Running statistics of batch norms follow faster after a growth, for `steps`
+    optimizer steps; then each norm gets its own momentum back.
+
+    New units move what the layers behind them see faster than an average over the last
+    ten batches can follow: the network that is evaluated is then not the one that is
+    trained, and its loss leaps though the training loss falls. A batch of n values per
+    channel counts as
+
+        m = min(momentum, 2 n / (values + n)),
+
+    so that the average, over about (2 - m) / m batches, stands for `values` at least; a
+    batch smaller than the largest counts for less, 1 - (1 - m)^(n / n_largest). Never
+    slower than the norm itself for a full batch. Needs no norm in the model; one that
+    averages over all batches (momentum None) is left alone.
+
+    Args:
+        steps: For how long.
+        momentum: The largest weight of the newest batch meanwhile, in (0, 1].
+        values: Values of a channel (examples x positions) that an average stands for.
+
+    Examples:
+        >>> FreshStatistics()
+        FreshStatistics(steps=100, momentum=0.5, values=1000)
+    """
+
+    steps: int = 100
+    momentum: float = 0.5
+    values: int = 1000
+
+    def __post_init__(self) -> None:
+        check_steps("FreshStatistics", self.steps)
+        if isinstance(self.momentum, bool) or not 0 < self.momentum <= 1:
+            raise ValueError(
+                "FreshStatistics(momentum=...) must be a float in (0, 1]; got "
+                f"{self.momentum}"
+            )
+        if isinstance(self.values, bool) or not self.values >= 1:
+            raise ValueError(
+                f"FreshStatistics(values=...) must be an int in [1, inf); got {self.values}"
+            )
+
+    def treat(self, model: nn.Module, plan: Plan, axes: Sequence[Axis]) -> Treatment:
+        return Treatment(after=(Tracking(self.steps, self.momentum, self.values),))
+
+
 CARES = {
     "warm_moments": WarmMoments,
     "reset_moments": ResetMoments,
     "variance_transfer": VarianceTransfer,
     "shrink": Shrink,
+    "young_rate": YoungRate,
+    "rewarm": Rewarm,
+    "fresh_statistics": FreshStatistics,
 }
 """Every care by its name in a configuration file."""

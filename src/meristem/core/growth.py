@@ -26,8 +26,10 @@ class Growth:
             like an evaluation.
         health: Figures of the new units by moment and axis (see `meristem.health`):
             "insertion", "adjust" where the method adjusts, "1", "10", "100" and "1000"
-            steps later, "trained" at the end of a stage; `health["loss"]` holds the
-            loss before, its spike and the steps to recover. Completed by the grower.
+            steps later, "trained" at the end of a stage; `health["loss"]`, 200 steps
+            later, holds the mean loss `before`, and as shares of it the `noise` of its
+            running mean, its `spike` and how much it stayed above at `least`; and the
+            `steps_to_recover`. Completed by the grower.
         votes: What `where` decided on, by axis, where it measured.
         notes: What the methods said, by axis.
         blocks: The places of new blocks, by depth axis, as they were right after the

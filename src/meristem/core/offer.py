@@ -129,6 +129,41 @@ class Scaling:
 
 
 @dataclass(frozen=True)
+class Ramp:
+    """Shorter steps of the optimizers for a while: by a factor that rises evenly from
+    `start` to 1.
+
+    Attributes:
+        steps: For how many optimizer steps after the growth.
+        start: The factor at first.
+        whole: Whether all weights go slower, or only the new entries.
+    """
+
+    steps: int
+    start: float = 0.0
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """Running statistics of norms that follow the batches faster for a while.
+
+    Attributes:
+        steps: For how many optimizer steps after the growth.
+        momentum: The largest weight of the newest batch in the running mean meanwhile.
+        values: How many values of a channel the running mean shall stand for at least.
+    """
+
+    steps: int
+    momentum: float
+    values: int
+
+
+Aftercare = Ramp | Tracking
+"""What goes on for some steps after a growth."""
+
+
+@dataclass(frozen=True)
 class Treatment:
     """What the rest of the net and the optimizer get at a growth.
 
@@ -136,17 +171,20 @@ class Treatment:
         scaling: What happens to the old weights.
         warm: Whether new second moments start at the mean of the old ones.
         reset: Whether the optimizers forget everything.
+        after: What goes on for some steps after it.
     """
 
     scaling: Scaling = field(default_factory=Scaling)
     warm: bool = False
     reset: bool = False
+    after: tuple[Aftercare, ...] = ()
 
     def __add__(self, other: Treatment) -> Treatment:
         return Treatment(
             self.scaling + other.scaling,
             self.warm or other.warm,
             self.reset or other.reset,
+            self.after + other.after,
         )
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -25,6 +28,9 @@ BEFORE, RECOVERY = 20, 200
 """Steps that the loss before a growth is averaged over, and steps after it in which a
 spike is looked for.
 """
+COSTLY = 0.05
+"""A growth is told of whose loss stays above that before by this share."""
+_LOG = logging.getLogger(__name__)
 # Steps of the running mean that tells a spike from noise.
 _SMOOTHED = 10
 
@@ -49,19 +55,23 @@ class LossRecord:
         """The loss before a growth that was `RECOVERY` steps ago, and what followed.
 
         Returns:
-            Its mean before, how far above it the running mean rose, and the step that
-            met it again; None where too few losses are known.
+            `before`, its mean; `noise`, the standard deviation of a running mean of the
+            losses before; `spike`, how far the running mean rose above `before`; and
+            `least`, how far it stayed above at its lowest: noise, spike and least as
+            shares of `before`. `steps_to_recover` is the step at which the running mean
+            met `before` again. None where too few losses are known.
         """
         # Without the steps before the growth there is nothing to compare with.
         if len(self._losses) != self._losses.maxlen:
             return None
         losses = self.numbers()
-        before = sum(losses[:BEFORE]) / BEFORE
-        after = losses[BEFORE:]
+        earlier, after = losses[:BEFORE], losses[BEFORE:]
+        before = fmean(earlier)
+        scale = abs(before) or 1.0
         # A running mean: single batches of a noisy loss are no spike.
         means = []
         for start in range(len(after) - _SMOOTHED + 1):
-            means.append(sum(after[start : start + _SMOOTHED]) / _SMOOTHED)
+            means.append(fmean(after[start : start + _SMOOTHED]))
         recovered = None
         for start, mean in enumerate(means):
             if mean <= before:
@@ -69,7 +79,9 @@ class LossRecord:
                 break
         return {
             "before": before,
-            "spike": max(means) - before,
+            "noise": stdev(earlier) / math.sqrt(_SMOOTHED) / scale,
+            "spike": (max(means) - before) / scale,
+            "least": (min(means) - before) / scale,
             "steps_to_recover": recovered,
         }
 
@@ -104,6 +116,7 @@ class Calendar:
                 spike = self.losses.spike()
                 if spike is not None:
                     growth.health["loss"] = spike
+                    _warn(growth, spike)
 
     def measure(self, growth: Growth, moment: str) -> None:
         """Add the health of a growth's units, as they are now, to `growth.health[moment]`.
@@ -150,6 +163,22 @@ class Calendar:
             parameters = tuple(entry["parameters"])
             self.history.append(Growth(**{**entry, "parameters": parameters}))
         self.losses.restore(losses)
+
+
+def _warn(growth: Growth, spike: Mapping[str, float | None]) -> None:
+    """Tell of a growth that has cost something for long."""
+    least = spike["least"]
+    if least is not None and least > COSTLY:
+        _LOG.warning(
+            "the growth of %s at step %s has raised the loss: %d steps later it is "
+            "still %.0f %% above that before (the highest was %.0f %%). hint: "
+            "care.YoungRate() or care.Rewarm() let the net take it more slowly",
+            ", ".join(growth.added),
+            growth.step,
+            RECOVERY,
+            100 * least,
+            100 * (spike["spike"] or 0.0),
+        )
 
 
 def units_now(growth: Growth, history: Sequence[Growth]) -> dict[str, Sequence[int]]:

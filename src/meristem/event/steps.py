@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from meristem.care import CARES, WarmMoments
+from meristem.care import CARES, FreshStatistics, WarmMoments
 from meristem.core.axis import Axis, Kind
 from meristem.core.change import Plan
 from meristem.core.errors import GrowthRefused, VerificationError
@@ -41,9 +41,10 @@ from meristem.structure.insertion import insert
 from meristem.structure.kinds import apart
 from meristem.structure.twin import named_tensors
 from meristem.structure.undisturbed import undisturbed
+from meristem.surgery.aftercare import begin, check_aftercare, follow
 from meristem.surgery.exchange import OptimizerChange, check_free, exchange
 from meristem.surgery.optimizers import check_ownership, check_separable, grown_state
-from meristem.surgery.tensors import edits_of, grown_tensors
+from meristem.surgery.tensors import carry, edits_of, grown_tensors
 from meristem.surgery.verify import (
     check_edit,
     grown_twin,
@@ -161,7 +162,7 @@ def prepare(
     """The event of one growth of a model."""
     structure = structure_of(model, example)
     lab = Lab(structure, loan)
-    return Event(structure, lab, methods(how), cares(care), optimizers(optimizer))
+    return Event(structure, lab, methods(how), cares(care, optimizer), optimizers(optimizer))
 
 
 def method_for(how: Methods, axis: Axis) -> How:
@@ -191,10 +192,14 @@ def methods(how: Methods) -> tuple[How, ...]:
     return listed
 
 
-def cares(care: Cares) -> tuple[Care, ...]:
-    """One care or several as a tuple; a warm second moment where None is given."""
+def cares(care: Cares, optimizer: Optimizers) -> tuple[Care, ...]:
+    """One care or several as a tuple; checked.
+
+    Where None is given, a warm second moment, and fresh statistics where there is an
+    optimizer to count their steps.
+    """
     if care is None:
-        return (WarmMoments(),)
+        return (WarmMoments(), FreshStatistics()) if optimizers(optimizer) else ()
     listed = _listed(care)
     for one in listed:
         check_part("care", one, CARES)
@@ -318,6 +323,7 @@ def _check_owners(event: Event, draft: Draft) -> None:
     # Now, and not after minutes of training on the side.
     check_ownership(event.optimizers, trained)
     check_ownership(event.optimizers, followed(event.structure, draft.plan))
+    check_aftercare(draft.treatment.after, event.optimizers)
     if draft.plan.insertions:
         check_separable(event.optimizers)
     check_free(changing)
@@ -585,7 +591,12 @@ def _committed(event: Event, draft: Draft, started: float) -> Growth:
     # Measuring may have left a graph alive, in the user's loss for example.
     check_free({name: live[name] for name in draft.tensors})
     following = OptimizerChange(event.optimizers, states, treatment.reset)
+    known = {id(parameter) for parameter in event.model.parameters()}
     exchange(event.model, draft.tensors, plan, draft.blocks, following, _ones(axes))
+    follow(event.model, plan)
+    if treatment.after:
+        new = _new_entries(event, plan, known)
+        begin(event.model, treatment.after, event.optimizers, new)
     return Growth(
         added=plan.added,
         before=dict(plan.before),
@@ -598,6 +609,24 @@ def _committed(event: Event, draft: Draft, started: float) -> Growth:
         notes=_notes(draft),
         blocks=_new_blocks(plan),
     )
+
+
+def _new_entries(event: Event, plan: Plan, known: Container[int]) -> dict[str, Tensor]:
+    """By parameter of the grown model, a mask of the entries that are new.
+
+    Of those that were not there before (`known`) all entries are.
+    """
+    parameters = dict(event.model.named_parameters())
+    masks = {}
+    for change in plan.tensors:
+        if change.name in parameters:
+            parameter = parameters[change.name]
+            old = torch.ones(change.before, dtype=torch.bool, device=parameter.device)
+            masks[change.name] = ~carry(old, change.sources)
+    for name, parameter in parameters.items():
+        if id(parameter) not in known:
+            masks[name] = torch.ones_like(parameter, dtype=torch.bool)
+    return masks
 
 
 def _ones(axes: Iterable[Axis]) -> list[str]:

@@ -222,7 +222,7 @@ class Grow(_Strict):
     when: dict[str, Any]
     how: Choice | list[Choice] = "random"
     where: Choice = "uniform"
-    care: list[Choice] = ["warm_moments"]
+    care: list[Choice] = ["warm_moments", "fresh_statistics"]
     amount: int | float | list[int | float] | dict[str, int] = 32
     budget: BudgetTable = BudgetTable()
     axes: str | list[str] = "*"

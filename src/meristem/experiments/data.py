@@ -121,6 +121,9 @@ class Batches:
     """Batches of tensors in memory, read any number of times: in order, or shuffled
     anew each time.
 
+    All are of one size, within one example: a last batch of three would leave a tenth of
+    a batch norm's running statistics to them, just before every evaluation.
+
     Randomness comes from torch's global stream, or from the generator that `epoch` is
     given.
     """
@@ -161,7 +164,7 @@ class Batches:
             if self.black is not None
             else None
         )
-        for chosen in order.split(self.size)[skip:]:
+        for chosen in order.tensor_split(len(self))[skip:]:
             x = self.x[chosen]
             if self.black is not None and corner is not None and flipped is not None:
                 x = crop_and_flip(x, self.black, corner[chosen], flipped[chosen])

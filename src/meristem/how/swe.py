@@ -71,7 +71,10 @@ class SWE:
             We measured no difference between them but the cost.
         optimizer: What adjusts: "adam" as published, or "sgd".
         lr: Its learning rate.
-        coupling_lr: Another learning rate for the coupling.
+        coupling_lr: The learning rate of the coupling; None for `lr`, as published. Every
+            weight of an old unit takes part in as many couplings as there are new units
+            and moves by as many steps: at the published 1e-3 that is too far for a
+            training that goes on with its optimizer.
         weight_decay: L2, as torch.optim.Adam has it.
         decay_base: Also decay the frozen weights of the layer, by about `lr` per step,
             as the released code does.
@@ -89,7 +92,7 @@ class SWE:
     coupling: Literal["full", "factored"] = "factored"
     optimizer: Literal["adam", "sgd"] = "adam"
     lr: float = 1e-3
-    coupling_lr: float | None = None
+    coupling_lr: float | None = 1e-4
     weight_decay: float = 1e-4
     decay_base: bool = False
 
@@ -110,6 +113,13 @@ class SWE:
                 raise ValueError(
                     f"SWE({name}=...) must be a float in [0, inf); got {value}"
                 )
+
+    @classmethod
+    def published(cls, coupling: Literal["full", "factored"] = "full") -> SWE:
+        """The setting of the paper: one rate for everything, for stages that start a
+        fresh optimizer (`meristem.recipes.swe_svod_stages`).
+        """
+        return cls(coupling=coupling, coupling_lr=None)
 
     @property
     def kinds(self) -> Mapping[Kind, bool]:

@@ -1,0 +1,273 @@
+"""What goes on for some steps after a growth: shorter steps, fresher statistics."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import meristem as ms
+
+X, Y = torch.randn(32, 6), torch.randn(32, 3)
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
+}
+
+
+def net(norm: bool = False) -> nn.Sequential:
+    torch.manual_seed(0)
+    middle = nn.BatchNorm1d(5) if norm else nn.Identity()
+    return nn.Sequential(nn.Linear(6, 5), middle, nn.Tanh(), nn.Linear(5, 3))
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    (model(X) - Y).square().mean().backward()
+    optimizer.step()
+
+
+def grown(
+    care: Any, kind: str = "sgd", norm: bool = False, steps: int = 1
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = net(norm)
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    for _ in range(steps):
+        step(model, optimizer)
+    grow(model, optimizer, care)
+    return model, optimizer
+
+
+def grow(model: nn.Module, optimizer: Any, care: Any, **counts: int) -> ms.Growth:
+    return ms.grow_(
+        model,
+        counts or {"0": 3},
+        X,
+        care=care,
+        optimizer=optimizer,
+        generator=torch.Generator().manual_seed(1),
+    )
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def new_entries(name: str, tensor: Tensor) -> Tensor:
+    """Of the net whose first layer has grown from five units to eight."""
+    mask = torch.zeros_like(tensor, dtype=torch.bool)
+    if name == "3.weight":
+        mask[:, 5:] = True
+    elif name != "3.bias":
+        mask[5:] = True
+    return mask
+
+
+def hooks(optimizer: torch.optim.Optimizer) -> int:
+    return len(optimizer._optimizer_step_pre_hooks) + len(
+        optimizer._optimizer_step_post_hooks
+    )
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_young_rate_shortens_the_steps_of_new_entries_only(kind: str) -> None:
+    plain, usual = grown([], kind)
+    model, optimizer = grown([ms.care.YoungRate(steps=4, start=0.2)], kind)
+    before = values(model)
+    step(plain, usual)
+    step(model, optimizer)
+    for name, value in values(plain).items():
+        new = new_entries(name, value)
+        whole, short = value - before[name], values(model)[name] - before[name]
+        # The first of four steps: .2 + .8 / 4.
+        expected = torch.where(new, 0.4 * whole, whole)
+        torch.testing.assert_close(short, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_rewarm_shortens_all_steps_and_ends() -> None:
+    plain, usual = grown([])
+    model, optimizer = grown([ms.care.Rewarm(steps=2)])
+    before = values(model)
+    step(plain, usual)
+    step(model, optimizer)
+    for name, value in values(plain).items():
+        short = values(model)[name] - before[name]
+        torch.testing.assert_close(short, 0.5 * (value - before[name]))
+    assert hooks(optimizer) == 2
+    step(model, optimizer)
+    assert hooks(optimizer) == 0
+    twin = copy.deepcopy(model)
+    step(twin, torch.optim.SGD(twin.parameters(), lr=0.1))
+    step(model, optimizer)
+    for name, value in values(model).items():
+        assert torch.equal(value, values(twin)[name])
+
+
+def test_what_is_young_is_followed_through_later_growths() -> None:
+    model, optimizer = grown([ms.care.YoungRate(steps=10)])
+    step(model, optimizer)
+    grow(model, optimizer, [], **{"0": 2})
+    ms.narrow_(model, {"0": [0, 6]}, X, optimizer=optimizer)
+    # Units 5 and 7 of the first growth are left, at places 4 and 5; two others came
+    # after them, without the care.
+    step(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    plain = copy.deepcopy(model)
+    step(plain, torch.optim.SGD(plain.parameters(), lr=0.1))
+    before = values(model)
+    step(model, optimizer)
+    moved = values(model)["0.weight"] - before["0.weight"]
+    whole = values(plain)["0.weight"] - before["0.weight"]
+    factor = moved.norm(dim=1) / whole.norm(dim=1)
+    expected = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.2, 0.2, 1.0, 1.0])
+    torch.testing.assert_close(factor, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_parameters_of_new_blocks_are_young() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(3, 5, 8)
+    ms.grow_(
+        model, {"layers": 1}, x, care=ms.care.YoungRate(steps=1000), optimizer=optimizer
+    )
+    before = values(model)
+    model(x).square().mean().backward()
+    optimizer.step()
+    for name, value in values(model).items():
+        gradient = dict(model.named_parameters())[name].grad
+        assert gradient is not None
+        factor = 1e-3 if name.startswith("layers.2.") else 1.0
+        expected = before[name] - 0.1 * factor * gradient
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_statistics_follow_faster_and_get_their_momentum_back() -> None:
+    care = ms.care.FreshStatistics(steps=3, momentum=0.7, values=10)
+    model, optimizer = grown([care], norm=True)
+    norm = model.get_submodule("1")
+    step(model, optimizer)
+    assert norm.momentum == pytest.approx(0.7)
+    # Another growth in between: the momentum that was there first comes back.
+    care = ms.care.FreshStatistics(steps=3, momentum=0.9, values=10)
+    grow(model, optimizer, [care], **{"0": 1})
+    for expected in (0.9, 0.9, 0.1):
+        step(model, optimizer)
+        assert norm.momentum == pytest.approx(expected)
+    assert hooks(optimizer) == 0
+    assert not norm._forward_pre_hooks
+
+
+def test_a_batch_counts_by_its_size() -> None:
+    model, _ = grown([ms.care.FreshStatistics(values=96)], norm=True)
+    norm = model.get_submodule("1")
+    model(X)  # 32 examples: 2 x 32 / (96 + 32)
+    assert norm.momentum == pytest.approx(0.5)
+    model(X[:8])
+    assert norm.momentum == pytest.approx(1 - 0.5**0.25)
+    # Evaluation leaves it alone; one that would be slower than the norm itself, too.
+    model.eval()(X)
+    assert norm.momentum == pytest.approx(1 - 0.5**0.25)
+    model, _ = grown([ms.care.FreshStatistics(values=10**6)], norm=True)
+    model(X)
+    assert model.get_submodule("1").momentum == pytest.approx(0.1)
+
+
+def test_a_norm_that_averages_over_all_batches_is_left_to_it() -> None:
+    model = net(norm=True)
+    model[1].momentum = None
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    grow(model, optimizer, ms.care.FreshStatistics())
+    assert model[1].momentum is None
+    assert hooks(optimizer) == 0
+
+
+@pytest.mark.parametrize("way", ["save", "grower"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_resumed_run_goes_on_with_it(way: str, kind: str, tmp_path: Path) -> None:
+    care = [
+        ms.care.YoungRate(steps=5),
+        ms.care.Rewarm(steps=6),
+        ms.care.FreshStatistics(steps=4, values=50),
+    ]
+    model, optimizer = grown(care, kind, norm=True)
+    loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean()  # noqa: E731
+
+    def made(model: nn.Module, optimizer: Any) -> ms.Grower:
+        when = ms.when.At(epochs=[99])
+        data = [(X, Y)]
+        return ms.Grower(
+            model, optimizer, loss=loss, data=data, when=when, how=ms.how.Random()
+        )
+
+    step(model, optimizer)
+    grower = made(model, optimizer) if way == "grower" else None
+    ms.save(tmp_path, model, optimizer=optimizer, grower=grower)
+    for _ in range(8):
+        step(model, optimizer)
+    fresh = net(norm=True)
+    other = OPTIMIZERS[kind](fresh.parameters())
+    follower = made(fresh, other) if way == "grower" else None
+    ms.load(tmp_path, fresh, optimizer=other, grower=follower)
+    assert len(fresh[1]._forward_pre_hooks) == 1
+    assert hooks(other) == 2
+    for _ in range(8):
+        step(fresh, other)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, fresh.state_dict()[name]), name
+    assert fresh[1].momentum == 0.1
+    assert hooks(other) == 0
+
+
+def test_each_of_several_optimizers_takes_part() -> None:
+    model = net()
+    first = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    second = torch.optim.AdamW(model[3].parameters(), lr=0.01)
+    grow(model, [first, second], ms.care.YoungRate(steps=1))
+    assert hooks(first) == hooks(second) == 2
+    step(model, first)
+    second.step()
+    assert hooks(first) == hooks(second) == 0
+
+
+def test_without_an_optimizer_it_is_refused_and_nothing_changes() -> None:
+    model = net()
+    before = values(model)
+    for care in (ms.care.YoungRate(), ms.care.Rewarm(), ms.care.FreshStatistics()):
+        with pytest.raises(ms.OptimizerError, match="pass optimizer="):
+            grow(model, None, care)
+    assert all(torch.equal(value, before[name]) for name, value in values(model).items())
+
+
+def test_a_refused_growth_leaves_no_hooks() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    waiting = model(X).sum()
+    with pytest.raises(ms.PendingBackward):
+        grow(model, optimizer, ms.care.YoungRate())
+    assert hooks(optimizer) == 0
+    del waiting
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ms.care.YoungRate(steps=0),
+        lambda: ms.care.YoungRate(start=1.0),
+        lambda: ms.care.YoungRate(start=-0.1),
+        lambda: ms.care.Rewarm(steps=2.5),
+        lambda: ms.care.Rewarm(start=True),
+        lambda: ms.care.FreshStatistics(steps=-1),
+        lambda: ms.care.FreshStatistics(momentum=0.0),
+        lambda: ms.care.FreshStatistics(momentum=1.5),
+        lambda: ms.care.FreshStatistics(values=0),
+    ],
+)
+def test_wrong_numbers_are_refused(make: Any) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        make()
