@@ -8,6 +8,7 @@ protocol below; nothing is inherited. See "Write a method" in the documentation,
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -59,6 +60,8 @@ __all__ = [
     "When",
     "Where",
     "Widened",
+    "check_counts",
+    "check_positive",
     "neutral",
 ]
 
@@ -361,4 +364,26 @@ def _check_strips(
             raise GrowthRefused(
                 f"{name} offers weights for {slot.name} that are not finite; nothing "
                 "was changed"
+            )
+
+
+# -- checks of hyperparameters
+
+
+def check_positive(owner: str, **values: Any) -> None:
+    """Raise unless every value is a finite number above zero."""
+    for name, value in values.items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not 0 < value < math.inf:
+            raise ValueError(
+                f"{owner}({name}=...) must be a number in (0, inf); got {value!r}"
+            )
+
+
+def check_counts(owner: str, least: int = 1, **values: Any) -> None:
+    """Raise unless every value is an int, `least` or more."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(
+                f"{owner}({name}=...) must be an int in [{least}, inf); got {value!r}"
             )

@@ -228,6 +228,9 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
         self.random_state = random_state
         self.verbose = verbose
 
+    # Steps of L-BFGS towards the best linear net.
+    _linear_steps: ClassVar[int] = 100
+
     def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The loss of every example."""
         raise NotImplementedError
@@ -349,25 +352,43 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
         ends worse.
         """
         state = self._state
+        self._solve(state.model, data.tensors)
         self._grow(state, data, held_out)
         state = self._trained(state, data, held_out)
-        if not self.growths_:
-            self._grow(state, data, held_out)
-            state = self._trained(state, data, held_out)
         for group in state.optimizer.param_groups:
             group["lr"] = self.learning_rate_init / 10
         self._state = self._trained(state, data, held_out)
         for group in self._state.optimizer.param_groups:
             group["lr"] = self.learning_rate_init
 
+    def _solve(self, model: nn.Sequential, tensors: Sequence[Tensor]) -> None:
+        """The best linear net, to which new units have to add something.
+
+        Before it is reached, what a change of its weights would give, the scale of its
+        outputs above all, looks like a feature that is missing.
+        """
+        optimizer = torch.optim.LBFGS(
+            model.parameters(), max_iter=self._linear_steps, line_search_fn="strong_wolfe"
+        )
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = self._weighted(model, tensors)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
     def _grow(self, state: _State, data: _Batches, held_out: Sequence[Tensor]) -> None:
         """Grow a few passes apart, for as long as SENN's rule finds something."""
         grower = self._grower(state, data)
         while grower is not None and not grower.done and self.n_iter_ < self.max_iter:
+            growth = self._grown(grower)
+            if growth is None:
+                continue
+            self.growths_.append(growth)
             for _ in range(min(self.n_iter_growth, self.max_iter - self.n_iter_)):
                 self._pass(state, data, held_out)
-            growth = self._grown(grower)
-            self.growths_ += [growth] if growth is not None else []
 
     def _grower(self, state: _State, data: _Batches) -> Grower | None:
         """What grows a net; None where growth is used up, or cannot be measured: too
@@ -532,6 +553,8 @@ class GrowingClassifier(ClassifierMixin, _Growing):  # type: ignore[misc]
         (True, True)
     """
 
+    # Separable classes have no best net: the logits of rare ones would grow for ever.
+    _linear_steps: ClassVar[int] = 10
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **_Growing._parameter_constraints,
         "class_weight": [dict, StrOptions({"balanced"}), None],

@@ -36,7 +36,7 @@ from meristem.methods import (
     settles,
 )
 from meristem.statistics.health import Figures, measure, measure_blocks
-from meristem.structure import Structure, structure_of, with_insertions
+from meristem.structure import Structure, proved, structure_of, with_insertions
 from meristem.structure.insertion import insert
 from meristem.structure.kinds import apart
 from meristem.structure.twin import named_tensors
@@ -71,8 +71,8 @@ TOLERANCE = 1e-5
 _DOUBLE_TOLERANCE = 1e-12
 # How many times the model's own rounding gap a change may be.
 _GAPS = 10
-HEALTH_BATCHES = 4
-"""Growth batches that the health of new units is measured on."""
+HEALTH_BATCHES, HEALTH_EXAMPLES = 4, 64
+"""Growth batches that the health of new units is measured on, and examples of each."""
 
 
 _GENERATORS: weakref.WeakKeyDictionary[nn.Module, torch.Generator] = (
@@ -555,7 +555,7 @@ def _health(
     if lab.loss is None or not lab.batches or min(plan.added.values()) < 0:
         return health
     # A look, not a survey: a few batches tell dead units from living ones.
-    batches = list(lab.batches)[:HEALTH_BATCHES]
+    batches = [lab.cut(b, HEALTH_EXAMPLES) for b in lab.batches[:HEALTH_BATCHES]]
     figures: dict[str, Figures] = {}
     units, _ = apart(_axes(event, plan))
     if units and draft.settled is None:
@@ -594,6 +594,9 @@ def _committed(event: Event, draft: Draft, started: float) -> Growth:
     known = {id(parameter) for parameter in event.model.parameters()}
     exchange(event.model, draft.tensors, plan, draft.blocks, following, _ones(axes))
     follow(event.model, plan)
+    # New blocks are other axes, or in other places; they are tried anew.
+    if not plan.insertions:
+        proved(event.structure, event.model)
     if treatment.after:
         new = _new_entries(event, plan, known)
         begin(event.model, treatment.after, event.optimizers, new)

@@ -39,6 +39,8 @@ from meristem.core.offer import Offer
 from meristem.lab.laboratory import Lab
 from meristem.lab.ledger import counting
 from meristem.lab.neutral import flat_size, mean_norm, unflatten
+from meristem.methods import check_counts, check_positive
+from meristem.structure import products
 
 Operator = Callable[[Tensor], Tensor]
 
@@ -50,6 +52,12 @@ _FLAT = 0.1
 # Length of the opening step of a flat activation, in rounding errors of the present
 # fan-in norm.
 _KICK = 4.0
+# Examples of a batch that are looked at, at least.
+_FEWEST = 32
+# Steps that training is followed for, to see whether a unit stays open.
+_FOLLOWED = 4
+# Trial units that tell whether an activation is flat at zero.
+_FEELERS = 4
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,8 @@ class GradMax:
         scale: Norm of the new weights over the mean norm of the present units'.
         steps: Steps of the climb, with zero fan-out.
         batches: Growth batches that M is averaged over.
+        rows: Of a batch, so many rows (examples x positions) per weight of a unit are
+            enough: one of images is cut to the examples that hold them, 32 at least.
         tolerance: Relative change of sum s_i^2, over the new units, at which the
             subspace iteration stops.
         iterations: Most passes of the subspace iteration.
@@ -86,10 +96,26 @@ class GradMax:
 
     zero: Literal["auto", "fan_in", "fan_out"] = "auto"
     scale: float = 0.5
-    steps: int = 10
+    steps: int = 5
     batches: int = 1
-    tolerance: float = 1e-5
+    rows: int = 16
+    tolerance: float = 1e-3
     iterations: int = 30
+
+    def __post_init__(self) -> None:
+        if self.zero not in ("auto", "fan_in", "fan_out"):
+            raise ValueError(
+                f'GradMax(zero=...) is "auto", "fan_in" or "fan_out"; got {self.zero!r}'
+            )
+        check_positive("GradMax", scale=self.scale, tolerance=self.tolerance)
+        check_counts("GradMax", batches=self.batches, rows=self.rows)
+        check_counts("GradMax", iterations=self.iterations)
+        check_counts("GradMax", 0, steps=self.steps)
+
+    @classmethod
+    def published(cls) -> GradMax:
+        """The setting of the paper: zero fan-in, whatever the activation and the norms."""
+        return cls(zero="fan_in")
 
     @property
     def kinds(self) -> Mapping[Kind, bool]:
@@ -153,7 +179,18 @@ class _Space:
         block = self.units + 32
         self.trials = self.rank if self.rank <= 4 * block else 2 * block
         self.like = lab.values[self.inward[0].name]
-        self.batches = list(lab.batches)[: method.batches]
+        examples = max(_FEWEST, math.ceil(method.rows * self.needed()))
+        self.batches = [lab.cut(b, examples) for b in lab.batches[: method.batches]]
+
+    def needed(self) -> float:
+        """Examples that hold as many positions as a unit has weights."""
+        structure = self.lab.structure
+        most = 0.0
+        for slot in (*self.inward, *self.outward):
+            weights = math.prod(self.lab.values.shape(slot.name))
+            positions = products(structure, slot.name) / weights / structure.batch
+            most = max(most, max(self.width_in, self.width_out) / max(positions, 1.0))
+        return most
 
     def strips(self, inward: Tensor, outward: Tensor) -> dict[Place, Tensor]:
         """Strips from one fan-in and one fan-out vector per unit; depthwise kernels are
@@ -179,19 +216,22 @@ class _Space:
             self.lab.units(slot, self.axis).mean(0, keepdim=True).expand(shape).clone()
         )
 
-    def operators(self, offset: float) -> tuple[Operator, Operator]:
+    def operators(
+        self, offset: float, trials: int | None = None
+    ) -> tuple[Operator, Operator]:
         """V -> M V and U -> M^T U for trial vectors in rows, at a pre-activation of
         `offset`.
         """
-        widened = self.lab.widened(self.axis, self.trials * self.axis.multiple)
+        trials = trials or self.trials
+        widened = self.lab.widened(self.axis, trials * self.axis.multiple)
         parts = []
         with widened.lifted(offset):
             for batch in self.batches:
                 inward = self.like.new_zeros(
-                    self.trials, self.width_in
+                    trials, self.width_in
                 ).requires_grad_()
                 outward = self.like.new_zeros(
-                    self.trials, self.width_out
+                    trials, self.width_out
                 ).requires_grad_()
                 loss = widened.loss(self.strips(inward, outward), batch)
                 to_in, to_out = torch.autograd.grad(
@@ -207,7 +247,7 @@ class _Space:
                 source, target = (to_out, inward) if inwards else (to_in, outward)
                 if not source.requires_grad:
                     return vectors.new_zeros(
-                        self.trials, self.width_in if inwards else self.width_out
+                        trials, self.width_in if inwards else self.width_out
                     )
                 product = (source * vectors.to(source)).sum()
                 (part,) = torch.autograd.grad(
@@ -246,20 +286,20 @@ class _Space:
                 break
         return inward, values, outward
 
-    def probes(self) -> Tensor:
-        return self.lab.normal(
-            (self.trials, self.width_out), torch.zeros(1, dtype=torch.float64)
-        )
+    def probes(self, trials: int | None = None) -> Tensor:
+        like = torch.zeros(1, dtype=torch.float64)
+        return self.lab.normal((trials or self.trials, self.width_out), like)
 
     def frame(self) -> tuple[Tensor, Tensor, Tensor, bool]:
         """The k best triplets, random orthonormal directions beyond the rank, and
         whether the activation is flat at 0.
         """
-        operators, lifted = self.operators(0.0), self.operators(_OFFSET)
-        probes = self.probes()
         # ReLU has slope 0 at 0: M vanishes there, and half a unit away it does not.
-        flat = bool(operators[0](probes).norm() < _FLAT * lifted[0](probes).norm())
-        inward, values, outward = self.triplets(*(lifted if flat else operators))
+        probes = self.probes(_FEELERS)
+        at_zero = self.operators(0.0, _FEELERS)[0](probes).norm()
+        flat = bool(at_zero < _FLAT * self.operators(_OFFSET, _FEELERS)[0](probes).norm())
+        operators = self.operators(_OFFSET if flat else 0.0)
+        inward, values, outward = self.triplets(*operators)
         # Below this share of the largest they are rounding.
         values = torch.where(values > 1e-10 * values.max(), values, 0.0)
         outward, inward = (
@@ -302,39 +342,30 @@ class _Space:
         activation gates them are followed for a few steps, which is where training will
         take the unit; the way whose weakest gradient is largest wins.
         """
-        widened = self.lab.widened(self.axis, self.count)
-        length = inward.norm(dim=1, keepdim=True).to(self.like)
-        best = torch.full_like(length, -1.0)
-        best_sign, best_inward = torch.ones_like(length), inward.to(self.like)
-        # Both sides of the hyperplane, both signs of the fan-out.
-        for side, sign in itertools.product((1.0, -1.0), repeat=2):
-            trial = (side * inward).to(self.like)
-            travelled = torch.zeros_like(trial)
-            norms, way = [], []
-            for _ in range(4):
-                trial = trial.detach().requires_grad_()
-                loss = widened.loss(
-                    self.strips(trial, (sign * outward).to(self.like)), self.batches[0]
-                )
-                gradient = torch.autograd.grad(loss, trial)[0]
-                norm = gradient.norm(dim=1, keepdim=True)
-                norms.append(norm)
-                way.append(trial.detach())
-                travelled = travelled - gradient
-                trial = (
-                    length
-                    * travelled
-                    / travelled.norm(dim=1, keepdim=True).clamp_min(
-                        torch.finfo(norm.dtype).tiny
-                    )
-                )
-            # The first gradient is that of the starting point, the same for all.
-            weakest = torch.stack(norms[1:]).amin(0) + 1e-6 * norms[1]
-            better = weakest > best
-            best = torch.where(better, weakest, best)
-            best_sign = torch.where(better, sign, best_sign)
-            best_inward = torch.where(better, way[1], best_inward)
-        return best_sign.double().cpu(), best_inward.double().cpu()
+        ways = list(itertools.product((1.0, -1.0), repeat=2))
+        # All ways at once: fan-in of rounding size, they do not feel each other.
+        widened = self.lab.widened(self.axis, len(ways) * self.count)
+        sides = torch.cat([side * inward for side, _ in ways]).to(self.like)
+        signed = torch.cat([sign * outward for _, sign in ways]).to(self.like)
+        length = sides.norm(dim=1, keepdim=True)
+        trial, travelled = sides, torch.zeros_like(sides)
+        norms, way = [], []
+        for _ in range(_FOLLOWED):
+            trial = trial.detach().requires_grad_()
+            loss = widened.loss(self.strips(trial, signed), self.batches[0])
+            gradient = torch.autograd.grad(loss, trial)[0]
+            norm = gradient.norm(dim=1, keepdim=True)
+            norms.append(norm)
+            way.append(trial.detach())
+            travelled = travelled - gradient
+            least = torch.finfo(norm.dtype).tiny
+            trial = length * travelled / travelled.norm(dim=1, keepdim=True).clamp_min(least)
+        # The first gradient is that of the starting point, the same for all.
+        weakest = torch.stack(norms[1:]).amin(0) + 1e-6 * norms[1]
+        chosen = weakest.reshape(len(ways), -1).argmax(0)
+        rows = chosen * len(inward) + torch.arange(len(inward), device=chosen.device)
+        signs = torch.tensor([sign for _, sign in ways], dtype=torch.float64)
+        return signs[chosen.cpu()][:, None], way[1][rows].double().cpu()
 
     def zero_fan_out(self) -> Offer:
         """Fan-in from the singular vectors, improved by projected ascent on the

@@ -8,7 +8,8 @@ from collections.abc import Generator, Iterable, Iterator, Sized
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, IterableDataset
 
 from meristem.core.errors import DataError
@@ -184,3 +185,19 @@ def first_call(model: nn.Module, loss: Loss, batch: Any) -> Example:
         "loss(model, batch) never calls the model, so no example input is known. "
         "hint: pass example=, or call model(...) inside the loss"
     )
+
+
+def cut(batch: Any, count: int) -> Any:
+    """The first `count` examples of a batch; all of it where that cannot be told.
+
+    Examples lie along the leading dimension, which all its tensors share then.
+    """
+    leaves, spec = pytree.tree_flatten(batch)
+    lengths = {len(x) for x in leaves if isinstance(x, Tensor) and x.dim()}
+    if len(lengths) != 1 or lengths.pop() <= count:
+        return batch
+    parts = []
+    for leaf in leaves:
+        has_examples = isinstance(leaf, Tensor) and leaf.dim()
+        parts.append(leaf[:count] if has_examples else leaf)
+    return pytree.tree_unflatten(parts, spec)

@@ -24,7 +24,7 @@ from meristem.core.axis import Axes, Axis, Place, Slot
 from meristem.core.change import NO_CHANGE, Plan, Sources, by_unit, index
 from meristem.core.errors import DataError, MeristemError
 from meristem.core.offer import Blocks, Offer, Scaling
-from meristem.lab.batches import length, one_pass
+from meristem.lab.batches import cut, length, one_pass
 from meristem.lab.ledger import Meter, plain_attention
 from meristem.lab.losses import Loss, evaluate
 from meristem.structure import Structure, resolve
@@ -105,6 +105,7 @@ class Lab:
         self.batches = loan.batches
         self.progress = loan.progress
         self.allowance = loan.allowance
+        self._parts: bool | None = None
 
     @cached_property
     def structure(self) -> Structure:
@@ -133,6 +134,29 @@ class Lab:
         if self.loss is None or not self.batches:
             raise DataError(f"{method} measures on data: pass loss= and data=")
         return self.loss
+
+    def cut(self, batch: Any, examples: int) -> Any:
+        """The first examples of a batch, for a measurement that needs no more.
+
+        All of it where it cannot be cut, or where the loss does not take a part.
+        """
+        part = cut(batch, examples)
+        if part is batch:
+            return batch
+        return part if self._takes_parts(part) else batch
+
+    def _takes_parts(self, part: Any) -> bool:
+        """Whether the loss takes a part of a batch; asked once."""
+        if self._parts is None and self.loss is not None:
+            held = live_values(self._origin)
+            copied = grown_twin(self._origin, held, NO_CHANGE).eval()
+            try:
+                with torch.no_grad():
+                    evaluate(self.loss, copied, part)
+                self._parts = True
+            except MeristemError:
+                self._parts = False
+        return bool(self._parts)
 
     def within(self, allowance: float) -> Lab:
         """The same, with another allowance."""

@@ -1,6 +1,6 @@
 """What can grow: labels for every tensor dimension of a traced model, axes, and plans."""
 
-from meristem.structure.discover import Structure, known_example, structure_of
+from meristem.structure.discover import Structure, known_example, proved, structure_of
 from meristem.structure.kinds import apart, flops
 from meristem.structure.planning import clash, products, resolve, sized, with_insertions
 
@@ -11,6 +11,7 @@ __all__ = [
     "flops",
     "known_example",
     "products",
+    "proved",
     "resolve",
     "sized",
     "structure_of",

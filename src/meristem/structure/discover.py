@@ -89,6 +89,12 @@ class Structure:
         frozen = widths.frozen | self._undeepened
         self.axes = Axes(widths.axes | deep, widths.ends, frozen)
 
+    def inherit(self, before: Structure) -> None:
+        """Take over the verdicts on the same axes of the model before it grew."""
+        same = list(self.axes) == list(before.axes)
+        if same and list(self.axes.ends) == list(before.axes.ends):
+            self.verdicts = dict(before.verdicts)
+
     @property
     def model(self) -> nn.Module:
         """The model; a structure does not keep it alive."""
@@ -327,6 +333,12 @@ _STRUCTURES: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Structure]] = (
 )
 
 
+# By model, what it was like right after a growth, and the structure that it grew from.
+_PROVED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Structure]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
 def structure_of(model: nn.Module, example: Any) -> Structure:
     """The structure of a model; traced again only where the model or its call has
     changed.
@@ -342,9 +354,19 @@ def structure_of(model: nn.Module, example: Any) -> Structure:
         structure.example = call
         return structure
     structure = Structure(model, call)
+    grown_from = _PROVED.pop(model, None)
+    if grown_from is not None and grown_from[0] == key:
+        structure.inherit(grown_from[1])
     if structure.fake:  # else what was seen depends on the values of the call
         _STRUCTURES[model] = (key, structure)
     return structure
+
+
+def proved(structure: Structure, model: nn.Module) -> None:
+    """Note that a growth has been proved and carried out: what was found out about the
+    axes before it still holds for the model as it is now.
+    """
+    _PROVED[model] = (_fingerprint(model, structure.example), structure)
 
 
 def known_example(model: nn.Module) -> Example | None:
