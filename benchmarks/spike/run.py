@@ -28,9 +28,9 @@ from meristem.experiments.data import Data, load
 from meristem.experiments.models import ConvNet, mlp
 
 STEPS, EVERY, WINDOW = 400, 4, 5
-SPIKE_STEPS = 200
+SPIKE_STEPS, EXAMPLES = 200, 2000
 """Steps after the growth, between evaluations, evaluations of a running mean; steps in
-which the spike is looked for.
+which the spike is looked for, test examples.
 """
 NOISE = 1e-3
 """Relative noise on the weights of the arm that does not grow: what two trainings that
@@ -98,9 +98,9 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> Tens
 
 
 @torch.no_grad()
-def tested(model: nn.Module, data: Data, examples: int = 2000) -> tuple[float, float]:
+def tested(model: nn.Module, data: Data) -> tuple[float, float]:
     model.eval()
-    x, y = data.x_test[:examples], data.y_test[:examples]
+    x, y = data.x_test[:EXAMPLES], data.y_test[:EXAMPLES]
     out = model(x)
     model.train()
     return F.cross_entropy(out, y).item(), (out.argmax(1) == y).double().mean().item()
@@ -159,7 +159,9 @@ def figures(
     }
 
 
-def runs(name: str, kind: str, seed: int, out: Path, arms: list[tuple[str, str]]) -> None:
+def runs(
+    name: str, kind: str, seed: int, out: Path, arms: list[tuple[str, str]]
+) -> None:
     """All arms of one setting, optimizer and seed; one file each."""
     setting = SETTINGS[name]
     torch.manual_seed(seed)
@@ -223,7 +225,9 @@ def table(folder: Path) -> None:
         one = json.loads(path.read_text())
         key = tuple(one[k] for k in ("setting", "optimizer", "how", "care"))
         rows.setdefault(key, []).append(one)
-    print("| net, optimizer | how | care | spike, % (each seed) | back within 2 % | accuracy | ungrown |")
+    print(
+        "| net, optimizer | how | care | spike, % (each seed) | back within 2 % | accuracy | ungrown |"
+    )
     print("|---|---|---|---|---|---|---|")
     for (setting, kind, method, care), found in rows.items():
         spikes = " ".join(f"{100 * one['spike']:.1f}" for one in found)

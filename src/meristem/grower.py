@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from meristem.core.errors import DataError
 from meristem.core.growth import Growth
 from meristem.event.amounts import Amount
 from meristem.event.calendar import Calendar
+from meristem.event.clockwork import Clockwork
 from meristem.event.sharing import Check, Settings, find_growth
 from meristem.event.steps import (
     Cares,
@@ -38,9 +38,18 @@ from meristem.surgery.aftercare import aftercare_state, load_aftercare
 from meristem.when import TRIGGERS
 from meristem.where import Uniform
 
-
 _STATE = frozenset(
-    "clock history metrics done reason losses generator aftercare".split()
+    [
+        "clock",
+        "history",
+        "metrics",
+        "done",
+        "reason",
+        "losses",
+        "passing",
+        "generator",
+        "aftercare",
+    ]
 )
 
 
@@ -139,11 +148,9 @@ class Grower:
             axes=axes,
             round_to=round_to,
         )
-        self.clock = Clock()
+        self.clockwork = Clockwork(when, length(data))
         self.calendar = Calendar(self.structure, loss, data, generator)
-        self.metrics: list[tuple[int, float]] = []
         self.done, self.reason = False, ""
-        self._epoch_length = length(data)
         self._example = example
         self._step_cost: float | None = None
         # Asked once: an idle step must cost next to nothing.
@@ -164,6 +171,14 @@ class Grower:
     @property
     def optimizers(self) -> tuple[Optimizer, ...]:
         return self.settings.optimizers
+
+    @property
+    def clock(self) -> Clock:
+        return self.clockwork.clock
+
+    @property
+    def metrics(self) -> list[tuple[int, float]]:
+        return self.clockwork.metrics
 
     @property
     def history(self) -> list[Growth]:
@@ -204,37 +219,30 @@ class Grower:
             )
         if loss is not None:
             self.calendar.losses.add(loss)
-        step = self.clock.step + 1
-        # An epoch is len(data) steps, whatever the user's loop calls one.
-        ended = self._epoch_length is not None and step % self._epoch_length == 0
         # Only such a trigger weighs growth against training; others need no count.
         counted = self._rationed and not self.done
         if counted and self._step_cost is None:
             self._step_cost = self.settings.step_cost(self.model)
-        cost = (self._step_cost or 0.0) if counted else 0.0
-        self.clock = replace(
-            self.clock,
-            step=step,
-            epoch=self.clock.epoch + int(ended),
-            epoch_ended=ended,
-            trained=self.clock.trained + cost,
-        )
-        self.calendar.turn(step)
+        self.clockwork.step(loss, (self._step_cost or 0.0) if counted else 0.0)
+        self.calendar.turn(self.clock.step)
         return self._grow_if_due()
 
     def epoch(self, metric: float | None = None) -> Growth | None:
         """Record the end of an epoch and its metric.
 
-        Counts the epoch only where the length of `data` is unknown.
+        Counts the epoch only where the length of `data` is unknown; grows where the
+        trigger watches the metric, and it is time.
         """
-        if metric is not None:
-            self.metrics.append((self.clock.step, float(metric)))
-        # step() has counted the epoch already.
-        if self._epoch_length is not None:
-            return None
-        self.clock = replace(self.clock, epoch=self.clock.epoch + 1, epoch_ended=True)
-        growth = self._grow_if_due()
-        self.clock = replace(self.clock, epoch_ended=False)
+        growth = None
+        try:
+            # step() has counted the epoch already, where its length is known.
+            if self.clockwork.epoch_length is None:
+                self.clockwork.end_epoch()
+                growth = self._grow_if_due()
+            if metric is not None and self.clockwork.measured(float(metric)):
+                growth = growth or self._grow_if_due()
+        finally:
+            self.clockwork.settle()
         return growth
 
     def _grow_if_due(self) -> Growth | None:
@@ -265,20 +273,12 @@ class Grower:
         with all_or_nothing(self.settings.generator):
             structure = self.structure()
             found = find_growth(Check(self.settings, structure, self.clock, allowance))
-        clock = found.clock
-        clock = replace(
-            clock,
-            growing=clock.growing + found.flops,
-            # A check that cost nothing says nothing about the next one.
-            latest=float(found.flops) or clock.latest,
-        )
+        self.clockwork.checked(found.clock, found.flops, found.growth is not None)
         self.done, self.reason = found.done, found.reason or self.reason
         if found.growth is not None:
-            found.growth.step = clock.step
+            found.growth.step = self.clock.step
             self.history.append(found.growth)
             self._step_cost = None
-            clock = replace(clock, growths=clock.growths + 1, refusals=0, least=0.0)
-        self.clock = clock
         return found.growth
 
     def prune(self, tolerance: float = 1e-3) -> list[Growth]:
@@ -299,8 +299,7 @@ class Grower:
         )
         for growth in done:
             growth.step = self.clock.step
-            spent = self.clock.growing + growth.flops
-            self.clock = replace(self.clock, growing=spent, refusals=0, least=0.0)
+            self.clockwork.spent(growth.flops)
             self.done, self.reason, self._step_cost = False, "", None
             for axis in growth.added:
                 self.calendar.forget(axis, self.clock.step)
@@ -311,9 +310,8 @@ class Grower:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to grow as if it had never stopped."""
         return {
-            "clock": vars(self.clock).copy(),
+            **self.clockwork.state_dict(),
             "history": [growth.json() for growth in self.history],
-            "metrics": [list(entry) for entry in self.metrics],
             "done": self.done,
             "reason": self.reason,
             "losses": self.calendar.losses.numbers(),
@@ -332,10 +330,9 @@ class Grower:
                 f"this is not the state of a Grower: {', '.join(sorted(missing))} "
                 "missing"
             )
-        self.clock = Clock(**state["clock"])
+        self.clockwork.load_state_dict(state)
         # The model and its optimizer are somebody else's to load.
         self.calendar.restore(state["history"], state["losses"])
-        self.metrics = [(int(step), float(value)) for step, value in state["metrics"]]
         self.done, self.reason = bool(state["done"]), str(state["reason"])
         self._step_cost = None
         self.settings.generator.set_state(state["generator"])

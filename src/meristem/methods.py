@@ -57,10 +57,12 @@ __all__ = [
     "Slot",
     "Thrifty",
     "Treatment",
+    "Watches",
     "When",
     "Where",
     "Widened",
     "check_counts",
+    "check_flag",
     "check_positive",
     "neutral",
 ]
@@ -159,6 +161,9 @@ class Clock:
         checked_step, checked_epoch: When the last check was.
         trained: What the training steps cost so far, in floating-point operations.
             Known only where the trigger `Rations`, as `least` is.
+        losses, metrics: Since the last growth, the mean training loss of every epoch, and
+            every metric. Known only where the trigger `Watches` them.
+        measured: Whether a metric has just been added.
         least: What the next check costs at least.
         growing: What all growths and checks cost.
         latest: What the last one cost.
@@ -175,6 +180,9 @@ class Clock:
     growing: float = 0.0
     latest: float = 0.0
     least: float = 0.0
+    losses: tuple[float, ...] = ()
+    metrics: tuple[float, ...] = ()
+    measured: bool = False
 
 
 class When(Protocol):
@@ -191,6 +199,18 @@ class Rations(When, Protocol):
     def allowance(self, clock: Clock) -> float:
         """Floating-point operations that a check may cost now."""
         ...
+
+
+class Watches(When, Protocol):
+    """A trigger that looks at how training goes.
+
+    Attributes:
+        watches: Of "loss" and "metric", what it looks at. One that watches the metric is
+            asked in `Grower.epoch` too.
+    """
+
+    @property
+    def watches(self) -> tuple[str, ...]: ...
 
 
 class Care(Protocol):
@@ -273,6 +293,12 @@ def takes(part: Any, name: str, arguments: int) -> bool:
 def rations(when: When) -> bool:
     """Whether a trigger says what a check may cost: it has `allowance(clock)`."""
     return takes(when, "allowance", 1)
+
+
+def watched(when: When) -> tuple[str, ...]:
+    """What a trigger looks at of how training goes."""
+    found: tuple[str, ...] = getattr(when, "watches", ())
+    return found
 
 
 def is_thrifty(how: How) -> bool:
@@ -387,3 +413,10 @@ def check_counts(owner: str, least: int = 1, **values: Any) -> None:
             raise ValueError(
                 f"{owner}({name}=...) must be an int in [{least}, inf); got {value!r}"
             )
+
+
+def check_flag(owner: str, **values: Any) -> None:
+    """Raise unless every value is True or False."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{owner}({name}=...) is True or False; got {value!r}")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from meristem import care, how, where
+from meristem import how, where
 from meristem import when as triggers
 from meristem.core.axis import Axes
 from meristem.core.budget import Budget

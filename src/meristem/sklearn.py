@@ -368,7 +368,9 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
         outputs above all, looks like a feature that is missing.
         """
         optimizer = torch.optim.LBFGS(
-            model.parameters(), max_iter=self._linear_steps, line_search_fn="strong_wolfe"
+            model.parameters(),
+            max_iter=self._linear_steps,
+            line_search_fn="strong_wolfe",
         )
 
         def closure() -> Tensor:

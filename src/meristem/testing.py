@@ -8,6 +8,7 @@ same functions.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,7 +29,17 @@ from meristem.event.steps import methods
 from meristem.grower import Grower
 from meristem.growing import find_axes, grow_, plan
 from meristem.how import GradMax, Random
-from meristem.methods import Care, Clock, How, When, Where, check_part, rations, settles
+from meristem.methods import (
+    Care,
+    Clock,
+    How,
+    When,
+    Where,
+    check_part,
+    rations,
+    settles,
+    watched,
+)
 from meristem.structure import apart, structure_of
 from meristem.when import TRIGGERS, Every
 from meristem.where import PLACES
@@ -449,9 +460,22 @@ def check_when(when: When) -> None:
     check_part("when", when, TRIGGERS)
     told = _named(when)
     times = 0
-    for step in range(1, 2001):
-        # Operations enough for any budget.
-        clock = Clock(step, step // 20, step % 20 == 0, times, trained=1e12 * step)
+    asked = range(1, 2001)
+    # A trigger that watches the metric is asked again where one has come.
+    measured = "metric" in watched(when)
+    for step, just_measured in itertools.product(asked, {False, measured}):
+        # Operations enough for any budget; a loss and a metric that stand still.
+        still = (1.0,) * (step // 20)
+        clock = Clock(
+            step,
+            step // 20,
+            step % 20 == 0,
+            times,
+            trained=1e12 * step,
+            losses=still,
+            metrics=still,
+            measured=just_measured and step % 20 == 0,
+        )
         due = when.due(clock)
         assert isinstance(due, bool), f"{told}.due must return a bool; got {due!r}"
         assert due == when.due(clock), f"{told}: the same clock gave another answer"

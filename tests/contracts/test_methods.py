@@ -31,6 +31,9 @@ METHODS = {
     "random_zero_fan_in": Row(ms.how.Random(zero="fan_in"), True, everywhere=False),
     "random_both": Row(ms.how.Random(zero=None), False),
     "net2net": Row(ms.how.Net2Net(), False, everywhere=False, keeps_old=False),
+    "pairs": Row(ms.how.Pairs(), False, everywhere=False),
+    "firefly": Row(ms.how.Firefly(steps=3), False, everywhere=False, keeps_old=False),
+    "tiny": Row(ms.how.TINY(), False, everywhere=False, refused=("down2", "up")),
     "gradmax": Row(ms.how.GradMax(steps=2), True, everywhere=False),
     "gradmax_zero_fan_out": Row(
         ms.how.GradMax(zero="fan_out", steps=2), True, everywhere=False

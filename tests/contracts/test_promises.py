@@ -27,12 +27,16 @@ HOWS = {
     "random": ms.how.Random(),
     "random, neither side zero": ms.how.Random(zero=None),
     "net2net": ms.how.Net2Net(),
+    "pairs": ms.how.Pairs(),
+    "firefly": ms.how.Firefly(steps=3),
+    "tiny": ms.how.TINY(),
     "gradmax": ms.how.GradMax(steps=2),
     "gradmax, zero fan-out": ms.how.GradMax(zero="fan_out", steps=2),
     "swe": ms.how.SWE(),
     "senn": ms.how.SENN(steps=3, candidates=4),
     "zero_block": ms.how.ZeroBlock(),
     "stack": ms.how.Stack(),
+    "stack, middle": ms.how.Stack(part="middle"),
     "interpose": ms.how.Interpose(),
     "interpose, zero": ms.how.Interpose(zero=True),
 }
@@ -48,6 +52,8 @@ WHERES = {
 WHENS = {
     "every": ms.when.Every(epochs=3),
     "at": ms.when.At(steps=(7, 300)),
+    "plateau": ms.when.Plateau(),
+    "plateau, metric": ms.when.Plateau(of="metric"),
     "senn": ms.when.SENN(),
 }
 CARES = {

@@ -196,7 +196,7 @@ def test_a_resumed_run_goes_on_with_it(way: str, kind: str, tmp_path: Path) -> N
         ms.care.FreshStatistics(steps=4, values=50),
     ]
     model, optimizer = grown(care, kind, norm=True)
-    loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean()  # noqa: E731
+    loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean()
 
     def made(model: nn.Module, optimizer: Any) -> ms.Grower:
         when = ms.when.At(epochs=[99])
@@ -241,7 +241,9 @@ def test_without_an_optimizer_it_is_refused_and_nothing_changes() -> None:
     for care in (ms.care.YoungRate(), ms.care.Rewarm(), ms.care.FreshStatistics()):
         with pytest.raises(ms.OptimizerError, match="pass optimizer="):
             grow(model, None, care)
-    assert all(torch.equal(value, before[name]) for name, value in values(model).items())
+    assert all(
+        torch.equal(value, before[name]) for name, value in values(model).items()
+    )
 
 
 def test_a_refused_growth_leaves_no_hooks() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import meristem as ms
-from meristem.how.gradmax import GradMax, _Space
+from meristem.how.gradmax import GradMax, _Units
 from meristem.lab.laboratory import Lab, Loan
 from meristem.structure import Structure
 
@@ -28,10 +28,10 @@ def output_gradient(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 def space(
     model: nn.Module, axis: str, count: int, data: list[Any], **options: Any
-) -> _Space:
+) -> _Units:
     structure = Structure(model, data[0][0])
     lab = Lab(structure, Loan(torch.Generator().manual_seed(0), mse, data))
-    return _Space(lab, structure.axes[axis], count, GradMax(**options))
+    return _Units(lab, structure.axes[axis], count, GradMax(**options))
 
 
 def dense(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, list[Any]]:
@@ -193,7 +193,7 @@ def test_micro_batches_and_loss_scale_give_the_same_units() -> None:
         structure,
         Loan(torch.Generator().manual_seed(0), lambda m, b: 1000 * mse(m, b), data),
     )
-    times = _Space(scaled, structure.axes["0"], 2, GradMax()).frame()
+    times = _Units(scaled, structure.axes["0"], 2, GradMax()).frame()
     torch.testing.assert_close(whole[2], times[2], atol=1e-6, rtol=0)
 
 

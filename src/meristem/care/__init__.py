@@ -160,7 +160,9 @@ def _check_ramp(care: YoungRate | Rewarm) -> None:
     name = type(care).__name__
     check_steps(name, care.steps)
     if isinstance(care.start, bool) or not 0 <= care.start < 1:
-        raise ValueError(f"{name}(start=...) must be a float in [0, 1); got {care.start}")
+        raise ValueError(
+            f"{name}(start=...) must be a float in [0, 1); got {care.start}"
+        )
 
 
 def check_steps(name: str, steps: object) -> None:

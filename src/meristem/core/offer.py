@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from meristem.core.axis import Place
@@ -18,7 +19,8 @@ class Copies:
     """New units as copies of old ones.
 
     Attributes:
-        parent: (new units,): the old unit that new unit j copies.
+        parent: (new units,): the old unit that new unit j copies; -1 where it copies
+            none, and starts by its strips.
         share: (all units,): what the fan-out of every unit is multiplied by, old ones
             first. The shares of a unit and its copies sum to 1, so the function is
             preserved.
@@ -26,6 +28,20 @@ class Copies:
 
     parent: Tensor
     share: Tensor
+
+    @property
+    def fresh(self) -> Tensor:
+        """(new units,): which of them copy none."""
+        return self.parent < 0
+
+    def first(self, units: int) -> Copies:
+        """The first new units; what the others had goes back to their families."""
+        old = len(self.share) - len(self.parent)
+        parent, share = self.parent[:units], self.share[: old + units]
+        alone = old + torch.arange(units)
+        family = torch.cat([torch.arange(old), torch.where(parent < 0, alone, parent)])
+        total = share.new_zeros(old + units).index_add(0, family, share)
+        return Copies(parent, share / total[family])
 
 
 @dataclass(frozen=True)
@@ -94,17 +110,16 @@ class Offer:
         """The first `count` units, which are the best where the method ranks them."""
         if count == self.count:
             return self
-        if self.copies is not None:
-            raise ValueError(
-                "an offer of copies cannot be cut: its shares belong together"
-            )
         if self.blocks is not None:
             blocks = self.blocks.first(count)
             return replace(self, count=count, blocks=blocks, gains=self.gains[:count])
-        first = next(iter(self.strips.values()))
-        units = count * len(first) // self.count
+        held = self.copies.parent if self.copies else next(iter(self.strips.values()))
+        units = count * len(held) // self.count
         strips = {place: strip[:units] for place, strip in self.strips.items()}
-        return replace(self, count=count, strips=strips, gains=self.gains[:units])
+        copies = self.copies.first(units) if self.copies else None
+        return replace(
+            self, count=count, strips=strips, copies=copies, gains=self.gains[:units]
+        )
 
 
 @dataclass(frozen=True)

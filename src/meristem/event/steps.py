@@ -162,7 +162,9 @@ def prepare(
     """The event of one growth of a model."""
     structure = structure_of(model, example)
     lab = Lab(structure, loan)
-    return Event(structure, lab, methods(how), cares(care, optimizer), optimizers(optimizer))
+    return Event(
+        structure, lab, methods(how), cares(care, optimizer), optimizers(optimizer)
+    )
 
 
 def method_for(how: Methods, axis: Axis) -> How:

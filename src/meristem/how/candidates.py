@@ -167,7 +167,7 @@ def _alone(layers: Layers, trials: int) -> Tensor:
     return total
 
 
-def next_layers(lab: Lab, axis: Axis) -> list[str]:
+def next_layers(lab: Lab, axis: Axis, method: str = "SENN") -> list[str]:
     """The layers that read the units of an axis.
 
     Raises:
@@ -175,7 +175,7 @@ def next_layers(lab: Lab, axis: Axis) -> list[str]:
     """
     if axis.streamed or axis.end:
         raise GrowthRefused(
-            f"SENN has no zero side on axis {axis.name!r}. hint: how.Random grows it"
+            f"{method} has no zero side on axis {axis.name!r}. hint: how.Random grows it"
         )
     layers = []
     for slot in axis.places("fan_out"):
@@ -183,7 +183,7 @@ def next_layers(lab: Lab, axis: Axis) -> list[str]:
         is_weight = slot.dim == 1 and slot.name.endswith("weight")
         if slot.tied or not is_weight or not scored(owner):
             raise GrowthRefused(
-                f"SENN scores linear layers and ungrouped convolutions; {slot.name}, "
+                f"{method} looks at linear layers and ungrouped convolutions; {slot.name}, "
                 f"which reads axis {axis.name!r}, belongs to a {type(owner).__name__}. "
                 "hint: leave it out by axes=, or grow it by how.Random()"
             )

@@ -7,12 +7,7 @@ second derivative
 
     M = d^2 L / (d W_in d W_out)      at W_in = 0, W_out = 0, for one new unit,
 
-which for a dense pair is B = E[g h^T] of the paper, for a pair of convolutions its
-exact form for every stride, padding and dilation, and which exists for several
-consumers, pooling, concatenation and residual joins alike. It is never formed: two
-differentiations of the user's own loss, on a copy of the model widened by trial units,
-multiply it with all trial vectors at once, and block subspace iteration finds its
-leading singular triplets M = sum s_i u_i v_i^T.
+which for a dense pair is B = E[g h^T] of the paper (see `how.mixed`).
 
 Differences from the paper: the convolution is exact (the released auxiliary convolution
 is not, with strides); a unit whose activation has no slope at zero (ReLU) would stay
@@ -26,38 +21,27 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from meristem.core.axis import Axis, Kind, Place, Slot
+from meristem.core.axis import Axis, Kind
 from meristem.core.errors import GrowthRefused
 from meristem.core.offer import Offer
+from meristem.how.mixed import OFFSET, Mixed, orthonormal_rows
 from meristem.lab.laboratory import Lab
 from meristem.lab.ledger import counting
-from meristem.lab.neutral import flat_size, mean_norm, unflatten
+from meristem.lab.neutral import mean_norm
 from meristem.methods import check_counts, check_positive
-from meristem.structure import products
 
-Operator = Callable[[Tensor], Tensor]
-
-# Pre-activation at which slopes are taken where the activation is flat at zero.
-_OFFSET = 0.5
-# Below this ratio of the slopes at 0 and at the offset an activation counts as flat
-# at zero.
-_FLAT = 0.1
 # Length of the opening step of a flat activation, in rounding errors of the present
 # fan-in norm.
 _KICK = 4.0
-# Examples of a batch that are looked at, at least.
-_FEWEST = 32
 # Steps that training is followed for, to see whether a unit stays open.
 _FOLLOWED = 4
-# Trial units that tell whether an activation is flat at zero.
-_FEELERS = 4
 
 
 @dataclass(frozen=True)
@@ -134,7 +118,7 @@ class GradMax:
                 "grows it"
             )
         with counting() as counter:
-            space = _Space(lab, axis, count, self)
+            space = _Units(lab, axis, count, self)
             offer = (
                 space.zero_fan_out()
                 if self.zero == "fan_out"
@@ -149,7 +133,7 @@ class GradMax:
             note=offer.note,
         )
 
-    def _fan_in_first(self, space: _Space) -> Offer:
+    def _fan_in_first(self, space: _Units) -> Offer:
         coarse = (
             torch.finfo(space.like.dtype).eps > 1e-5
         )  # an opening step of rounding size would show
@@ -161,145 +145,24 @@ class GradMax:
         return offer
 
 
-class _Space:
-    """The weights of one axis' new units as vectors, and M acting on them."""
+class _Units(Mixed):
+    """New units of GradMax, from the triplets of M."""
 
     def __init__(self, lab: Lab, axis: Axis, count: int, method: GradMax) -> None:
-        self.lab, self.axis, self.count, self.method = lab, axis, count, method
-        self.units = count // axis.multiple
-        self.inward, self.outward = axis.places("fan_in"), axis.places("fan_out")
-        shapes = lab.shapes(axis, count)
-        self.width_in, self.width_out = (
-            flat_size(shapes, self.inward),
-            flat_size(shapes, self.outward),
-        )
-        self.rank = min(self.width_in, self.width_out)
-        # A block that spans the whole space is exact after one pass; a smaller one
-        # takes several.
-        block = self.units + 32
-        self.trials = self.rank if self.rank <= 4 * block else 2 * block
-        self.like = lab.values[self.inward[0].name]
-        examples = max(_FEWEST, math.ceil(method.rows * self.needed()))
-        self.batches = [lab.cut(b, examples) for b in lab.batches[: method.batches]]
-
-    def needed(self) -> float:
-        """Examples that hold as many positions as a unit has weights."""
-        structure = self.lab.structure
-        most = 0.0
-        for slot in (*self.inward, *self.outward):
-            weights = math.prod(self.lab.values.shape(slot.name))
-            positions = products(structure, slot.name) / weights / structure.batch
-            most = max(most, max(self.width_in, self.width_out) / max(positions, 1.0))
-        return most
-
-    def strips(self, inward: Tensor, outward: Tensor) -> dict[Place, Tensor]:
-        """Strips from one fan-in and one fan-out vector per unit; depthwise kernels are
-        the mean of the present ones.
-        """
-        shapes = self.lab.shapes(self.axis, len(inward) * self.axis.multiple)
-        carried = {
-            slot.place: self.kernel(slot, shapes[slot])
-            for slot in self.axis.places("carried")
-            if slot.fill == "draw"
-        }
-        return (
-            carried
-            | unflatten(inward, shapes, self.inward)
-            | unflatten(outward, shapes, self.outward)
-        )
-
-    def kernel(self, slot: Slot, shape: tuple[int, ...]) -> Tensor:
-        """The mean present kernel of a depthwise convolution on the axis: what new
-        units are carried by.
-        """
-        return (
-            self.lab.units(slot, self.axis).mean(0, keepdim=True).expand(shape).clone()
-        )
-
-    def operators(
-        self, offset: float, trials: int | None = None
-    ) -> tuple[Operator, Operator]:
-        """V -> M V and U -> M^T U for trial vectors in rows, at a pre-activation of
-        `offset`.
-        """
-        trials = trials or self.trials
-        widened = self.lab.widened(self.axis, trials * self.axis.multiple)
-        parts = []
-        with widened.lifted(offset):
-            for batch in self.batches:
-                inward = self.like.new_zeros(
-                    trials, self.width_in
-                ).requires_grad_()
-                outward = self.like.new_zeros(
-                    trials, self.width_out
-                ).requires_grad_()
-                loss = widened.loss(self.strips(inward, outward), batch)
-                to_in, to_out = torch.autograd.grad(
-                    loss, (inward, outward), create_graph=True
-                )
-                parts.append((inward, outward, to_in, to_out))
-
-        def apply(vectors: Tensor, inwards: bool) -> Tensor:
-            # Sums over batches in float64: singular values far below the first one
-            # count.
-            total = torch.zeros(1, dtype=torch.float64)
-            for inward, outward, to_in, to_out in parts:
-                source, target = (to_out, inward) if inwards else (to_in, outward)
-                if not source.requires_grad:
-                    return vectors.new_zeros(
-                        trials, self.width_in if inwards else self.width_out
-                    )
-                product = (source * vectors.to(source)).sum()
-                (part,) = torch.autograd.grad(
-                    product, target, retain_graph=True, allow_unused=True
-                )
-                total = total + (
-                    torch.zeros_like(target) if part is None else part
-                ).detach().double().cpu() / len(parts)
-            return total
-
-        return (lambda v: apply(v, True)), (lambda u: apply(u, False))
-
-    def triplets(
-        self, forward: Operator, adjoint: Operator
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Leading singular triplets of M, in rows: fan-in vectors, singular values,
-        fan-out vectors; float64.
-        """
-        # Block subspace iteration, one side orthonormal at a time.
-        outward = _orthonormal_rows(self.probes())
-        values = torch.zeros(self.trials, dtype=torch.float64)
-        for _ in range(self.method.iterations):
-            inward = _orthonormal_rows(forward(outward))
-            rotation, new_values, outward = torch.linalg.svd(
-                adjoint(inward), full_matrices=False
-            )
-            inward = rotation.T @ inward
-            # Only the units that will be used must have converged.
-            energy, new_energy = (
-                v[: self.units].square().sum() for v in (values, new_values)
-            )
-            values = new_values
-            if self.trials == self.rank or bool(
-                new_energy - energy <= self.method.tolerance * new_energy
-            ):
-                break
-        return inward, values, outward
-
-    def probes(self, trials: int | None = None) -> Tensor:
-        like = torch.zeros(1, dtype=torch.float64)
-        return self.lab.normal((trials or self.trials, self.width_out), like)
+        super().__init__(lab, axis, count, method.batches, method.rows)
+        self.method = method
 
     def frame(self) -> tuple[Tensor, Tensor, Tensor, bool]:
         """The k best triplets, random orthonormal directions beyond the rank, and
         whether the activation is flat at 0.
         """
-        # ReLU has slope 0 at 0: M vanishes there, and half a unit away it does not.
-        probes = self.probes(_FEELERS)
-        at_zero = self.operators(0.0, _FEELERS)[0](probes).norm()
-        flat = bool(at_zero < _FLAT * self.operators(_OFFSET, _FEELERS)[0](probes).norm())
-        operators = self.operators(_OFFSET if flat else 0.0)
-        inward, values, outward = self.triplets(*operators)
+        method = self.method
+        flat = self.flat()
+        inward, values, outward = self.triplets(
+            *self.operators(OFFSET if flat else 0.0),
+            method.tolerance,
+            method.iterations,
+        )
         # Below this share of the largest they are rounding.
         values = torch.where(values > 1e-10 * values.max(), values, 0.0)
         outward, inward = (
@@ -359,7 +222,11 @@ class _Space:
             way.append(trial.detach())
             travelled = travelled - gradient
             least = torch.finfo(norm.dtype).tiny
-            trial = length * travelled / travelled.norm(dim=1, keepdim=True).clamp_min(least)
+            trial = (
+                length
+                * travelled
+                / travelled.norm(dim=1, keepdim=True).clamp_min(least)
+            )
         # The first gradient is that of the starting point, the same for all.
         weakest = torch.stack(norms[1:]).amin(0) + 1e-6 * norms[1]
         chosen = weakest.reshape(len(ways), -1).argmax(0)
@@ -433,11 +300,6 @@ class _Space:
         return Offer(self.axis.name, self.count, strips, gains=gains, note=note)
 
 
-def _orthonormal_rows(rows: Tensor) -> Tensor:
-    basis: Tensor = torch.linalg.qr(rows.T)[0]
-    return basis.T
-
-
 def _fill(lab: Lab, rows: Tensor, values: Tensor, count: int) -> Tensor:
     """The first `count` rows; where their singular value is zero, or there are too few,
     random unit rows instead.
@@ -451,5 +313,5 @@ def _fill(lab: Lab, rows: Tensor, values: Tensor, count: int) -> Tensor:
         return good
     extra = lab.normal((missing, rows.shape[1]), rows)
     if missing <= rows.shape[1]:
-        return torch.cat([good, _orthonormal_rows(extra)])
+        return torch.cat([good, orthonormal_rows(extra)])
     return torch.cat([good, extra / extra.norm(dim=1, keepdim=True)])

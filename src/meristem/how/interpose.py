@@ -15,6 +15,7 @@ from meristem.core.axis import Axis, Kind
 from meristem.core.offer import Blocks, Offer
 from meristem.how.blocks import only_runs, silenced, stirs
 from meristem.lab.laboratory import Lab
+from meristem.methods import check_flag
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class Interpose:
     """
 
     zero: bool = False
+
+    def __post_init__(self) -> None:
+        check_flag("Interpose", zero=self.zero)
 
     @property
     def kinds(self) -> Mapping[Kind, bool]:

@@ -19,6 +19,7 @@ from meristem.core.axis import Axis, Kind, Place
 from meristem.core.errors import GrowthRefused
 from meristem.core.offer import Copies, Offer
 from meristem.lab.laboratory import Lab
+from meristem.methods import check_positive
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,10 @@ class Net2Net:
     """
 
     noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.noise != 0:
+            check_positive("Net2Net", noise=self.noise)
 
     @property
     def kinds(self) -> Mapping[Kind, bool]:

@@ -16,6 +16,7 @@ from meristem.how.blocks import fresh_blocks
 from meristem.lab.laboratory import Lab
 from meristem.lab.ledger import counting
 from meristem.lab.neutral import awake, neutral
+from meristem.methods import check_positive
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Random:
             raise ValueError(
                 f'Random(zero=...) is "fan_out", "fan_in" or None; got {self.zero!r}'
             )
+        check_positive("Random", scale=self.scale)
 
     @property
     def kinds(self) -> Mapping[Kind, bool]:

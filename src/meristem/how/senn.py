@@ -43,6 +43,7 @@ from meristem.lab.batches import length
 from meristem.lab.laboratory import Lab
 from meristem.lab.ledger import Meter, batch_size
 from meristem.lab.losses import Loss
+from meristem.methods import check_counts, check_positive
 from meristem.statistics.curvature import (
     DAMPING,
     Curvature,
@@ -103,6 +104,9 @@ class SENN:
                 "the activation of an inserted layer is one of "
                 f"{', '.join(IDENTITIES)}; got {self.activation!r}"
             )
+        check_counts("SENN", candidates=self.candidates, batches=self.batches)
+        check_counts("SENN", 0, steps=self.steps)
+        check_positive("SENN", damping=self.damping)
 
     @property
     def kinds(self) -> Mapping[Kind, bool]:

@@ -74,6 +74,27 @@ def neutral(
     return strips
 
 
+def with_fills(
+    lab: Lab, axis: Axis, count: int, strips: Mapping[Place, Tensor]
+) -> dict[Place, Tensor]:
+    """The strips, and one for every slot that would start by its fill: ones, the mean
+    of the present units, zeros.
+    """
+    whole = dict(strips)
+    for slot, shape in lab.shapes(axis, count).items():
+        if slot.place in whole:
+            continue
+        value = lab.values[slot.name]
+        if slot.fill == "one":
+            whole[slot.place] = value.new_ones(shape)
+        elif slot.fill == "mean" and value.is_floating_point():
+            mean = value.mean(slot.dim, keepdim=True).movedim(slot.dim, 0)
+            whole[slot.place] = mean[None].expand(shape).clone()
+        else:
+            whole[slot.place] = value.new_zeros(shape)
+    return whole
+
+
 def awake(
     lab: Lab, axis: Axis, count: int, strips: Mapping[Place, Tensor]
 ) -> dict[Place, Tensor]:

@@ -113,7 +113,7 @@ class _Norm:
         enough = 2 * self.largest / (asked.values + self.largest)
         momentum = max(self.own, min(asked.momentum, enough))
         # Batches count by their size: the last one of an epoch may hold three examples.
-        return 1 - (1 - momentum) ** (values / self.largest)
+        return float(1 - (1 - momentum) ** (values / self.largest))
 
     def release(self, module: nn.Module) -> None:
         self.hook.remove()
@@ -256,7 +256,7 @@ def aftercare_state(
     model: nn.Module, optimizers: Sequence[Optimizer]
 ) -> list[dict[str, Any]]:
     """What is still going on, in plain types and masks by parameter name."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     modules = {module: name for name, module in model.named_modules()}
     numbers = {id(one): number for number, one in enumerate(optimizers)}
     states = []
@@ -269,7 +269,7 @@ def aftercare_state(
                 "asked": asdict(course.asked),
                 "done": course.done,
                 "optimizer": numbers[id(course.optimizer)],
-                "young": {names[p]: mask for p, mask in course.young.items()},
+                "young": {names[id(p)]: mask for p, mask in course.young.items()},
                 "norms": {
                     modules[m]: [norm.own, norm.largest]
                     for m, norm in course.norms.items()
@@ -294,7 +294,7 @@ def load_aftercare(
         if state["optimizer"] >= len(optimizers):
             continue
         asked = kinds[state["kind"]](**state["asked"])
-        young = {}
+        young: dict[Tensor, Tensor] = {}
         for name, mask in state["young"].items():
             young[parameters[name]] = mask.to(parameters[name].device)
         norms = {modules[name]: _Norm(*told) for name, told in state["norms"].items()}

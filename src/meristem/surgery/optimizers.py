@@ -137,9 +137,11 @@ def _grown_moment(
         # The mean of the tensor: a zero would let Adam leap.
         level = value.mean().item()
         for edit in edits:
-            if edit.copies is None:
-                where = index(edit.where.ravel()).to(grown.device)
-                grown = grown.index_fill(edit.dim, where, level)
+            fresh = edit.where
+            if edit.copies is not None:
+                fresh = fresh[edit.copies.fresh.numpy()]
+            where = index(fresh.ravel()).to(grown.device)
+            grown = grown.index_fill(edit.dim, where, level)
     for edit in edits:
         if edit.copies is not None and edit.slot.role != "fan_out":
             share = edit.copies.share

@@ -141,14 +141,17 @@ def grown_tensor(old: Tensor, change: TensorChange, edits: Sequence[Edit]) -> Te
     for edit in edits:
         if not len(edit.where):
             continue
+        strip = edit.strip
+        if strip is None:
+            strip = _filled(old, edit)
         if edit.copies is None:
-            strip = edit.strip
-            if strip is None:
-                strip = _filled(old, edit)
             grown = _placed(grown, strip, change, edit)
-        elif edit.strip is not None:  # noise on the copies
-            empty = torch.zeros_like(grown)
-            grown = grown + _placed(empty, edit.strip, change, edit)
+            continue
+        # On the copies a strip is noise, and there is none where none was offered.
+        if edit.strip is None:
+            fresh = edit.copies.fresh.to(strip.device)
+            strip = strip * _along(fresh.to(strip.dtype), strip, 0)
+        grown = grown + _placed(torch.zeros_like(grown), strip, change, edit)
     return grown
 
 
@@ -170,8 +173,10 @@ def sources_with_copies(change: TensorChange, edits: Sequence[Edit]) -> list[Sou
     sources = [source.copy() for source in change.sources]
     for edit in edits:
         if edit.copies is not None:
-            parents = edit.layout[edit.copies.parent.numpy()]
-            sources[edit.dim][edit.where] = change.sources[edit.dim][parents]
+            parent = edit.copies.parent.numpy()
+            copied = parent >= 0
+            parents = edit.layout[parent[copied]]
+            sources[edit.dim][edit.where[copied]] = change.sources[edit.dim][parents]
     return sources
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from meristem.methods import Clock
+from meristem.methods import Clock, check_counts
 
 _DURATION = re.compile(r"\s*(\d+)\s*(steps?|epochs?)\s*")
 
@@ -70,11 +71,14 @@ class Every:
 
     def __post_init__(self) -> None:
         _one_unit("Every", self.steps, self.epochs)
-        period = self.steps or self.epochs or 0
-        if period < 1:
-            raise ValueError(
-                f"the period of Every must be an int in [1, inf); got {period}"
-            )
+        if self.steps:
+            check_counts("Every", steps=self.steps)
+        if self.epochs:
+            check_counts("Every", epochs=self.epochs)
+        if self.start is not None:
+            check_counts("Every", start=self.start)
+        if self.growths is not None:
+            check_counts("Every", growths=self.growths)
 
     def due(self, clock: Clock) -> bool:
         """Whether to grow now."""
@@ -103,11 +107,8 @@ class At:
         _one_unit("At", self.steps, self.epochs)
         object.__setattr__(self, "steps", tuple(self.steps))
         object.__setattr__(self, "epochs", tuple(self.epochs))
-        wrong = [n for n in (*self.steps, *self.epochs) if n < 1]
-        if wrong:
-            raise ValueError(
-                f"the moments of At must be ints in [1, inf); got {wrong[0]}"
-            )
+        for one in (*self.steps, *self.epochs):
+            check_counts("At", moments=one)
 
     def due(self, clock: Clock) -> bool:
         """Whether to grow now."""
@@ -116,6 +117,76 @@ class At:
             if self.steps
             else clock.epoch_ended and clock.epoch in self.epochs
         )
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """Due when the training loss or the metric has stood still for `patience` epochs
+    since the last growth.
+
+    It has where none of the last `patience` values is better than the best one before
+    them by more than `tolerance` of it. The loss may go on falling long after the
+    metric has stopped: by default either is enough.
+
+    Args:
+        patience: Epochs without improvement.
+        of: "loss", the mean training loss of an epoch, from `grower.step(loss)`;
+            "metric", from `grower.epoch(metric=...)`; "either".
+        mode: Whether a better metric is larger ("max") or smaller ("min").
+        tolerance: Relative improvement that does not count.
+        growths: Largest number of growths; None for no limit.
+
+    Examples:
+        >>> clock = Clock(epoch_ended=True, losses=(1.0, 0.5, 0.51, 0.52))
+        >>> Plateau(patience=2).due(clock), Plateau(patience=3).due(clock)
+        (True, False)
+    """
+
+    patience: int = 3
+    of: Literal["loss", "metric", "either"] = "either"
+    mode: Literal["max", "min"] = "max"
+    tolerance: float = 1e-3
+    growths: int | None = None
+
+    def __post_init__(self) -> None:
+        check_counts("Plateau", patience=self.patience)
+        if self.growths is not None:
+            check_counts("Plateau", growths=self.growths)
+        if self.of not in ("loss", "metric", "either"):
+            raise ValueError(
+                f'Plateau(of=...) is "loss", "metric" or "either"; got {self.of!r}'
+            )
+        if self.mode not in ("max", "min"):
+            raise ValueError(f'Plateau(mode=...) is "max" or "min"; got {self.mode!r}')
+        if isinstance(self.tolerance, bool) or not 0 <= self.tolerance < 1:
+            raise ValueError(
+                f"Plateau(tolerance=...) must be a float in [0, 1); got {self.tolerance}"
+            )
+
+    @property
+    def watches(self) -> tuple[str, ...]:
+        """What it looks at."""
+        return ("loss", "metric") if self.of == "either" else (self.of,)
+
+    def due(self, clock: Clock) -> bool:
+        """Whether to grow now."""
+        if self.growths is not None and clock.growths >= self.growths:
+            return False
+        if clock.measured:
+            return "metric" in self.watches and self._still(clock.metrics, self.mode)
+        return (
+            clock.epoch_ended
+            and "loss" in self.watches
+            and self._still(clock.losses, "min")
+        )
+
+    def _still(self, values: Sequence[float], mode: str) -> bool:
+        if len(values) <= self.patience:
+            return False
+        signed = [value if mode == "max" else -value for value in values]
+        earlier, latest = signed[: -self.patience], signed[-self.patience :]
+        best = max(earlier)
+        return max(latest) <= best + self.tolerance * abs(best)
 
 
 @dataclass(frozen=True)
@@ -182,5 +253,5 @@ class SENN:
         return self.allowance(clock) >= clock.least
 
 
-TRIGGERS = {"every": Every, "at": At, "senn": SENN}
+TRIGGERS = {"every": Every, "at": At, "plateau": Plateau, "senn": SENN}
 """Every trigger by its name in a configuration file."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from meristem.core.offer import Share
-from meristem.methods import Choice, Where
+from meristem.methods import Choice, Where, check_flag
 from meristem.where.counts import rounded, taken
 from meristem.where.senn import SENN
 from meristem.where.svod import SVoD
@@ -109,6 +109,9 @@ class ByGain:
     """
 
     per_flop: bool = False
+
+    def __post_init__(self) -> None:
+        check_flag("ByGain", per_flop=self.per_flop)
 
     @property
     def reads_gains(self) -> bool:

@@ -16,7 +16,7 @@ from meristem.core.offer import Offer, Share
 from meristem.lab.batches import length
 from meristem.lab.laboratory import Lab
 from meristem.lab.ledger import batch_size, counting
-from meristem.methods import Choice
+from meristem.methods import Choice, check_positive
 from meristem.statistics.curvature import (
     DAMPING,
     Watched,
@@ -84,6 +84,7 @@ class SENN:
             raise ValueError(
                 f"patience must be an int in [1, inf); got {self.patience!r}"
             )
+        check_positive("where.SENN", damping=self.damping)
         if self.per not in ("parameter", "flop", "growth"):
             raise ValueError(
                 "per of where.SENN must be 'parameter', 'flop' or 'growth'; got "
