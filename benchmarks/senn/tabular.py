@@ -110,17 +110,19 @@ def fixed(classes: bool, seed: int, hidden: list[int]) -> BaseEstimator:
     class Fixed(GrowingClassifier if classes else GrowingRegressor):
         def _start(self, x: Any, weights: Any, outputs: int) -> None:
             super()._start(x, weights, outputs)
-            layers, inputs = [], x.shape[1]
+            layers, inputs = [], self._columns.count
             for width in hidden:
                 layers += [nn.Linear(inputs, width), PReLU(width)]
                 layers[-1].slope.data.fill_(0.25)
                 inputs = width
-            self._state.model = nn.Sequential(*layers, nn.Linear(inputs, outputs))
-            self._state.optimizer = torch.optim.AdamW(
-                self.model_.parameters(),
-                self.learning_rate_init,
-                weight_decay=self.alpha,
-            )
+            self._trainer.take(nn.Sequential(*layers, nn.Linear(inputs, outputs)))
+
+        def _fit(self, *arguments: Any) -> None:
+            self.warm_start = True
+            x, _, weights, outputs, _ = arguments
+            if hidden:
+                self._start(x, weights, outputs)
+            super()._fit(*arguments)
 
     return Fixed(random_state=seed, max_growths=0)
 

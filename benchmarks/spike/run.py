@@ -41,21 +41,27 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3),
 }
 METHODS: dict[str, Any] = {
+    "nothing": None,
     "random": ms.how.Random(),
     "net2net": ms.how.Net2Net(),
+    "pairs": ms.how.Pairs(),
     "gradmax": ms.how.GradMax(),
+    "tiny": ms.how.TINY(),
+    "firefly": ms.how.Firefly(),
     "swe": ms.how.SWE(),
-    "nothing": None,
 }
 CARES: dict[str, Any] = {
-    "warm": [ms.care.WarmMoments()],
-    "young": [ms.care.WarmMoments(), ms.care.YoungRate()],
-    "rewarm": [ms.care.WarmMoments(), ms.care.Rewarm()],
-    "fresh": [ms.care.WarmMoments(), ms.care.FreshStatistics()],
-    "fresh+young": [
+    "warm moments": [ms.care.WarmMoments()],
+    "default": None,
+    "default + young rate": [
         ms.care.WarmMoments(),
         ms.care.FreshStatistics(),
         ms.care.YoungRate(),
+    ],
+    "default + rewarm": [
+        ms.care.WarmMoments(),
+        ms.care.FreshStatistics(),
+        ms.care.Rewarm(),
     ],
 }
 
@@ -174,7 +180,7 @@ def runs(
     control = after(*copied(model, optimizer, kind), data, iter(ahead))
     side = data.batches(setting.batch)
     for method, care in arms:
-        path = out / f"{name}-{kind}-{method}-{care}-{seed}.json"
+        path = out / f"{name}-{kind}-{method}-{care}-{seed}.json".replace(" ", "_")
         if path.exists():
             continue
         grown, follower = copied(model, optimizer, kind)

@@ -233,7 +233,7 @@ def test_plateau_of_the_loss_and_of_the_metric() -> None:
 
 
 def test_a_grower_waits_for_a_plateau_and_resumes_in_the_middle() -> None:
-    net, data = dense()
+    _, data = dense()
     data = [
         (x, y) for x, y in zip(data[0][0].split(32), data[0][1].split(32), strict=True)
     ]

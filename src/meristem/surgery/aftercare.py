@@ -83,7 +83,8 @@ class _Course:
         """Give a norm the momentum that fits the batch that comes."""
         if module.training and args:
             assert isinstance(self.asked, Tracking)
-            module.momentum = self.norms[module].weight(args[0], self.asked)  # type: ignore[assignment]
+            momentum = self.norms[module].weight(args[0], self.asked)
+            module.momentum = momentum  # type: ignore[assignment]
 
     @property
     def _factor(self) -> float:

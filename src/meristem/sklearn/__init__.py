@@ -1,14 +1,11 @@
 """scikit-learn estimators that find their own size: they start linear and grow while
-the held-out loss says that it pays.
+that pays.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
@@ -17,17 +14,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from meristem import where
-from meristem.core.budget import Budget
 from meristem.core.growth import Growth
-from meristem.core.offer import Share
-from meristem.grower import Grower
-from meristem.how import SENN
-from meristem.lab.ledger import Meter
-from meristem.when import Every
-from meristem.where import Choice
 
 try:
     from scipy.special import log_softmax, softmax
@@ -40,81 +28,29 @@ try:
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import (
         _check_sample_weight,
+        _check_y,
+        check_consistent_length,
         check_is_fitted,
         column_or_1d,
-        validate_data,
     )
 except ImportError as error:
     raise ImportError(
         "meristem.sklearn needs scikit-learn. hint: pip install 'meristem-torch[sklearn]'"
     ) from error
 
-FAR = 10.0
-"""Standard deviations at which inputs are cut off: one rare value of 70 would throw the
-weights of a whole batch about.
-"""
-AVERAGED = 0.99
-"""Weight of the past in the running average of the weights that a trained net ends
-with.
-"""
-LEAST = 32
-"""Units that a width gains at least."""
-LOOKED_AT = 512
-"""Examples in a batch on which growth is measured, at the most."""
-SMALL = 20
-"""Fewer examples than this are too few to hold some of them out."""
+from meristem.sklearn.inputs import Columns, is_frame, kept, read
+from meristem.sklearn.training import (
+    SMALL,
+    Batches,
+    Record,
+    Settings,
+    Trainer,
+    hidden,
+    linear,
+)
 
-
-class _Batches:
-    """Shuffled minibatches of tensors, in another order at every pass, drawn from
-    torch's own generator.
-    """
-
-    def __init__(self, size: int, *tensors: Tensor) -> None:
-        self.size, self.tensors = size, tensors
-
-    def __len__(self) -> int:
-        return -(-len(self.tensors[0]) // self.size)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        for rows in torch.randperm(len(self.tensors[0])).split(self.size):
-            yield tuple(tensor[rows] for tensor in self.tensors)
-
-
-@dataclass
-class _State:
-    """A net in training."""
-
-    model: nn.Sequential
-    optimizer: torch.optim.Optimizer
-
-
-@dataclass(frozen=True)
-class _Bold:
-    """The axis that adds most by SENN's rule gets half of what it has, `LEAST` units at
-    least, or one layer.
-
-    Held-out data stop training in time, so units need not be worth their parameters one
-    by one, as the rule asks.
-    """
-
-    reads_gains: ClassVar[bool] = True
-    weighs_kinds: ClassVar[bool] = True
-
-    def share(self, choice: Choice) -> Share:
-        share = where.SENN(patience=1, per="growth").share(choice)
-        kinds = {axis.name: axis for axis in choice.axes}
-        counts = {}
-        for name in share.counts:
-            axis = kinds[name]
-            counts[name] = _bold(axis.size) if axis.slots else 1
-        return replace(share, counts=counts)
-
-
-def _scaled(scaler: StandardScaler, x: NDArray[Any]) -> Tensor:
-    """Inputs in standard deviations, far ones cut off."""
-    clipped = np.clip(scaler.transform(x), -FAR, FAR)
-    return torch.tensor(clipped, dtype=torch.float32)
+SMOOTHING = 0.1
+"""Share of a label that is spread over all classes, where there are more than two."""
 
 
 def _split(
@@ -137,6 +73,14 @@ def _split(
     training = [tensor[torch.from_numpy(kept)] for tensor in tensors]
     held_out = [tensor[torch.from_numpy(out)] for tensor in tensors]
     return training, held_out
+
+
+def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, targets, reduction="none")
+
+
+def _squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - targets).square().mean(1)
 
 
 def _batch_size(chosen: int | str, count: int) -> int:
@@ -195,6 +139,8 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
         "max_growths": [Interval(Integral, 0, None, closed="left")],
         "n_iter_growth": [Interval(Integral, 1, None, closed="left")],
         "max_parameters": [Interval(Integral, 1, None, closed="left"), None],
+        "categorical_features": ["array-like", StrOptions({"from_dtype"}), None],
+        "warm_start": ["boolean"],
         "random_state": ["random_state"],
         "verbose": ["verbose"],
     }
@@ -204,14 +150,16 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
         *,
         max_iter: int = 1000,
         batch_size: int | str = "auto",
-        learning_rate_init: float = 3e-3,
-        alpha: float = 1e-4,
+        learning_rate_init: float = 1e-2,
+        alpha: float = 1e-2,
         validation_fraction: float = 0.1,
-        n_iter_no_change: int = 20,
+        n_iter_no_change: int = 40,
         tol: float = 1e-4,
-        max_growths: int = 8,
-        n_iter_growth: int = 5,
+        max_growths: int = 3,
+        n_iter_growth: int = 3,
         max_parameters: int | None = None,
+        categorical_features: Any = "from_dtype",
+        warm_start: bool = False,
         random_state: Any = None,
         verbose: bool = False,
     ) -> None:
@@ -225,32 +173,61 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
         self.max_growths = max_growths
         self.n_iter_growth = n_iter_growth
         self.max_parameters = max_parameters
+        self.categorical_features = categorical_features
+        self.warm_start = warm_start
         self.random_state = random_state
         self.verbose = verbose
 
-    # Steps of L-BFGS towards the best linear net.
-    _linear_steps: ClassVar[int] = 100
-
-    def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The loss of every example."""
+    def _settings(self) -> Settings:
+        """What the trainer is told."""
         raise NotImplementedError
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = True
+        tags.input_tags.sparse = True
+        return tags
 
     @property
     def model_(self) -> nn.Sequential:
         """The torch module."""
-        return self._state.model
+        return self._trainer.model
 
     @property
     def hidden_(self) -> list[int]:
         """Widths of the hidden layers, in order; empty where the net has stayed linear."""
         check_is_fitted(self, "model_")
-        return _hidden(self.model_)
+        return hidden(self.model_)
 
     @property
     def n_parameters_(self) -> int:
         """Trained numbers in the net."""
         check_is_fitted(self, "model_")
         return sum(parameter.numel() for parameter in self.model_.parameters())
+
+    @property
+    def growths_(self) -> list[Growth]:
+        """Every growth so far."""
+        check_is_fitted(self, "model_")
+        return self._record.growths
+
+    @property
+    def loss_curve_(self) -> list[float]:
+        """The training loss after every pass."""
+        check_is_fitted(self, "model_")
+        return self._record.losses
+
+    @property
+    def validation_curve_(self) -> list[float]:
+        """The held-out loss after every pass."""
+        check_is_fitted(self, "model_")
+        return self._record.held_out
+
+    @property
+    def scaler_(self) -> StandardScaler:
+        """What scales the inputs of the net."""
+        check_is_fitted(self, "model_")
+        return self._columns.scaler
 
     @property
     def n_iter_(self) -> int:
@@ -262,7 +239,7 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
     def flops_(self) -> int:
         """Floating-point operations that fitting took, growth and its search included."""
         check_is_fitted(self, "model_")
-        return self._meter.total
+        return self._record.meter.total
 
     def plot_growth(self, ax: Any = None) -> Any:
         """The losses after every pass, and what grew when; on `ax`, or on one of its
@@ -273,67 +250,75 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
 
     def _fit(
         self,
-        x: NDArray[Any],
+        x: Any,
         targets: Tensor,
         weights: NDArray[Any],
         outputs: int,
         strata: Any,
     ) -> None:
-        """Start linear, and train and grow until the held-out loss stands still."""
-        self._start(x, weights, outputs)
-        kept = weights > 0
-        importance = torch.tensor(
-            weights[kept] / weights[kept].mean(), dtype=torch.float32
-        )
-        tensors = (
-            _scaled(self.scaler_, x[kept]),
-            targets[torch.from_numpy(kept)],
-            importance,
-        )
-        with self._seeded() as seed:
-            strata = strata[kept] if strata is not None else None
-            training, held_out = _split(tensors, strata, self.validation_fraction, seed)
-            self._fit_and_grow(
-                _Batches(_batch_size(self.batch_size, len(training[0])), *training),
-                held_out,
+        """Start linear, or with the net that is there; grow, and train."""
+        if len(weights) < 2:
+            raise ValueError(
+                f"Found array with {len(weights)} sample(s) while a minimum of 2 is "
+                "required."
             )
+        if not weights.any():
+            raise ValueError("The sample_weight of every example is zero.")
+        going_on = self.warm_start and hasattr(self, "_trainer")
+        if not going_on:
+            self._start(x, weights, outputs)
+        used = weights > 0
+        importance = torch.tensor(
+            weights[used] / weights[used].mean(), dtype=torch.float32
+        )
+        inputs = self._columns.inputs(kept(x, used))
+        tensors = (inputs, targets[torch.from_numpy(used)], importance)
+        with self._seeded() as seed:
+            strata = strata[used] if strata is not None else None
+            training, held_out = _split(tensors, strata, self.validation_fraction, seed)
+            size = _batch_size(self.batch_size, len(training[0]))
+            self._trainer.told = self._settings()
+            self._trainer.fit(Batches(size, *training), held_out, fresh=not going_on)
+            self._trainer.calibrate(held_out)
 
     def _partial_fit(
-        self, x: NDArray[Any], targets: Tensor, weights: NDArray[Any], outputs: int
+        self, x: Any, targets: Tensor, weights: NDArray[Any], outputs: int
     ) -> None:
         """One pass; every `n_iter_growth` of them a growth, where SENN's rule finds one
         on these very examples.
         """
-        if not hasattr(self, "model_"):
+        if not hasattr(self, "_trainer"):
             self._start(x, weights, outputs)
-        tensors = (
-            _scaled(self.scaler_, x),
-            targets,
-            torch.tensor(weights, dtype=torch.float32),
-        )
-        data = _Batches(_batch_size(self.batch_size, len(x)), *tensors)
+        importance = torch.tensor(weights, dtype=torch.float32)
+        tensors = (self._columns.inputs(x), targets, importance)
+        data = Batches(_batch_size(self.batch_size, len(targets)), *tensors)
         with self._seeded():
-            self._pass(self._state, data, tensors)
+            self._trainer.one_pass(data, tensors)
             if self.n_iter_ % self.n_iter_growth == 0:
-                grower = self._grower(self._state, data)
-                growth = self._grown(grower) if grower is not None else None
-                self.growths_ += [growth] if growth is not None else []
+                self._trainer.grow_once(data)
 
-    def _start(self, x: NDArray[Any], weights: NDArray[Any], outputs: int) -> None:
+    def _start(self, x: Any, weights: NDArray[Any], outputs: int) -> None:
         self._seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        self.scaler_ = StandardScaler().fit(x, sample_weight=weights)
-        linear = nn.Linear(x.shape[1], outputs)
-        # From zero the linear fit is the same for every seed.
-        nn.init.zeros_(linear.weight)
-        nn.init.zeros_(linear.bias)
-        optimizer = torch.optim.AdamW(
-            linear.parameters(), lr=self.learning_rate_init, weight_decay=self.alpha
+        self._of_frames = is_frame(x)
+        self._columns = Columns(self.categorical_features).fit(x, weights)
+        self._record = Record()
+        each = _cross_entropy if self._settings().classes else _squared_error
+        net = linear(self._columns.count, outputs)
+        self._trainer = Trainer(net, self._settings(), each, self._record)
+
+    def _told(self, **more: Any) -> Settings:
+        return Settings(
+            rate=self.learning_rate_init,
+            decay=self.alpha,
+            passes=self.max_iter,
+            patience=self.n_iter_no_change,
+            tolerance=self.tol,
+            growths=self.max_growths,
+            between=self.n_iter_growth,
+            parameters=self.max_parameters,
+            verbose=bool(self.verbose),
+            **more,
         )
-        self._state = _State(nn.Sequential(linear), optimizer)
-        self._meter = Meter()
-        self.growths_: list[Growth] = []
-        self.loss_curve_: list[float] = []
-        self.validation_curve_: list[float] = []
 
     @contextlib.contextmanager
     def _seeded(self) -> Iterator[int]:
@@ -343,171 +328,12 @@ class _Growing(BaseEstimator):  # type: ignore[misc]
             torch.manual_seed(seed)
             yield seed
 
-    def _fit_and_grow(self, data: _Batches, held_out: Sequence[Tensor]) -> None:
-        """Grow while SENN's rule finds something, a few passes apart; train what has
-        grown until the held-out loss stands still, and once more at a tenth of the
-        rate. A net that has stayed linear is asked again when it has been trained.
-
-        Growth comes early: what starts from a small net that was trained to its end
-        ends worse.
-        """
-        state = self._state
-        self._solve(state.model, data.tensors)
-        self._grow(state, data, held_out)
-        state = self._trained(state, data, held_out)
-        for group in state.optimizer.param_groups:
-            group["lr"] = self.learning_rate_init / 10
-        self._state = self._trained(state, data, held_out)
-        for group in self._state.optimizer.param_groups:
-            group["lr"] = self.learning_rate_init
-
-    def _solve(self, model: nn.Sequential, tensors: Sequence[Tensor]) -> None:
-        """The best linear net, to which new units have to add something.
-
-        Before it is reached, what a change of its weights would give, the scale of its
-        outputs above all, looks like a feature that is missing.
-        """
-        optimizer = torch.optim.LBFGS(
-            model.parameters(),
-            max_iter=self._linear_steps,
-            line_search_fn="strong_wolfe",
-        )
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = self._weighted(model, tensors)
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
-
-    def _grow(self, state: _State, data: _Batches, held_out: Sequence[Tensor]) -> None:
-        """Grow a few passes apart, for as long as SENN's rule finds something."""
-        grower = self._grower(state, data)
-        while grower is not None and not grower.done and self.n_iter_ < self.max_iter:
-            growth = self._grown(grower)
-            if growth is None:
-                continue
-            self.growths_.append(growth)
-            for _ in range(min(self.n_iter_growth, self.max_iter - self.n_iter_)):
-                self._pass(state, data, held_out)
-
-    def _grower(self, state: _State, data: _Batches) -> Grower | None:
-        """What grows a net; None where growth is used up, or cannot be measured: too
-        few examples, or targets all alike.
-        """
-        examples, left = len(data.tensors[0]), self.max_growths - len(self.growths_)
-        if (
-            examples < SMALL
-            or left < 1
-            or not (data.tensors[1] != data.tensors[1][0]).any()
-        ):
-            return None
-        # Twelve batches at least, so that a third of them can measure.
-        looked = _Batches(max(1, min(LOOKED_AT, examples // 12)), *data.tensors)
-        budget = Budget(parameters=self.max_parameters, growths=left)
-        return Grower(
-            state.model,
-            state.optimizer,
-            loss=self._weighted,
-            data=looked,
-            when=Every(epochs=1),
-            where=_Bold(),
-            how=SENN(activation="prelu", steps=64),
-            budget=budget,
-        )
-
-    def _grown(self, grower: Grower) -> Growth | None:
-        before = grower.flops
-        amount = max(_bold(width) for width in _hidden(grower.model) or [1])
-        grower.settings = replace(grower.settings, amount=amount)
-        growth = grower.grow()
-        self._meter = self._meter.at_new_size()
-        self._meter.total += grower.flops - before
-        if growth is not None:
-            growth.step = self.n_iter_
-        return growth
-
-    def _trained(
-        self, state: _State, data: _Batches, held_out: Sequence[Tensor]
-    ) -> _State:
-        """Train until the held-out loss of the averaged weights has not fallen for a
-        while; these, where it was lowest.
-        """
-        # The weights of the lowest loss, not of the last pass.
-        best, since = copy.deepcopy(state), 0
-        lowest = self._held_out_loss(state.model, held_out)
-        average = AveragedModel(
-            state.model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGED)
-        )
-        while since < self.n_iter_no_change and self.n_iter_ < self.max_iter:
-            value = self._pass(state, data, held_out, average)
-            since += 1
-            if value < lowest * (1 - self.tol):
-                best, lowest, since = copy.deepcopy(state), value, 0
-                best.model.load_state_dict(average.module.state_dict())
-        return best
-
-    def _pass(
-        self,
-        state: _State,
-        data: _Batches,
-        held_out: Sequence[Tensor],
-        average: AveragedModel | None = None,
-    ) -> float:
-        """One pass of training; the held-out loss after it, of the averaged weights
-        where there are some.
-        """
-
-        def step(batch: Sequence[Tensor]) -> float:
-            loss = self._weighted(state.model, batch)
-            state.optimizer.zero_grad()
-            loss.backward()
-            state.optimizer.step()
-            return loss.item() * len(batch[0])
-
-        total = 0.0
-        for batch in data:
-            total += self._meter.run(batch, partial(step, batch))
-            if average is not None:
-                average.update_parameters(state.model)
-        self.loss_curve_.append(total / len(data.tensors[0]))
-        self.validation_curve_.append(
-            self._held_out_loss(average or state.model, held_out)
-        )
-        if self.verbose:
-            losses = f"loss {self.loss_curve_[-1]:.4f}, held out {self.validation_curve_[-1]:.4f}"
-            print(f"pass {self.n_iter_}: {losses}, hidden {_hidden(state.model)}")
-        return self.validation_curve_[-1]
-
-    def _weighted(self, model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
-        inputs, targets, importance = batch
-        return (self._loss(model(inputs), targets) * importance).mean()
-
-    def _held_out_loss(self, model: nn.Module, held_out: Sequence[Tensor]) -> float:
-        with torch.no_grad():
-            return self._weighted(model, held_out).item()
-
     def _outputs(self, x: ArrayLike) -> NDArray[np.float64]:
         check_is_fitted(self, "model_")
-        rows = validate_data(self, x, reset=False, dtype=np.float64)
+        inputs = self._columns.inputs(read(self, x, reset=False))
         with torch.no_grad():
-            found: NDArray[np.float64] = (
-                self.model_.eval()(_scaled(self.scaler_, rows)).double().numpy()
-            )
+            found: NDArray[np.float64] = self.model_.eval()(inputs).double().numpy()
         return found
-
-
-def _bold(width: int) -> int:
-    return max(LEAST, width // 2)
-
-
-def _hidden(model: nn.Module) -> list[int]:
-    return [
-        module.out_features
-        for module in model.modules()
-        if isinstance(module, nn.Linear)
-    ][:-1]
 
 
 class GrowingClassifier(ClassifierMixin, _Growing):  # type: ignore[misc]
@@ -555,8 +381,6 @@ class GrowingClassifier(ClassifierMixin, _Growing):  # type: ignore[misc]
         (True, True)
     """
 
-    # Separable classes have no best net: the logits of rare ones would grow for ever.
-    _linear_steps: ClassVar[int] = 10
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **_Growing._parameter_constraints,
         "class_weight": [dict, StrOptions({"balanced"}), None],
@@ -567,14 +391,16 @@ class GrowingClassifier(ClassifierMixin, _Growing):  # type: ignore[misc]
         *,
         max_iter: int = 1000,
         batch_size: int | str = "auto",
-        learning_rate_init: float = 3e-3,
-        alpha: float = 1e-4,
+        learning_rate_init: float = 1e-2,
+        alpha: float = 1e-2,
         validation_fraction: float = 0.1,
-        n_iter_no_change: int = 20,
+        n_iter_no_change: int = 40,
         tol: float = 1e-4,
-        max_growths: int = 8,
-        n_iter_growth: int = 5,
+        max_growths: int = 3,
+        n_iter_growth: int = 3,
         max_parameters: int | None = None,
+        categorical_features: Any = "from_dtype",
+        warm_start: bool = False,
         class_weight: Any = None,
         random_state: Any = None,
         verbose: bool = False,
@@ -590,6 +416,8 @@ class GrowingClassifier(ClassifierMixin, _Growing):  # type: ignore[misc]
             max_growths=max_growths,
             n_iter_growth=n_iter_growth,
             max_parameters=max_parameters,
+            categorical_features=categorical_features,
+            warm_start=warm_start,
             random_state=random_state,
             verbose=verbose,
         )
@@ -600,7 +428,7 @@ class GrowingClassifier(ClassifierMixin, _Growing):  # type: ignore[misc]
     ) -> Self:
         """Train and grow."""
         self._validate_params()
-        x, labels = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=2)
+        x, labels = self._checked(X, y, reset=True)
         check_classification_targets(labels)
         self.classes_ = np.unique(labels)
         codes = np.searchsorted(self.classes_, labels)
@@ -624,7 +452,7 @@ class GrowingClassifier(ClassifierMixin, _Growing):  # type: ignore[misc]
         one is worth it. The first call scales the inputs for all, and names all
         `classes`.
         """
-        first = not hasattr(self, "model_")
+        first = not hasattr(self, "_trainer")
         if first:
             self._validate_params()
             if classes is None:
@@ -639,7 +467,7 @@ class GrowingClassifier(ClassifierMixin, _Growing):  # type: ignore[misc]
                 f"`classes={classes!r}` is not the same as on last call to "
                 f"partial_fit, was: {self.classes_!r}"
             )
-        x, labels = validate_data(self, X, y, dtype=np.float64, reset=first)
+        x, labels = self._checked(X, y, reset=first)
         check_classification_targets(labels)
         unknown = np.setdiff1d(labels, self.classes_)
         if len(unknown):
@@ -650,8 +478,18 @@ class GrowingClassifier(ClassifierMixin, _Growing):  # type: ignore[misc]
         )
         return self
 
+    def _checked(
+        self, X: ArrayLike, y: ArrayLike, reset: bool
+    ) -> tuple[Any, NDArray[Any]]:
+        x = read(self, X, reset=reset)
+        if y is None:
+            raise ValueError("requires y to be passed, but the target y is None")
+        labels = column_or_1d(y, warn=True)
+        check_consistent_length(x, labels)
+        return x, labels
+
     def _weights(
-        self, sample_weight: ArrayLike | None, x: NDArray[Any], labels: NDArray[Any]
+        self, sample_weight: ArrayLike | None, x: Any, labels: NDArray[Any]
     ) -> NDArray[np.float64]:
         weights = _check_sample_weight(
             sample_weight, x, dtype=np.float64, ensure_non_negative=True
@@ -661,8 +499,11 @@ class GrowingClassifier(ClassifierMixin, _Growing):  # type: ignore[misc]
         )
         return found
 
-    def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(outputs, targets, reduction="none")
+    def _settings(self) -> Settings:
+        # Separable classes have no best linear net: the logits would grow for ever.
+        # Two classes are not smoothed: their labels are then no function of a margin.
+        smoothing = SMOOTHING if len(self.classes_) > 2 else 0.0
+        return self._told(linear_steps=10, classes=True, smoothing=smoothing)
 
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
         """Probabilities, (examples, classes), in the order of `classes_`."""
@@ -740,7 +581,7 @@ class GrowingRegressor(RegressorMixin, _Growing):  # type: ignore[misc]
         """One pass over some examples; a growth at every `n_iter_growth` of them, where
         one is worth it. The first call scales inputs and targets for all.
         """
-        first = not hasattr(self, "model_")
+        first = not hasattr(self, "_trainer")
         if first:
             self._validate_params()
         x, columns, weights = self._checked(X, y, sample_weight, reset=first)
@@ -751,17 +592,12 @@ class GrowingRegressor(RegressorMixin, _Growing):  # type: ignore[misc]
 
     def _checked(
         self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None, reset: bool
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-        x, targets = validate_data(
-            self,
-            X,
-            y,
-            dtype=np.float64,
-            multi_output=True,
-            y_numeric=True,
-            reset=reset,
-            ensure_min_samples=2,
-        )
+    ) -> tuple[Any, NDArray[np.float64], NDArray[np.float64]]:
+        x = read(self, X, reset=reset)
+        if y is None:
+            raise ValueError("requires y to be passed, but the target y is None")
+        targets = _check_y(y, multi_output=True, y_numeric=True, estimator=self)
+        check_consistent_length(x, targets)
         if targets.ndim == 2 and targets.shape[1] == 1:
             targets = column_or_1d(targets, warn=True)
         weights = _check_sample_weight(
@@ -779,8 +615,8 @@ class GrowingRegressor(RegressorMixin, _Growing):  # type: ignore[misc]
     def _targets(self, columns: NDArray[np.float64]) -> Tensor:
         return torch.tensor(self.target_scaler_.transform(columns), dtype=torch.float32)
 
-    def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return (outputs - targets).square().mean(1)
+    def _settings(self) -> Settings:
+        return self._told(linear_steps=100, classes=False)
 
     def predict(self, X: ArrayLike) -> NDArray[np.float64]:
         """The targets, shaped as in `fit`."""
