@@ -31,6 +31,7 @@ from torch import Tensor
 from meristem.core.axis import Axis, Kind, Place
 from meristem.core.errors import GrowthRefused
 from meristem.core.offer import Copies, Offer
+from meristem.how.mixed import cut_batches
 from meristem.lab.laboratory import Lab
 from meristem.lab.ledger import counting
 from meristem.lab.neutral import mean_norm, neutral, with_fills
@@ -38,6 +39,8 @@ from meristem.methods import check_counts, check_positive
 
 # Points on the way from silence to the optimised candidates at which slopes are taken.
 _POINTS = 3
+# Rows of a batch (examples x positions) per weight of a unit that are enough.
+_ROWS = 16
 # Step size of their optimisation, in radii.
 _RATE = 0.25
 
@@ -135,6 +138,8 @@ class _Field:
         self.widened = lab.widened(axis, trials * axis.multiple)
         self.inward = [slot.place for slot in axis.places("fan_in")]
         self.outward = [slot.place for slot in axis.places("fan_out")]
+        count = units * axis.multiple
+        self.batches = cut_batches(lab, axis, count, method.batches, _ROWS)
         self._draw()
 
     def _draw(self) -> None:
@@ -191,7 +196,7 @@ class _Field:
 
     def optimise(self) -> None:
         """All candidates together, downhill, each within its ball."""
-        batches = list(self.lab.batches)[: self.method.batches]
+        batches = self.batches
         fresh_in = [self.new[place] for place in self.inward]
         moving = [*self.splitting.values(), *self.reading.values(), *fresh_in]
         groups = []
@@ -211,7 +216,7 @@ class _Field:
 
     def gains(self) -> tuple[Tensor, Tensor]:
         """s_i of the splits, and of the fresh units."""
-        batches = list(self.lab.batches)[: self.method.batches]
+        batches = self.batches
         splits = torch.zeros(self.splits, dtype=torch.float64)
         fresh = torch.zeros(self.fresh, dtype=torch.float64)
         moves = [*self.splitting.values(), *self.reading.values()]

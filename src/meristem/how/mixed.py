@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,21 @@ _FEELERS = 4
 def the_loss(widened: Widened, strips: Mapping[Place, Tensor], batch: object) -> Tensor:
     """The user's loss."""
     return widened.loss(strips, batch)
+
+
+def cut_batches(lab: Lab, axis: Axis, count: int, batches: int, rows: int) -> list[Any]:
+    """The first growth batches, cut to the examples that hold so many rows (examples x
+    positions) per weight of a unit.
+    """
+    shapes, structure = lab.shapes(axis, count), lab.structure
+    inward, outward = axis.places("fan_in"), axis.places("fan_out")
+    weights = max(flat_size(shapes, inward), flat_size(shapes, outward))
+    examples = float(_FEWEST)
+    for slot in (*inward, *outward):
+        size = math.prod(lab.values.shape(slot.name))
+        positions = products(structure, slot.name) / size / structure.batch
+        examples = max(examples, rows * weights / max(positions, 1.0))
+    return [lab.cut(b, math.ceil(examples)) for b in lab.batches[:batches]]
 
 
 class Mixed:
@@ -79,18 +95,7 @@ class Mixed:
         block = self.units + 32
         self.trials = self.rank if self.rank <= 4 * block else 2 * block
         self.like = lab.values[self.inward[0].name]
-        examples = max(_FEWEST, math.ceil(rows * self.needed()))
-        self.batches = [lab.cut(b, examples) for b in lab.batches[:batches]]
-
-    def needed(self) -> float:
-        """Examples that hold as many positions as a unit has weights."""
-        structure = self.lab.structure
-        most = 0.0
-        for slot in (*self.inward, *self.outward):
-            weights = math.prod(self.lab.values.shape(slot.name))
-            positions = products(structure, slot.name) / weights / structure.batch
-            most = max(most, max(self.width_in, self.width_out) / max(positions, 1.0))
-        return most
+        self.batches = cut_batches(lab, axis, count, batches, rows)
 
     def strips(self, inward: Tensor, outward: Tensor) -> dict[Place, Tensor]:
         """Strips from one fan-in and one fan-out vector per unit; depthwise kernels are

@@ -42,6 +42,7 @@ from meristem.how.candidates import next_layers
 from meristem.how.mixed import OFFSET, Mixed
 from meristem.lab.laboratory import Lab, Widened
 from meristem.lab.ledger import counting
+from meristem.lab.neutral import mean_norm
 from meristem.methods import check_counts, check_positive
 from meristem.statistics.curvature import Watched, damped, scored
 from meristem.surgery.tensors import carry
@@ -55,6 +56,9 @@ class TINY:
     """New units that give what the next layer cannot give by itself.
 
     Args:
+        scale: Largest norm of the new weights on either side, over the mean norm of the
+            present units'; None for no bound, as published: S^-1/2 makes units that see
+            directions of little variance long, and a step of SGD on such a unit is large.
         damping: Share of its mean diagonal that is added to E[b b^T] and E[h h^T].
         batches: Growth batches that everything is averaged over.
         rows: Of a batch, so many rows (examples x positions) per weight of a unit are
@@ -72,13 +76,21 @@ class TINY:
         ({'0': 4}, True)
     """
 
+    scale: float | None = 1.0
     damping: float = 0.01
     batches: int = 1
     rows: int = 16
 
     def __post_init__(self) -> None:
+        if self.scale is not None:
+            check_positive("TINY", scale=self.scale)
         check_positive("TINY", damping=self.damping)
         check_counts("TINY", batches=self.batches, rows=self.rows)
+
+    @classmethod
+    def published(cls) -> TINY:
+        """The setting of the paper: new weights of any length."""
+        return cls(scale=None)
 
     @property
     def kinds(self) -> Mapping[Kind, bool]:
@@ -148,6 +160,9 @@ class _Units(Mixed):
     ) -> None:
         super().__init__(lab, axis, count, method.batches, method.rows, self.goal)
         self.damping, self.readers = method.damping, readers
+        scale = method.scale if method.scale is not None else math.inf
+        self.longest_in = scale * (mean_norm(lab, axis, "fan_in") or 1.0)
+        self.longest_out = scale * (mean_norm(lab, axis, "fan_out") or 1.0)
         self._looked()
 
     def _looked(self) -> None:
@@ -269,7 +284,10 @@ class _Units(Mixed):
         tried = []
         for power in _LENGTHS:
             factor = 2.0 ** (power / 2)
-            strips = self._with_statistics(factor * scale * inward, factor * outward)
+            strips = self._with_statistics(
+                _shortened(factor * scale * inward, self.longest_in),
+                _shortened(factor * outward, self.longest_out),
+            )
             with torch.no_grad():
                 losses = [_finite(widened, strips, batch) for batch in self.batches]
             tried.append((sum(losses), -power, strips))
@@ -301,6 +319,13 @@ class _Units(Mixed):
 def _finite(widened: Widened, strips: Mapping[Place, Tensor], batch: Any) -> float:
     value = widened.loss(strips, batch).item()
     return value if math.isfinite(value) else math.inf
+
+
+def _shortened(rows: Tensor, longest: float) -> Tensor:
+    """Rows, each no longer than that."""
+    norms = rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    shorter: Tensor = rows * (longest / norms).clamp_max(1.0)
+    return shorter
 
 
 def _padded(rows: Tensor, count: int) -> Tensor:
