@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from zoo import make
 
 import meristem as ms
 from meristem.how.gradmax import GradMax, _Units
@@ -248,3 +249,22 @@ def test_ascent_never_ends_below_its_start() -> None:
             )
         )
     assert gains[1] >= gains[0] > 0
+
+
+def test_units_behind_a_depthwise_convolution_receive_gradient() -> None:
+    torch.manual_seed(0)
+    model, x = make("mobilenet")
+    model.eval()
+    labels = torch.arange(len(x)) % 3
+    loss = lambda net, batch: F.cross_entropy(net(batch[0]), batch[1])
+    expanded = 0
+    for name, axis in ms.find_axes(model, x).items():
+        # The mean kernel as it stands turned all of them negative before a rectifier.
+        if any(slot.role == "carried" and slot.fill == "draw" for slot in axis.slots):
+            how = ms.how.GradMax(steps=1)
+            counts = {name: 4 * axis.multiple}
+            data = [(x, labels)]
+            growth = ms.grow_(model, counts, x, how=how, loss=loss, data=data)
+            assert "units are random" not in growth.notes[name], growth.notes
+            expanded += 1
+    assert expanded >= 3

@@ -114,12 +114,18 @@ class Mixed:
         )
 
     def kernel(self, slot: Slot, shape: tuple[int, ...]) -> Tensor:
-        """The mean present kernel of a depthwise convolution on the axis: what new
-        units are carried by.
+        """What new units are carried by through a depthwise convolution on the axis: the
+        mean of its present kernels, each turned so that its entries sum to more than
+        zero.
+
+        As they are, the mean of many is nearly nothing, or turns all units negative: a
+        rectifier behind it would let none through, and M would vanish.
         """
-        return (
-            self.lab.units(slot, self.axis).mean(0, keepdim=True).expand(shape).clone()
-        )
+        kernels = self.lab.units(slot, self.axis)
+        sums = kernels.flatten(1).sum(1)
+        turned = torch.where(sums < 0, -1.0, 1.0).to(kernels)
+        turned = turned.reshape(-1, *[1] * (kernels.dim() - 1))
+        return (turned * kernels).mean(0, keepdim=True).expand(shape).clone()
 
     def operators(
         self, offset: float, trials: int | None = None
