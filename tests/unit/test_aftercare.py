@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from pathlib import Path
 from typing import Any
 
@@ -147,35 +148,83 @@ def test_the_parameters_of_new_blocks_are_young() -> None:
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-7)
 
 
-def test_statistics_follow_faster_and_get_their_momentum_back() -> None:
+@torch.no_grad()
+def weight_of(model: nn.Module, batch: Tensor) -> float:
+    """What a batch counts for in the running mean of the net's norm."""
+    norm = model.get_submodule("1")
+    seen = model.get_submodule("0")(batch).mean(0)
+    before = norm.running_mean.clone()
+    model.train()(batch)
+    moved, way = norm.running_mean - before, seen - before
+    return float((moved * way).sum() / way.square().sum())
+
+
+def test_statistics_follow_faster_for_a_while() -> None:
     care = ms.care.FreshStatistics(steps=3, momentum=0.7, values=10)
     model, optimizer = grown([care], norm=True)
     norm = model.get_submodule("1")
     step(model, optimizer)
-    assert norm.momentum == pytest.approx(0.7)
-    # Another growth in between: the momentum that was there first comes back.
+    assert weight_of(model, X) == pytest.approx(0.7, rel=1e-4)
+    assert norm.momentum == 0.1
+    # The later of two growths takes over.
     care = ms.care.FreshStatistics(steps=3, momentum=0.9, values=10)
     grow(model, optimizer, [care], **{"0": 1})
     for expected in (0.9, 0.9, 0.1):
         step(model, optimizer)
-        assert norm.momentum == pytest.approx(expected)
+        assert weight_of(model, X) == pytest.approx(expected, rel=1e-3)
     assert hooks(optimizer) == 0
     assert not norm._forward_pre_hooks
+    assert not norm._forward_hooks
 
 
 def test_a_batch_counts_by_its_size() -> None:
     model, _ = grown([ms.care.FreshStatistics(values=96)], norm=True)
-    norm = model.get_submodule("1")
-    model(X)  # 32 examples: 2 x 32 / (96 + 32)
-    assert norm.momentum == pytest.approx(0.5)
-    model(X[:8])
-    assert norm.momentum == pytest.approx(1 - 0.5**0.25)
-    # Evaluation leaves it alone; one that would be slower than the norm itself, too.
-    model.eval()(X)
-    assert norm.momentum == pytest.approx(1 - 0.5**0.25)
+    # 32 examples: 2 x 32 / (96 + 32)
+    assert weight_of(model, X) == pytest.approx(0.5, rel=1e-4)
+    assert weight_of(model, X[:8]) == pytest.approx(1 - 0.5**0.25, rel=1e-4)
+    # It is never slower than the norm itself.
     model, _ = grown([ms.care.FreshStatistics(values=10**6)], norm=True)
-    model(X)
-    assert model.get_submodule("1").momentum == pytest.approx(0.1)
+    assert weight_of(model, X) == pytest.approx(0.1, rel=1e-4)
+    before = model.get_submodule("1").running_mean.clone()
+    model.eval()(X)
+    assert torch.equal(model.get_submodule("1").running_mean, before)
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "average"])
+def test_a_copy_made_meanwhile_follows_as_ever(way: str) -> None:
+    care = ms.care.FreshStatistics(values=96)
+    model, optimizer = grown([care, ms.care.YoungRate(steps=9)], norm=True)
+    step(model, optimizer)
+    copied: Any
+    if way == "deepcopy":
+        copied = copy.deepcopy(model)
+    elif way == "average":
+        copied = torch.optim.swa_utils.AveragedModel(model).module
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        copied = torch.load(file, weights_only=False)
+    assert weight_of(copied, X) == pytest.approx(0.1, rel=1e-4)
+    assert weight_of(model, X) == pytest.approx(0.5, rel=1e-4)
+    copy.deepcopy(optimizer)
+
+
+def test_a_grower_is_not_loaded_before_its_model() -> None:
+    model, optimizer = grown([ms.care.YoungRate(steps=9)])
+    loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean()
+
+    def made(model: nn.Module, optimizer: Any) -> ms.Grower:
+        when = ms.when.At(epochs=[99])
+        return ms.Grower(
+            model, optimizer, loss=loss, data=[(X, Y)], when=when, how=ms.how.Random()
+        )
+
+    state = made(model, optimizer).state_dict()
+    fresh = net()
+    follower = made(fresh, torch.optim.SGD(fresh.parameters(), lr=0.1))
+    with pytest.raises(ms.DataError, match="load the model before"):
+        follower.load_state_dict(state)
 
 
 def test_a_norm_that_averages_over_all_batches_is_left_to_it() -> None:

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from meristem.core.change import Plan
-from meristem.core.errors import OptimizerError
+from meristem.core.errors import DataError, OptimizerError
 from meristem.core.offer import Aftercare, Ramp, Tracking
 from meristem.surgery.tensors import carry
 
@@ -51,7 +51,7 @@ class _Course:
 
     def begin(self) -> None:
         for module, norm in self.norms.items():
-            norm.hook = module.register_forward_pre_hook(self._weigh)
+            norm.watch(module)
         if self.optimizer not in _COUNTERS:
             _COUNTERS[self.optimizer] = _Counter(self.optimizer)
         _COUNTERS[self.optimizer].add(self)
@@ -61,9 +61,9 @@ class _Course:
         self.leave_norms()
 
     def leave_norms(self) -> None:
-        """Give the norms their own momentum back."""
-        for module, norm in self.norms.items():
-            norm.release(module)
+        """Let the norms follow as they always did."""
+        for norm in self.norms.values():
+            norm.release()
         self.norms = {}
 
     @property
@@ -79,13 +79,6 @@ class _Course:
         if self.over:
             self.end()
 
-    def _weigh(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Give a norm the momentum that fits the batch that comes."""
-        if module.training and args:
-            assert isinstance(self.asked, Tracking)
-            momentum = self.norms[module].weight(args[0], self.asked)
-            module.momentum = momentum  # type: ignore[assignment]
-
     @property
     def _factor(self) -> float:
         assert isinstance(self.asked, Ramp)
@@ -93,32 +86,74 @@ class _Course:
         return start + (1 - start) * self.done / self.asked.steps
 
 
-@dataclass
+@dataclass(eq=False)
 class _Norm:
     """A norm whose statistics follow faster for a while.
 
+    It holds nothing but numbers, and its module has another momentum only while it
+    runs: a copy of the model made meanwhile is as it was, and follows as it always did.
+
     Attributes:
-        own: Its own momentum.
+        asked: What a care asked for.
         largest: Values per channel of the largest batch so far.
-        hook: What looks at its batches.
+        own: The module's momentum while it has another one.
     """
 
-    own: float
+    asked: Tracking
     largest: int = 1
-    hook: Any = None
+    own: float = 0.0
 
-    def weight(self, batch: Tensor, asked: Tracking) -> float:
+    def watch(self, module: nn.Module) -> None:
+        self._hooks = [
+            module.register_forward_pre_hook(_Faster(self)),
+            module.register_forward_hook(_Slower(self), always_call=True),
+        ]
+
+    def weight(self, batch: Tensor, own: float) -> float:
         """What a batch counts for in the running statistics."""
         values = batch.numel() // max(batch.shape[1], 1)
         self.largest = max(self.largest, values)
-        enough = 2 * self.largest / (asked.values + self.largest)
-        momentum = max(self.own, min(asked.momentum, enough))
+        enough = 2 * self.largest / (self.asked.values + self.largest)
+        momentum = max(own, min(self.asked.momentum, enough))
         # Batches count by their size: the last one of an epoch may hold three examples.
         return float(1 - (1 - momentum) ** (values / self.largest))
 
-    def release(self, module: nn.Module) -> None:
-        self.hook.remove()
-        module.momentum = self.own  # type: ignore[assignment]
+    def release(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+class _Hook:
+    """A hook that a copy of its module does not have."""
+
+    def __init__(self, norm: _Norm) -> None:
+        self.norm = norm
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return _nothing
+
+    def __reduce__(self) -> Any:
+        return _get_nothing, ()
+
+
+class _Faster(_Hook):
+    def __call__(self, module: Any, args: tuple[Any, ...]) -> None:
+        self.norm.own = module.momentum
+        if module.training and args and module.momentum is not None:
+            module.momentum = self.norm.weight(args[0], module.momentum)
+
+
+class _Slower(_Hook):
+    def __call__(self, module: Any, *_: Any) -> None:
+        module.momentum = self.norm.own
+
+
+def _nothing(*_: Any) -> None:
+    """What stands in a copy for a hook of the original."""
+
+
+def _get_nothing() -> Any:
+    return _nothing
 
 
 class _Counter:
@@ -201,7 +236,7 @@ def begin(
     parameters = dict(model.named_parameters())
     for asked in after:
         if isinstance(asked, Tracking):
-            # What goes on from an earlier growth ends first: momenta are as they were.
+            # The later of two growths takes over from the earlier.
             for course in _running(model):
                 course.leave_norms()
         for number, optimizer in enumerate(optimizers):
@@ -209,7 +244,7 @@ def begin(
             course = _Course(asked, optimizer)
             if isinstance(asked, Tracking):
                 # The steps of one optimizer are enough to count.
-                course.norms = _norms(model) if number == 0 else {}
+                course.norms = _norms(model, asked) if number == 0 else {}
             elif asked.whole:
                 course.young = {p: _everywhere(p) for p in held}
             else:
@@ -231,7 +266,7 @@ def _everywhere(parameter: Tensor) -> Tensor:
     return torch.ones((), dtype=torch.bool, device=parameter.device)
 
 
-def _norms(model: nn.Module) -> dict[nn.Module, _Norm]:
+def _norms(model: nn.Module, asked: Tracking) -> dict[nn.Module, _Norm]:
     """The norms with running statistics.
 
     One whose momentum is None averages over all batches, and is left to it.
@@ -240,7 +275,7 @@ def _norms(model: nn.Module) -> dict[nn.Module, _Norm]:
     for module in model.modules():
         follows = isinstance(module, _NormBase) and module.track_running_stats
         if follows and module.momentum is not None:
-            found[module] = _Norm(module.momentum)  # type: ignore[arg-type]
+            found[module] = _Norm(asked)
     return found
 
 
@@ -271,10 +306,7 @@ def aftercare_state(
                 "done": course.done,
                 "optimizer": numbers[id(course.optimizer)],
                 "young": {names[id(p)]: mask for p, mask in course.young.items()},
-                "norms": {
-                    modules[m]: [norm.own, norm.largest]
-                    for m, norm in course.norms.items()
-                },
+                "norms": {modules[m]: norm.largest for m, norm in course.norms.items()},
             }
         )
     return states
@@ -297,8 +329,17 @@ def load_aftercare(
         asked = kinds[state["kind"]](**state["asked"])
         young: dict[Tensor, Tensor] = {}
         for name, mask in state["young"].items():
-            young[parameters[name]] = mask.to(parameters[name].device)
-        norms = {modules[name]: _Norm(*told) for name, told in state["norms"].items()}
+            parameter = parameters.get(name)
+            if parameter is None or (mask.dim() and mask.shape != parameter.shape):
+                raise DataError(
+                    f"the state holds a growth that {name} has not had. hint: load the "
+                    "model before its grower (see meristem.load)"
+                )
+            young[parameter] = mask.to(parameter.device)
+        norms = {}
+        if isinstance(asked, Tracking):
+            for name, largest in state["norms"].items():
+                norms[modules[name]] = _Norm(asked, largest)
         course = _Course(
             asked, optimizers[state["optimizer"]], state["done"], young, norms
         )
