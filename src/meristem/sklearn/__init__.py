@@ -342,22 +342,26 @@ class GrowingClassifier(ClassifierMixin, _Growing):  # type: ignore[misc]
     It grows by SENN (`meristem.how.SENN`, `meristem.where.SENN`) early in training, for
     as long as new units or a layer are worth their parameters; then AdamW trains what
     has grown until the loss on held-out data stands still. Linear data leave it linear.
-    Inputs are standardised, and cut off at ten standard deviations; NaN, infinite and
-    sparse inputs are refused.
+    Inputs are standardised, and cut off at ten standard deviations; missing values,
+    categories of data frames and sparse tables are taken as they are, infinite ones
+    refused.
 
     Args:
         max_iter: Most passes over the data.
         batch_size: Examples per step; "auto" is a twentieth of them, between 16 and
             128.
-        learning_rate_init: Step size of AdamW; a tenth of it at the end.
+        learning_rate_init: Step size of AdamW; it falls to zero along a cosine.
         alpha: Weight decay.
         validation_fraction: Share of the data that is held out to know when to stop.
         n_iter_no_change: Passes without a better held-out loss after which training
             ends.
         tol: Relative improvement of the held-out loss that counts.
-        max_growths: Most growths.
-        n_iter_growth: Passes between two growths.
+        max_growths: Most rounds of growth; a round may be several growths.
+        n_iter_growth: Passes between two rounds.
         max_parameters: Largest number of trained numbers; None for no limit.
+        categorical_features: Columns of categories, by name or place; "from_dtype" for
+            those of a data frame whose type says so, None for none.
+        warm_start: Whether `fit` goes on from the net that is there.
         class_weight: As in scikit-learn: a dict, "balanced" or None.
         random_state: Seed.
         verbose: Print a line after every pass.
@@ -530,21 +534,25 @@ class GrowingRegressor(RegressorMixin, _Growing):  # type: ignore[misc]
     as long as new units or a layer are worth their parameters; then AdamW trains what
     has grown on the squared error until that on held-out data stands still. Linear data
     leave it linear. Inputs and targets are standardised, and inputs cut off at ten
-    standard deviations; NaN, infinite and sparse inputs are refused.
+    standard deviations; missing values, categories of data frames and sparse tables are
+    taken as they are, infinite ones refused.
 
     Args:
         max_iter: Most passes over the data.
         batch_size: Examples per step; "auto" is a twentieth of them, between 16 and
             128.
-        learning_rate_init: Step size of AdamW; a tenth of it at the end.
+        learning_rate_init: Step size of AdamW; it falls to zero along a cosine.
         alpha: Weight decay.
         validation_fraction: Share of the data that is held out to know when to stop.
         n_iter_no_change: Passes without a better held-out loss after which training
             ends.
         tol: Relative improvement of the held-out loss that counts.
-        max_growths: Most growths.
-        n_iter_growth: Passes between two growths.
+        max_growths: Most rounds of growth; a round may be several growths.
+        n_iter_growth: Passes between two rounds.
         max_parameters: Largest number of trained numbers; None for no limit.
+        categorical_features: Columns of categories, by name or place; "from_dtype" for
+            those of a data frame whose type says so, None for none.
+        warm_start: Whether `fit` goes on from the net that is there.
         random_state: Seed.
         verbose: Print a line after every pass.
 

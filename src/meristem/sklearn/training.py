@@ -167,15 +167,19 @@ class Trainer:
 
     def loss(self, model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
         """The mean training loss of a batch."""
-        inputs, targets, importance = batch
-        loss: Tensor = (self._each(model(inputs), targets) * importance).mean()
+        return self._mean(model(batch[0]), batch)
+
+    def _mean(self, outputs: Tensor, batch: Sequence[Tensor]) -> Tensor:
+        _, targets, importance = batch
+        loss: Tensor = (self._each(outputs, targets) * importance).mean()
         return loss
 
     def _smoothed(self, batch: Sequence[Tensor]) -> Tensor:
-        loss = self.loss(self.model, batch)
+        outputs = self.model(batch[0])
+        loss = self._mean(outputs, batch)
         if not self.told.smoothing or not hidden(self.model):
             return loss
-        spread = -(self.model(batch[0]).log_softmax(1).mean(1) * batch[2]).mean()
+        spread = -(outputs.log_softmax(1).mean(1) * batch[2]).mean()
         smooth: Tensor = (1 - self.told.smoothing) * loss + self.told.smoothing * spread
         return smooth
 
@@ -257,10 +261,7 @@ class Trainer:
         with torch.no_grad():
             outputs = self.model(held_out[0])
             scales = 2.0 ** torch.arange(-2, 2.1, 0.125)
-            losses = [
-                (self._each(scale * outputs, held_out[1]) * held_out[2]).mean()
-                for scale in scales
-            ]
+            losses = [self._mean(scale * outputs, held_out) for scale in scales]
             best = scales[int(torch.stack(losses).argmin())]
             # A scale of the outputs is one of the last layer.
             for parameter in layers(self.model)[-1].parameters():
@@ -272,10 +273,8 @@ class Trainer:
         """Grow a few passes apart, for as long as SENN's rule finds something."""
         grower = self._grower(data)
         while grower is not None and not grower.done and not self._spent:
-            growths = self.grown(grower, data)
-            if not growths:
+            if not self.grown(grower, data):
                 return
-            self.record.growths += growths
             for _ in range(self.told.between):
                 if not self._spent:
                     self.one_pass(data, held_out)
@@ -305,8 +304,10 @@ class Trainer:
             budget=Budget(parameters=self.told.parameters, growths=left),
         )
 
-    def grown(self, grower: Grower, data: Batches) -> list[Growth]:
-        """A growth by SENN's rule, and what the ladder of shapes adds to it."""
+    def grown(self, grower: Grower, data: Batches) -> bool:
+        """Whether the net has grown by SENN's rule, and by what the ladder of shapes
+        adds to it.
+        """
         before = grower.flops
         amount = max(_bold(width) for width in hidden(self.model) or [1])
         grower.settings = replace(grower.settings, amount=amount)
@@ -314,15 +315,17 @@ class Trainer:
         self.record.meter = self.record.meter.at_new_size()
         self.record.meter.total += grower.flops - before
         if growth is None:
-            return []
+            return False
         self.record.rounds += 1
-        return [self._noted(growth), *self._climb(data, self.record.rounds)]
+        self.record.growths.append(self._noted(growth))
+        self.record.growths += self._climb(data, self.record.rounds)
+        return True
 
     def grow_once(self, data: Batches) -> None:
         """One round of growth, where SENN's rule finds something."""
         grower = self._grower(data)
         if grower is not None:
-            self.record.growths += self.grown(grower, data)
+            self.grown(grower, data)
 
     def _noted(self, growth: Growth) -> Growth:
         growth.step = len(self.record.losses)
@@ -432,10 +435,9 @@ class Trainer:
         if average is not None:
             names = [name for name, _ in self.model.named_parameters()]
             tensors = dict(zip(names, average, strict=True))
-        inputs, targets, importance = held_out
         with torch.no_grad():
-            outputs = functional_call(self.model, tensors, (inputs,))
-            return (self._each(outputs, targets) * importance).mean().item()
+            outputs = functional_call(self.model, tensors, (held_out[0],))
+            return self._mean(outputs, held_out).item()
 
 
 @dataclass(frozen=True)
