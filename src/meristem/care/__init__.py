@@ -13,6 +13,7 @@ from torch import nn
 from meristem.core.axis import Axis
 from meristem.core.change import Plan
 from meristem.core.offer import Ramp, Scaling, Tracking, Treatment
+from meristem.methods import check_counts
 
 
 @dataclass(frozen=True)
@@ -158,17 +159,11 @@ class Rewarm:
 
 def _check_ramp(care: YoungRate | Rewarm) -> None:
     name = type(care).__name__
-    check_steps(name, care.steps)
+    check_counts(name, steps=care.steps)
     if isinstance(care.start, bool) or not 0 <= care.start < 1:
         raise ValueError(
             f"{name}(start=...) must be a float in [0, 1); got {care.start}"
         )
-
-
-def check_steps(name: str, steps: object) -> None:
-    """Raise unless a number of steps is a positive int."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"{name}(steps=...) must be an int in [1, inf); got {steps!r}")
 
 
 @dataclass(frozen=True)
@@ -203,7 +198,7 @@ class FreshStatistics:
     values: int = 1000
 
     def __post_init__(self) -> None:
-        check_steps("FreshStatistics", self.steps)
+        check_counts("FreshStatistics", steps=self.steps)
         if isinstance(self.momentum, bool) or not 0 < self.momentum <= 1:
             raise ValueError(
                 "FreshStatistics(momentum=...) must be a float in (0, 1]; got "

@@ -16,6 +16,7 @@ from torch import Tensor
 from meristem.core.axis import Axis, Place, Slot
 from meristem.lab.laboratory import Lab
 from meristem.structure.layers import contracts
+from meristem.surgery.tensors import filled
 from meristem.surgery.verify import stream_strip
 
 Side = Literal["fan_in", "fan_out"]
@@ -82,16 +83,8 @@ def with_fills(
     """
     whole = dict(strips)
     for slot, shape in lab.shapes(axis, count).items():
-        if slot.place in whole:
-            continue
-        value = lab.values[slot.name]
-        if slot.fill == "one":
-            whole[slot.place] = value.new_ones(shape)
-        elif slot.fill == "mean" and value.is_floating_point():
-            mean = value.mean(slot.dim, keepdim=True).movedim(slot.dim, 0)
-            whole[slot.place] = mean[None].expand(shape).clone()
-        else:
-            whole[slot.place] = value.new_zeros(shape)
+        if slot.place not in whole:
+            whole[slot.place] = filled(lab.values[slot.name], slot, shape)
     return whole
 
 

@@ -143,7 +143,8 @@ def grown_tensor(old: Tensor, change: TensorChange, edits: Sequence[Edit]) -> Te
             continue
         strip = edit.strip
         if strip is None:
-            strip = _filled(old, edit)
+            rest = [n for d, n in enumerate(old.shape) if d != edit.dim]
+            strip = filled(old, edit.slot, [*edit.where.shape, *rest])
         if edit.copies is None:
             grown = _placed(grown, strip, change, edit)
             continue
@@ -194,17 +195,14 @@ def _along(factors: Tensor, tensor: Tensor, dim: int) -> Tensor:
     return factors.to(tensor).reshape(shape)
 
 
-def _filled(old: Tensor, edit: Edit) -> Tensor:
+def filled(old: Tensor, slot: Slot, shape: Sequence[int]) -> Tensor:
     """A strip for a place that no method speaks for.
 
     Ones, the mean of the neighbours, or zeros.
     """
-    rest = list(old.shape)
-    del rest[edit.dim]
-    shape = [*edit.where.shape, *rest]
-    if edit.slot.fill == "one":
+    if slot.fill == "one":
         return old.new_ones(shape)
-    if edit.slot.fill == "mean" and old.is_floating_point():
-        mean = old.mean(edit.dim, keepdim=True).movedim(edit.dim, 0)
+    if slot.fill == "mean" and old.is_floating_point():
+        mean = old.mean(slot.dim, keepdim=True).movedim(slot.dim, 0)
         return mean[None].expand(shape).clone()
     return old.new_zeros(shape)
