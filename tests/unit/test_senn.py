@@ -504,6 +504,8 @@ def priced(
     assert grower._check_and_grow(1.0) is None
     assert grower.flops == 0
     assert grower.clock.checked_step == grower.clock.refusals == 0
+    assert f"the smallest check costs {grower.clock.least:.2g}" in grower.reason
+    assert "allows 1 after 0 of training" in grower.reason
     return grower, grower.clock.least
 
 

@@ -176,7 +176,7 @@ def find_growth(check: Check) -> Found:
     if check.allowance < math.inf:
         clock = replace(clock, least=_least_cost(check, axes, total))
         if check.allowance < clock.least:
-            return Found(clock)
+            return Found(clock, reason=_unaffordable(check, clock))
     # From here on it counts as a check, whatever comes of it.
     clock = replace(clock, checked_step=clock.step, checked_epoch=clock.epoch)
     # The generator moves once per check, so that a resumed run draws alike.
@@ -215,6 +215,16 @@ def find_growth(check: Check) -> Found:
 
 def _ended(clock: Clock, reason: str, cost: int = 0) -> Found:
     return Found(clock, None, cost, reason, True)
+
+
+def _unaffordable(check: Check, clock: Clock) -> str:
+    """What the next check costs, and what it may cost by now."""
+    allowed = max(check.allowance, 0.0)
+    return (
+        f"the smallest check costs {clock.least:.2g} floating-point operations, and "
+        f"the trigger allows {allowed:.2g} after {clock.trained:.2g} of "
+        "training. hint: a larger budget, fewer axes, or when.At, which asks for no price"
+    )
 
 
 def _no_room(check: Check, total: int) -> str:

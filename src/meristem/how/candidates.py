@@ -30,8 +30,10 @@ from meristem.statistics.curvature import (
     mean_diagonal,
     measure,
     patches,
+    product,
     residual,
     scored,
+    single,
     unexplained,
     whitened,
 )
@@ -267,8 +269,9 @@ class Space:
         for layer in self.layers:
             read, back, _ = watched.rows(layer)
             moments = self.moments[layer]
-            rest = back - read @ self._slopes[layer]
-            left[layer] = whitened(moments.spread * moments.outputs, rest.T).T
+            rest = back - read @ self._slopes[layer].to(read)
+            spread = (moments.spread * moments.outputs).to(rest)
+            left[layer] = whitened(spread, rest.T).T
         return replace(self._shown(watched, batch), gradients=left)
 
     def seen(self, batch: Any) -> Seen:
@@ -327,7 +330,7 @@ class Space:
         for read in reads:
             picked = read.index_select(channel_of(module, read), where.to(read.device))
             rows.append(patches(module, picked))
-        return torch.cat(rows).double()
+        return single(torch.cat(rows))
 
     def whitened(self, strips: Strips, seen: Seen) -> list[Tensor]:
         """L^-1 C^T S^-1/2 with L L^T = A_p, of every candidate alone, on one batch.
@@ -342,8 +345,8 @@ class Space:
             rows = self._features(layer, reads)
             rows = rows.reshape(len(rows), self.trials, -1)
             gradient, samples = seen.gradients[layer], seen.samples[layer]
-            against = torch.einsum("mo,muf->ufo", gradient, rows) / samples
-            own = torch.einsum("muf,mug->ufg", rows, rows) / samples
+            against = torch.einsum("mo,muf->ufo", gradient, rows).double() / samples
+            own = torch.einsum("muf,mug->ufg", rows, rows).double() / samples
             own = own + self.damping(layer) * _eye(own)
             found.append(whitened(own, against))
         return found
@@ -399,12 +402,12 @@ class Space:
             present, back, _ = watched.rows(layer)
             new = self._features(layer, reads[layer])
             sums[layer] = _Sums(
-                against=back.T @ new,
-                new=new.T @ new,
-                gradient=back.T @ present,
-                present=present.T @ present,
-                cross=present.T @ new,
-                outputs=back.T @ back / len(back),
+                against=product(back, new),
+                new=product(new, new),
+                gradient=product(back, present),
+                present=product(present, present),
+                cross=product(present, new),
+                outputs=product(back, back) / len(back),
                 samples=seen.samples[layer],
             )
         return sums

@@ -31,12 +31,13 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from meristem.core.axis import Axis, Kind, Slot
 from meristem.core.change import Plan, Sources, index
@@ -47,12 +48,15 @@ from meristem.lab.ledger import counting
 from meristem.lab.neutral import neutral
 from meristem.statistics.health import Figures, measure
 from meristem.structure.twin import named_tensors
+from meristem.surgery.tensors import new_units
 
 # Standard deviation of the coupling at the start.
 _NOISE = 1e-4
 # Operations per coupling number and step: two sums, its gradient, Adam. The counter
 # of contractions does not see them.
 _STEP_WORK = 16
+# Batches that the running statistics of new units are taken from.
+_NORM_BATCHES = 10
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,7 @@ class SWE:
         for name in sorted(counts, key=lambda name: depth.get(name, -1), reverse=True):
             axis = sandbox.lab.axes.named(name)
             plan, _ = sandbox.insert([self.propose(sandbox.lab, axis, counts[name])])
+            _measure_norms(sandbox, plan, axis)
             adjustment = Adjustment(self, sandbox, plan, axis)
             health["insertion"] |= _health(sandbox, plan, axis)
             losses = adjustment.adjust()
@@ -171,6 +176,41 @@ class SWE:
             for name, tensor in named_tensors(sandbox.model).items()
         }
         return Settled(tensors, sandbox.meter.total, health, notes)
+
+
+def _measure_norms(sandbox: Sandbox, plan: Plan, axis: Axis) -> None:
+    """Give batch norms the statistics of the new units, from the first batches.
+
+    What is adjusted under a mean of 0 and a variance of 1 would have another scale as
+    soon as training goes on under those of its batches.
+    """
+    slots = [slot for slot in axis.slots if slot.buffer]
+    names = dict.fromkeys(slot.name.rpartition(".")[0] for slot in slots)
+    norms = [sandbox.model.get_submodule(name) for name in names]
+    norms = [norm for norm in norms if isinstance(norm, _BatchNorm)]
+    if not norms:
+        return
+    buffers = dict(sandbox.model.named_buffers())
+    held = {name: buffer.clone() for name, buffer in buffers.items()}
+    momenta = [norm.momentum for norm in norms]
+    sandbox.model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the average of all batches
+        norm.train()
+    with torch.no_grad():
+        for batch in islice(sandbox.epoch(f"SWE looks at {axis.name}"), _NORM_BATCHES):
+            sandbox.meter.run(batch, partial(sandbox.loss, batch, {}))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+    # Present units keep the statistics that training has given them.
+    for slot in slots:
+        new = index(new_units(plan, axis.name, slot.place).ravel())
+        new = new.to(held[slot.name].device)
+        held[slot.name][new] = buffers[slot.name][new]
+    for name, buffer in buffers.items():
+        buffer.copy_(held[name])
 
 
 def _health(sandbox: Sandbox, plan: Plan, axis: Axis) -> dict[str, Figures]:

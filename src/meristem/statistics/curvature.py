@@ -378,9 +378,9 @@ class Watched:
         inputs, gradients, _ = self.rows(name)
         samples = self.used(name)
         moments = (
-            gradients.T @ inputs / samples,
-            inputs.T @ inputs / samples,
-            gradients.T @ gradients / len(inputs),
+            product(gradients, inputs) / samples,
+            product(inputs, inputs) / samples,
+            product(gradients, gradients) / len(inputs),
         )
         return Factors(
             *moments, samples, _spread(inputs, gradients, *moments[1:], samples)
@@ -395,7 +395,7 @@ class Watched:
     def rows(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """What a layer reads, with a 1 where it has a bias, (rows, inputs); the
         gradient g of its pre-activation for the loss of one example, and what it gives,
-        (rows, outputs); in float64.
+        (rows, outputs); in float32 at least.
         """
         module = self.model.get_submodule(name)
         parts = []
@@ -408,9 +408,9 @@ class Watched:
             )
             parts.append(
                 (
-                    with_bias(module, patches(module, read[:first].detach()).double()),
-                    self.samples * flat(module, back).double(),
-                    flat(module, given[:first].detach()).double(),
+                    with_bias(module, single(patches(module, read[:first].detach()))),
+                    self.samples * single(flat(module, back)),
+                    single(flat(module, given[:first].detach())),
                 )
             )
         inputs, gradients, outputs = (
@@ -459,7 +459,7 @@ def _spread(
     equally many rows.
     """
     read, back = (
-        whitened(damped(moment, DAMPING), rows.T).T
+        whitened(damped(moment, DAMPING).to(rows), rows.T).T
         for moment, rows in ((within, inputs), (outward, gradients))
     )
     if len(read) > samples:
@@ -473,6 +473,16 @@ def _spread(
         mean = (read.square().sum(1) * back.square().sum(1)).mean().item()
     free = effective(within, DAMPING) * effective(outward, DAMPING)
     return max(mean / free, torch.finfo(torch.float64).tiny) if free and mean else 1.0
+
+
+def single(rows: Tensor) -> Tensor:
+    """Rows in float32, or in float64 where they are in it."""
+    return rows if rows.dtype == torch.float64 else rows.float()
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left^T right over the rows of a batch, in float64 as all sums over batches are."""
+    return (left.T @ right).double()
 
 
 def patches(module: nn.Module, read: Tensor) -> Tensor:
