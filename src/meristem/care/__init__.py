@@ -198,15 +198,11 @@ class FreshStatistics:
     values: int = 1000
 
     def __post_init__(self) -> None:
-        check_counts("FreshStatistics", steps=self.steps)
+        check_counts("FreshStatistics", steps=self.steps, values=self.values)
         if isinstance(self.momentum, bool) or not 0 < self.momentum <= 1:
             raise ValueError(
                 "FreshStatistics(momentum=...) must be a float in (0, 1]; got "
                 f"{self.momentum}"
-            )
-        if isinstance(self.values, bool) or not self.values >= 1:
-            raise ValueError(
-                f"FreshStatistics(values=...) must be an int in [1, inf); got {self.values}"
             )
 
     def treat(self, model: nn.Module, plan: Plan, axes: Sequence[Axis]) -> Treatment:
