@@ -244,7 +244,11 @@ def main() -> None:
     parser.add_argument("--sets", nargs="*", help="all by default")
     own = [name for name in METHODS if name != "realmlp"]
     parser.add_argument(
-        "--methods", nargs="*", default=own, choices=list(METHODS), help="all but realmlp by default, which needs pytabkit"
+        "--methods",
+        nargs="*",
+        default=own,
+        choices=list(METHODS),
+        help="all but realmlp by default, which needs pytabkit",
     )
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument(
