@@ -20,7 +20,7 @@ from meristem.core.errors import (
 )
 from meristem.core.growth import Growth
 from meristem.grower import Grower
-from meristem.growing import find_axes, grow_, narrow_, plan
+from meristem.growing import find_axes, grow_, narrow_, plan, replay_
 from meristem.pruning import prune_
 from meristem.statistics.health import health
 from meristem.surgery.lineage import convert, lineage
@@ -60,6 +60,7 @@ __all__ = [
     "plan",
     "prune_",
     "recipes",
+    "replay_",
     "save",
     "when",
     "where",

@@ -143,7 +143,7 @@ def load(
         for entry in growth["tensors"]:
             if entry["name"] in targets:
                 changing[entry["name"]] = targets[entry["name"]]
-    check_free(changing)
+    check_free(changing, model)
     rebuild(model, weights, growths, line)
     live = dict(model.named_parameters())
     for one, saved in zip(given, state["optimizers"], strict=False):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from meristem.care import FreshStatistics, Rewarm, YoungRate
 from meristem.core.axis import Axes
 from meristem.core.change import Plan
 from meristem.core.errors import DataError, GrowthRefused
@@ -19,6 +20,7 @@ from meristem.event.steps import (
     Cares,
     Methods,
     Optimizers,
+    Origin,
     accepted,
     all_or_nothing,
     batches_for,
@@ -32,7 +34,13 @@ from meristem.event.steps import (
 from meristem.lab.batches import first_call, growth_batches
 from meristem.lab.laboratory import Loan, Progress
 from meristem.lab.losses import Loss
-from meristem.structure import Structure, known_example, resolve, structure_of
+from meristem.structure import (
+    Structure,
+    known_example,
+    resolve,
+    structure_of,
+    with_mirrors,
+)
 from meristem.structure.undisturbed import undisturbed
 
 
@@ -111,7 +119,8 @@ def plan(model: nn.Module, counts: Mapping[str, int], example: Any) -> Plan:
         parameters: 58 -> 72; forward FLOPs: 288 -> 360
     """
     with undisturbed():
-        return _planned(structure_of(model, example), _counts(counts))
+        structure = structure_of(model, example)
+        return with_mirrors(structure, _planned(structure, _counts(counts)))
 
 
 def grow_(
@@ -222,6 +231,64 @@ def _same(structure: Structure, stored: Plan) -> Plan:
             "was edited. hint: make it anew with meristem.plan"
         )
     return planned
+
+
+def replay_(
+    growth: Growth,
+    model: nn.Module,
+    *,
+    example: Any = None,
+    optimizer: Optimizers = None,
+) -> Growth:
+    """The same growth, with the same new units, on a second model of the same shape: an
+    average of the weights, a teacher.
+
+    New units get the very weights that they got in the first model; old weights stay the
+    second model's own, and so do the copies that new blocks are made of.
+
+    Args:
+        growth: What `grow_`, `narrow_` or a grower gave.
+        model: The second model, as large as the first one was before.
+        example: The call to check it on; by default that of the growth.
+        optimizer: Optimizers of the second model, if it is trained.
+
+    Returns:
+        What was done.
+
+    Raises:
+        GrowthRefused: The growth cannot be made once more: it was loaded from a
+            checkpoint, or trained old weights on the side (how.SWE); or the model is of
+            another shape. Nothing has changed then.
+
+    Examples:
+        >>> import copy, torch, meristem as ms
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+        >>> average = copy.deepcopy(net)
+        >>> growth = ms.grow_(net, {"0": 2}, torch.randn(3, 4))
+        >>> ms.replay_(growth, average).after, torch.equal(net[0].weight, average[0].weight)
+        ({'0': 10}, True)
+    """
+    origin = growth.origin
+    if not isinstance(origin, Origin):
+        raise GrowthRefused(
+            "this growth holds no weights: it was loaded, or did nothing. hint: "
+            "meristem.convert carries the weights of an old shape over"
+        )
+    if not origin.whole:
+        raise GrowthRefused(
+            "this growth trained old weights on the side (how.SWE), which belong to the "
+            "first model alone. hint: copy the grown model"
+        )
+    given = optimizers(optimizer)
+    # Cares that count the steps of an optimizer need one.
+    counting_steps = (FreshStatistics, YoungRate, Rewarm)
+    care = [one for one in origin.care if given or not isinstance(one, counting_steps)]
+    call = origin.plan.example if example is None else example
+    with undisturbed():
+        loan = Loan(torch.Generator())
+        event = prepare(model, call, loan, origin.how, care, given)
+        plan = _same(event.structure, origin.plan)
+        return carry_out(event, accepted(plan), origin.offers)
 
 
 def narrow_(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,14 @@ def test_axes_hold_only_what_grows() -> None:
     )
     model, x = Recurrent(), torch.randn(4, 5, 6)
     axes = ms.find_axes(model, x)
-    assert [axis.name for axis in axes.values() if axis.kind == "width"] == ["f"]
-    ms.grow_(model, {"f": 2}, x)
+    widths = [axis.name for axis in axes.values() if axis.kind == "width"]
+    assert widths == ["i", "r", "f"]
+    for name in widths:
+        ms.grow_(model, {name: 2}, x)
+    held = weakref.ref(model.f.weight)
+    assert "weak reference" in ms.find_axes(model, x).frozen["f"]
+    del held
+    assert "f" in ms.find_axes(model, x)
 
 
 @pytest.mark.parametrize("count", [[8, 9], {"a": 1}, "2", 2.0, True])

@@ -38,7 +38,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         monkeypatch.setattr(owner, name, call)
 
     counting(discover.Structure, "_trace", "traces")
-    counting(repair._Search, "attempt", "re-traces")
+    counting(repair.Search, "attempt", "re-traces")
     counting(verify, "run", "runs")
     return counts
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -92,6 +92,26 @@ class Insertion:
         return f"{self.axis}: blocks {present} -> {', '.join(placed)}"
 
 
+class Rescaling(NamedTuple):
+    """How the scale of a norm changes where its width does: (w + shift) x factor - shift,
+    where the model adds `shift` to what it stores.
+    """
+
+    factor: float
+    shift: float = 0.0
+
+    def of(self, value: Tensor) -> Tensor:
+        """The scale after the change."""
+        result = value * self.factor
+        return result + self.shift * (self.factor - 1) if self.shift else result
+
+    def undone(self, value: Tensor) -> Tensor:
+        """The scale before it."""
+        if self.shift:
+            value = value - self.shift * (self.factor - 1)
+        return value / self.factor
+
+
 @dataclass(frozen=True)
 class Plan:
     """The dry run of a growth: everything that would change, or why it is refused.
@@ -105,10 +125,11 @@ class Plan:
         layout: By axis and place, where the units lie along a dimension after the
             change: an array (units, entries per unit), old units first.
         attributes: Module attributes that mirror a size.
-        rescaled: The factor of norm weights whose width changes.
+        rescaled: How norm weights change whose width does.
         insertions: Where new blocks stand.
         counts: Attributes that follow new blocks, in modules named as they are then.
-        outputs: The sources of every dimension of every output.
+        outputs: The sources of every dimension of every output; None for an output that
+            may change (the loss, where there are more classes).
         parameters: Before and after.
         flops: Of one forward pass on the example, before and after.
         refusal: Why the growth is not possible.
@@ -116,6 +137,8 @@ class Plan:
         example: The call on which it was planned.
         changes: The labels that change, for the structure that made the plan.
         followed: Whether everything that follows the shapes has been looked at.
+        stale: Numbers beside the traced forward that hold the old size, and may or may
+            not mean it.
     """
 
     before: Mapping[str, int]
@@ -123,10 +146,10 @@ class Plan:
     tensors: tuple[TensorChange, ...] = ()
     layout: Mapping[str, Mapping[Place, Sources]] = field(default_factory=dict)
     attributes: tuple[AttributeChange, ...] = ()
-    rescaled: Mapping[str, float] = field(default_factory=dict)
+    rescaled: Mapping[str, Rescaling] = field(default_factory=dict)
     insertions: tuple[Insertion, ...] = ()
     counts: tuple[AttributeChange, ...] = ()
-    outputs: tuple[tuple[Sources, ...], ...] = ()
+    outputs: tuple[tuple[Sources, ...] | None, ...] = ()
     parameters: tuple[int, int] = (0, 0)
     flops: tuple[int, int] = (0, 0)
     refusal: str | None = None
@@ -134,6 +157,7 @@ class Plan:
     example: Example | None = None
     changes: Mapping[Any, Sources] = field(default_factory=dict)
     followed: bool = False
+    stale: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return self.followed and self.refusal is None
@@ -161,6 +185,7 @@ class Plan:
             lines.append(f"  {change.name}: {change.before} -> {change.after}")
         for line in (*self.insertions, *self.attributes, *self.counts):
             lines.append(f"  {line}")
+        lines += [f"  {line}" for line in self.stale]
         parameters = "parameters: {} -> {}".format(*self.parameters)
         flops = "forward FLOPs: {} -> {}".format(*self.flops)
         return "\n".join([*lines, f"{parameters}; {flops}"])
@@ -193,6 +218,7 @@ class Plan:
             "parameters": list(self.parameters),
             "flops": list(self.flops),
             "refusal": self.refusal,
+            "stale": list(self.stale),
             "example": example_json(self.example),
         }
 
@@ -206,12 +232,15 @@ class Plan:
             dict(stored["after"]),
             tuple(tensor_change_from(entry) for entry in stored["tensors"]),
             attributes=_edits_from(stored["attributes"]),
-            rescaled=dict(stored["rescaled"]),
+            rescaled={
+                name: Rescaling(*pair) for name, pair in stored["rescaled"].items()
+            },
             insertions=tuple(insertions),
             counts=_edits_from(stored["counts"]),
             parameters=(first[0], first[1]),
             flops=(second[0], second[1]),
             refusal=stored["refusal"],
+            stale=tuple(stored["stale"]),
             wishes=dict(stored["wishes"]),
             example=example_from(stored["example"]),
             followed=True,

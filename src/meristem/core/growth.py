@@ -34,8 +34,10 @@ class Growth:
         notes: What the methods said, by axis.
         blocks: The places of new blocks, by depth axis, as they were right after the
             growth.
+        stale: Numbers beside the traced forward that hold the old size.
         replaced: Old parameter -> new one, where torch did not allow to keep the
             object. Empty as a rule.
+        origin: The plan and the new weights, for `meristem.replay_`; not in `json`.
     """
 
     added: dict[str, int]
@@ -51,7 +53,9 @@ class Growth:
     votes: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     blocks: dict[str, list[int]] = field(default_factory=dict)
+    stale: list[str] = field(default_factory=list)
     replaced: dict[nn.Parameter, nn.Parameter] = field(default_factory=dict, repr=False)
+    origin: Any = field(default=None, repr=False, compare=False)
 
     def __bool__(self) -> bool:
         return any(self.added.values())
@@ -64,5 +68,6 @@ class Growth:
         }
 
     def json(self) -> dict[str, Any]:
-        """Everything but `replaced`, in plain types."""
-        return {key: value for key, value in vars(self).items() if key != "replaced"}
+        """Everything but `replaced` and `origin`, in plain types."""
+        left_out = ("replaced", "origin")
+        return {key: value for key, value in vars(self).items() if key not in left_out}

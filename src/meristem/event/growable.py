@@ -4,7 +4,6 @@ once.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from meristem.core.axis import Axes, Axis, matches
@@ -12,6 +11,8 @@ from meristem.core.errors import GrowthRefused, VerificationError
 from meristem.event.steps import Methods, method_for
 from meristem.structure import Structure, clash, resolve
 from meristem.structure.kinds import apart
+from meristem.structure.twin import submodule
+from meristem.surgery.exchange import held_weakly
 from meristem.surgery.verify import check_edit, silence
 
 Reason = str | None
@@ -44,16 +45,10 @@ def growable(
 
 
 def _held(structure: Structure, axis: Axis) -> Reason:
-    if not axis.slots:
-        return None
+    """Why the tensors of an axis cannot be exchanged, or None."""
     tensors = structure.tensors
-    for slot in axis.slots:
-        if weakref.getweakrefs(tensors[slot.name]):
-            return (
-                f"{slot.name} is held by a weak reference (as in nn.GRU), which would "
-                "keep the old tensor"
-            )
-    return None
+    held = {slot.name: tensors[slot.name] for slot in axis.slots}
+    return held_weakly(held, structure.model)
 
 
 class _Trial:
@@ -145,7 +140,7 @@ class _Trial:
             return plan.refusal
         # An attribute of the user's own code may have changed for another axis' sake.
         for edit in plan.attributes:
-            module = self._structure.model.get_submodule(edit.module)
+            module = submodule(self._structure.model, edit.module)
             if not type(module).__module__.startswith("torch.nn."):
                 return "they share an attribute"
         return None

@@ -36,13 +36,20 @@ from meristem.methods import (
     settles,
 )
 from meristem.statistics.health import Figures, measure, measure_blocks
-from meristem.structure import Structure, proved, structure_of, with_insertions
+from meristem.structure import (
+    Structure,
+    proved,
+    structure_of,
+    with_insertions,
+    with_mirrors,
+)
 from meristem.structure.insertion import insert
 from meristem.structure.kinds import apart
-from meristem.structure.twin import named_tensors
+from meristem.structure.twin import named_tensors, submodule
 from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.aftercare import begin, check_aftercare, follow
 from meristem.surgery.exchange import OptimizerChange, check_free, exchange
+from meristem.surgery.lineage import draws_of, note_draws
 from meristem.surgery.optimizers import check_ownership, check_separable, grown_state
 from meristem.surgery.tensors import carry, edits_of, grown_tensors
 from meristem.surgery.verify import (
@@ -88,7 +95,12 @@ def private_generator(model: nn.Module) -> torch.Generator:
     # Seeded when first used, so that torch.manual_seed before a script decides.
     if model not in _GENERATORS:
         seed = torch.initial_seed() % 2**63
-        _GENERATORS[model] = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
+        # A deep copy of a grown model draws on as that does.
+        drawn = draws_of(model)
+        if drawn is not None:
+            generator.set_state(drawn)
+        _GENERATORS[model] = generator
     return _GENERATORS[model]
 
 
@@ -117,6 +129,24 @@ class Event:
     def method(self, axis: Axis) -> How:
         """The method that grows an axis."""
         return method_for(self.how, axis)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a growth was made of, to be made once more on another model.
+
+    Attributes:
+        plan: What changed.
+        offers: The new weights, by axis.
+        how, care: The methods, and what the rest got.
+        whole: Whether that is all: no old weights were trained on the side.
+    """
+
+    plan: Plan
+    offers: Mapping[str, Offer]
+    how: tuple[How, ...]
+    care: tuple[Care, ...]
+    whole: bool
 
 
 @dataclass(frozen=True)
@@ -281,6 +311,7 @@ def carry_out(
         changed: Old tensors, at their present shapes, that take other values with it.
     """
     started = time.perf_counter()
+    plan = with_mirrors(event.structure, plan)
     draft = Draft(plan, offers=dict(offers or {}), changed=dict(changed or {}))
     # Each step reads what the steps before it have written into the draft.
     draft = _treated(event, draft)
@@ -328,7 +359,7 @@ def _check_owners(event: Event, draft: Draft) -> None:
     check_aftercare(draft.treatment.after, event.optimizers)
     if draft.plan.insertions:
         check_separable(event.optimizers)
-    check_free(changing)
+    check_free(changing, event.model)
 
 
 def followed(structure: Structure, plan: Plan) -> dict[str, Tensor]:
@@ -340,7 +371,7 @@ def followed(structure: Structure, plan: Plan) -> dict[str, Tensor]:
             parents.add(structure.depths[insertion.axis].blocks[block])
     found: dict[str, Tensor] = {}
     for name in sorted(parents):
-        for inner, parameter in structure.model.get_submodule(name).named_parameters():
+        for inner, parameter in submodule(structure.model, name).named_parameters():
             if parameter.requires_grad:
                 found[f"{name}.{inner}"] = parameter
     return found
@@ -591,10 +622,12 @@ def _committed(event: Event, draft: Draft, started: float) -> Growth:
                 state = grown_state(optimizer, parameter, change, edits, treatment.warm)
                 states.append((optimizer, parameter, state))
     # Measuring may have left a graph alive, in the user's loss for example.
-    check_free({name: live[name] for name in draft.tensors})
+    check_free({name: live[name] for name in draft.tensors}, event.model)
     following = OptimizerChange(event.optimizers, states, treatment.reset)
     known = {id(parameter) for parameter in event.model.parameters()}
     exchange(event.model, draft.tensors, plan, draft.blocks, following, _ones(axes))
+    if _GENERATORS.get(event.model) is event.lab.generator:
+        note_draws(event.model, event.lab.generator.get_state())
     follow(event.model, plan)
     # New blocks are other axes, or in other places; they are tried anew.
     if not plan.insertions:
@@ -613,6 +646,8 @@ def _committed(event: Event, draft: Draft, started: float) -> Growth:
         health={moment: dict(figures) for moment, figures in draft.health.items()},
         notes=_notes(draft),
         blocks=_new_blocks(plan),
+        stale=list(plan.stale),
+        origin=Origin(plan, draft.offers, event.how, event.care, draft.settled is None),
     )
 
 

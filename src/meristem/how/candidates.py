@@ -24,6 +24,7 @@ from meristem.statistics.curvature import (
     Candidates,
     Factors,
     Watched,
+    cast,
     damped,
     effective,
     leading,
@@ -38,6 +39,7 @@ from meristem.statistics.curvature import (
     whitened,
 )
 from meristem.structure.layers import channel_of
+from meristem.structure.twin import submodule
 from meristem.surgery.tensors import new_units
 
 Strips = Mapping[Place, Tensor]
@@ -270,7 +272,7 @@ class Space:
             read, back, _ = watched.rows(layer)
             moments = self.moments[layer]
             rest = back - read @ self._slopes[layer].to(read)
-            spread = (moments.spread * moments.outputs).to(rest)
+            spread = cast(moments.spread * moments.outputs, rest)
             left[layer] = whitened(spread, rest.T).T
         return replace(self._shown(watched, batch), gradients=left)
 
@@ -282,7 +284,7 @@ class Space:
         """How many examples of a batch the next layers show."""
         samples, first = {}, {}
         for layer in self.layers:
-            module = watched.model.get_submodule(layer)
+            module = submodule(watched.model, layer)
             calls = watched.calls[layer]
             first[layer] = [leading(module, *call) for call in calls]
             samples[layer] = watched.used(layer)
@@ -311,7 +313,7 @@ class Space:
 
         hooks = []
         for layer in self.layers:
-            module = self._widened.model.get_submodule(layer)
+            module = submodule(self._widened.model, layer)
             catch = partial(hook, layer)
             hooks.append(module.register_forward_pre_hook(catch, with_kwargs=True))
         try:
@@ -324,7 +326,7 @@ class Space:
 
     def _features(self, layer: str, reads: Sequence[Tensor]) -> Tensor:
         """(rows, candidates x entries): what a layer reads from the candidates."""
-        module = self._widened.model.get_submodule(layer)
+        module = submodule(self._widened.model, layer)
         where = index(self.new[layer].ravel())
         rows = []
         for read in reads:

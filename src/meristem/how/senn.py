@@ -56,6 +56,7 @@ from meristem.statistics.curvature import (
     whitened,
 )
 from meristem.structure import Structure, flops, sized
+from meristem.structure.twin import submodule
 
 # Units that are tried in the width that a layer opens.
 _OPENED = 8
@@ -159,7 +160,7 @@ class SENN:
         names = {id(module): name for name, module in copied.named_modules()}
         silent: dict[int, set[str]] = {}
         for place, tensor in silenced(lab, offered.blocks.insertion).values:
-            module = made[place][1].get_submodule(tensor.rpartition(".")[0])
+            module = submodule(made[place][1], tensor.rpartition(".")[0])
             silent.setdefault(place, set()).update(
                 {names[id(module)]} if scored(module) else ()
             )
@@ -331,7 +332,8 @@ class _Inserted:
         tangents = self.activation.tangents(given)
         repeated = back.repeat(1, len(tangents))
         samples = watched.used(self.before)
-        return _Tangents(read, repeated, torch.cat(tangents, 1), samples)
+        features = torch.cat(tangents, 1).double()
+        return _Tangents(read.double(), repeated.double(), features, samples)
 
 
 def _inserted(lab: Lab, axis: Axis, activation: str) -> _Inserted:

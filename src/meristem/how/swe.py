@@ -47,7 +47,7 @@ from meristem.lab.laboratory import Lab, Sandbox
 from meristem.lab.ledger import counting
 from meristem.lab.neutral import neutral
 from meristem.statistics.health import Figures, measure
-from meristem.structure.twin import named_tensors
+from meristem.structure.twin import named_tensors, submodule
 from meristem.surgery.tensors import new_units
 
 # Standard deviation of the coupling at the start.
@@ -186,8 +186,11 @@ def _measure_norms(sandbox: Sandbox, plan: Plan, axis: Axis) -> None:
     """
     slots = [slot for slot in axis.slots if slot.buffer]
     names = dict.fromkeys(slot.name.rpartition(".")[0] for slot in slots)
-    norms = [sandbox.model.get_submodule(name) for name in names]
-    norms = [norm for norm in norms if isinstance(norm, _BatchNorm)]
+    norms: list[_BatchNorm] = []
+    for name in names:
+        module = submodule(sandbox.model, name)
+        if isinstance(module, _BatchNorm):
+            norms.append(module)
     if not norms:
         return
     buffers = dict(sandbox.model.named_buffers())
@@ -363,7 +366,7 @@ class Adjustment:
         for slot in self.axis.places("fan_out"):
             names.append(slot.name)
             module_name, _, _ = slot.name.rpartition(".")
-            module = self.sandbox.model.get_submodule(module_name)
+            module = submodule(self.sandbox.model, module_name)
             bias = f"{module_name}.bias"
             if next(module.children(), None) is None and isinstance(
                 getattr(module, "bias", None), nn.Parameter

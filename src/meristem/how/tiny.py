@@ -45,6 +45,7 @@ from meristem.lab.ledger import counting
 from meristem.lab.neutral import mean_norm
 from meristem.methods import check_counts, check_positive
 from meristem.statistics.curvature import Watched, damped, scored
+from meristem.structure.twin import submodule
 from meristem.surgery.tensors import carry
 
 # Lengths that are tried, as powers of two of the one that theory gives.
@@ -220,7 +221,7 @@ class _Units(Mixed):
         waiting = iter(slopes)
         total = torch.zeros((), dtype=loss.dtype, device=loss.device)
         for name, found in calls.items():
-            module = widened.model.get_submodule(name)
+            module = submodule(widened.model, name)
             own = self._step_of(widened, name)
             for read, given in found:
                 with torch.no_grad():
@@ -348,7 +349,7 @@ def _caught(
 
     hooks = []
     for name in names:
-        module = model.get_submodule(name)
+        module = submodule(model, name)
         hooks.append(module.register_forward_hook(hook(name), with_kwargs=True))
     try:
         yield calls

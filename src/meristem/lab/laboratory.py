@@ -31,7 +31,7 @@ from meristem.structure import Structure, resolve
 from meristem.structure.depth import Depth
 from meristem.structure.insertion import Made, insert
 from meristem.structure.layers import channel_of, contracts
-from meristem.structure.twin import apply_edits, named_tensors, twin
+from meristem.structure.twin import apply_edits, named_tensors, submodule, twin
 from meristem.surgery.exchange import exchange
 from meristem.surgery.tensors import grown_tensors, new_units
 from meristem.surgery.verify import grown_twin, live_values, run
@@ -184,7 +184,7 @@ class Lab:
 
     def owner(self, slot: Slot) -> nn.Module:
         """A copy, without data, of the module that holds a slot's tensor."""
-        return self.structure.model.get_submodule(slot.name.rpartition(".")[0])
+        return submodule(self.structure.model, slot.name.rpartition(".")[0])
 
     def plan(self, axis: Axis, count: int) -> Plan:
         """The plan that adds `count` units to one axis."""
@@ -355,7 +355,7 @@ class Widened:
         """
         # Of several producers the first one is enough to move the units.
         slot = self.axis.places("fan_in")[0]
-        producer = self.model.get_submodule(slot.name.rpartition(".")[0])
+        producer = submodule(self.model, slot.name.rpartition(".")[0])
         if not offset or not contracts(producer):
             yield False
             return

@@ -18,13 +18,31 @@ from meristem.structure.undisturbed import undisturbed
 Result = TypeVar("Result")
 
 
+class _Everywhere:
+    """In place of torch's module tracker: all that is counted belongs to the whole.
+
+    The tracker asks every tensor that enters or leaves a module for its gradient
+    function, which a view of a parameter does not have.
+    """
+
+    parents = frozenset(["Global"])
+
+    def __enter__(self) -> None:
+        """Nothing to watch."""
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to let go."""
+
+
 @contextlib.contextmanager
 def counting() -> Iterator[FlopCounterMode]:
     """Count the floating-point operations of everything that runs inside.
 
     Backward passes are included.
     """
-    with FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _Everywhere()  # type: ignore[assignment]
+    with counter:
         yield counter
 
 

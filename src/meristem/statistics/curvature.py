@@ -34,6 +34,7 @@ from meristem.lab.ledger import Meter
 from meristem.lab.losses import Loss, evaluate
 from meristem.structure.layers import channel_of, is_norm, is_plain, layer_of
 from meristem.structure.tracer import tensors
+from meristem.structure.twin import submodule
 
 DAMPING = 0.01
 """Added to every factor: this share of its mean diagonal."""
@@ -372,7 +373,7 @@ class Watched:
 
     def factors(self, name: str) -> Factors:
         """The moments of one layer over the batch."""
-        module = self.model.get_submodule(name)
+        module = submodule(self.model, name)
         if is_norm(module):
             return self._norm_factors(name, module)
         inputs, gradients, _ = self.rows(name)
@@ -388,7 +389,7 @@ class Watched:
 
     def used(self, name: str) -> int:
         """The examples behind the rows of a layer."""
-        module = self.model.get_submodule(name)
+        module = submodule(self.model, name)
         read, given = self.calls[name][0]
         return max(1, self.samples * leading(module, read, given) // len(given))
 
@@ -397,7 +398,7 @@ class Watched:
         gradient g of its pre-activation for the loss of one example, and what it gives,
         (rows, outputs); in float32 at least.
         """
-        module = self.model.get_submodule(name)
+        module = submodule(self.model, name)
         parts = []
         for read, given in self.calls[name]:
             first = leading(module, read, given)
@@ -459,7 +460,7 @@ def _spread(
     equally many rows.
     """
     read, back = (
-        whitened(damped(moment, DAMPING).to(rows), rows.T).T
+        whitened(cast(damped(moment, DAMPING), rows), rows.T).T
         for moment, rows in ((within, inputs), (outward, gradients))
     )
     if len(read) > samples:
@@ -478,6 +479,16 @@ def _spread(
 def single(rows: Tensor) -> Tensor:
     """Rows in float32, or in float64 where they are in it."""
     return rows if rows.dtype == torch.float64 else rows.float()
+
+
+def cast(matrix: Tensor, rows: Tensor) -> Tensor:
+    """A damped moment in the dtype of some rows, where it must still have a root."""
+    result = matrix.to(rows)
+    # What is tiny in float64 is nothing in float32.
+    least = 1e4 * torch.finfo(result.dtype).tiny
+    return result + least * torch.eye(
+        len(result), dtype=result.dtype, device=result.device
+    )
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from meristem.lab.batches import first_call, one_pass
 from meristem.lab.losses import Loss, evaluate
 from meristem.structure import Structure, apart, structure_of
 from meristem.structure.tracer import tensors as tensors_in
-from meristem.structure.twin import named_tensors, twin
+from meristem.structure.twin import named_tensors, submodule, twin
 from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.verify import live_values
 
@@ -248,7 +248,7 @@ def measure_blocks(
     watch = _BlockWatch(copied, [name for names in named.values() for name in names])
     trained = []
     for name in looked:
-        for parameter in copied.get_submodule(name).parameters():
+        for parameter in submodule(copied, name).parameters():
             if parameter.is_floating_point() and parameter.requires_grad:
                 trained.append(parameter)
     with watch, _gradients_of(copied, trained), _Norms(trained) as norms:
@@ -258,7 +258,7 @@ def measure_blocks(
             if value.requires_grad:
                 value.backward()
             norms.next_batch()
-        by_block = {name: norms.of(copied.get_submodule(name)) for name in looked}
+        by_block = {name: norms.of(submodule(copied, name)) for name in looked}
     result: dict[str, Figures] = {}
     for axis, names in named.items():
         blocks = structure.depths[axis].blocks
@@ -280,7 +280,7 @@ class _BlockWatch:
 
     def __init__(self, copied: nn.Module, names: Sequence[str]) -> None:
         self.moved: dict[str, list[float]] = {}
-        self._blocks = [(name, copied.get_submodule(name)) for name in names]
+        self._blocks = [(name, submodule(copied, name)) for name in names]
         self._hooks: list[Any] = []
 
     def __enter__(self) -> _BlockWatch:

@@ -2,7 +2,14 @@
 
 from meristem.structure.discover import Structure, known_example, proved, structure_of
 from meristem.structure.kinds import apart, flops
-from meristem.structure.planning import clash, products, resolve, sized, with_insertions
+from meristem.structure.planning import (
+    clash,
+    products,
+    resolve,
+    sized,
+    with_insertions,
+    with_mirrors,
+)
 
 __all__ = [
     "Structure",
@@ -16,4 +23,5 @@ __all__ = [
     "sized",
     "structure_of",
     "with_insertions",
+    "with_mirrors",
 ]

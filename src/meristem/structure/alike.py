@@ -16,7 +16,7 @@ from torch import nn
 from meristem.core.axis import Axis
 from meristem.structure.depth import Depth
 from meristem.structure.tracer import Law, Pass
-from meristem.structure.twin import named_tensors
+from meristem.structure.twin import named_tensors, submodule
 
 _PLAIN = (int, float, str, bool, type(None), tuple, list, dict, set)
 
@@ -91,7 +91,7 @@ def find_alike(
     representative: dict[str, str] = {}
     for run in runs:
         blocks = run.blocks[run.fixed :]
-        modules = [model.get_submodule(block) for block in blocks]
+        modules = [submodule(model, block) for block in blocks]
         numbers = [_numbers(module) for module in modules]
         constant = _without_counters(numbers)
         firsts: dict[Any, str] = {}
@@ -116,7 +116,9 @@ def _operations(laws: Sequence[Law], stretch: tuple[int, int]) -> Any:
     for name, outputs in laws[slice(*stretch)]:
         shapes = []
         for labels in outputs:
-            shapes.append(labels and tuple(label.size for label in labels))
+            # A number has a shape, too: the empty one.
+            known = None if labels is None else tuple(label.size for label in labels)
+            shapes.append(known)
         ran.append((name, tuple(shapes)))
     return tuple(ran)
 

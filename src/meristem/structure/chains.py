@@ -13,6 +13,7 @@ from meristem.core.change import Insertion
 from meristem.structure.depth import Depth, Form, follows
 from meristem.structure.layers import LAYERS, is_plain, layer_of
 from meristem.structure.tracer import Pass, Tracer
+from meristem.structure.twin import submodule
 
 CHAIN = "_meristem_chain"
 """The attribute of a grown nn.Sequential: where its new layers stand, seen from the old
@@ -76,7 +77,7 @@ def _inside_torch(model: nn.Module, name: str) -> bool:
 
     It may read its weight directly, as the fast path of attention does.
     """
-    holder = model.get_submodule(name.rpartition(".")[0])
+    holder = submodule(model, name.rpartition(".")[0])
     if isinstance(holder, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         return False
     return type(holder).__module__.startswith("torch.nn.")
@@ -117,7 +118,7 @@ def insert_layers(
         For the place of every new layer, the layer that it was made after, and its
         activation and itself.
     """
-    module = model.get_submodule(insertion.path)
+    module = submodule(model, insertion.path)
     parts = list(module.children()) if hasattr(module, CHAIN) else [module]
     if follows(insertion.form):
         old = parts[0]
@@ -149,7 +150,7 @@ def _stand(
 ) -> None:
     """Put the old layer and those placed beside it where the present module stands."""
     holder_name, _, key = insertion.path.rpartition(".")
-    holder = model.get_submodule(holder_name)
+    holder = submodule(model, holder_name)
     if not placed:
         holder._modules[key] = old
         return

@@ -16,8 +16,8 @@ from meristem.structure.discover import Structure
 from meristem.structure.insertion import insert
 from meristem.structure.repair import first_line
 from meristem.structure.runs import find_runs
-from meristem.structure.tracer import ModuleStack
-from meristem.structure.twin import apply_edits, fake_mode, looking
+from meristem.structure.tracer import ModuleStack, Sums, with_lists
+from meristem.structure.twin import apply_edits, fake_mode, looking, submodule, table_of
 
 TRIALS = 30
 """Largest number of re-traces that the search for one attribute may cost."""
@@ -113,7 +113,7 @@ class _Followers:
         stack = ModuleStack(copied)
         args, kwargs = structure.example_for(mode)
         try:
-            with looking(mode):
+            with looking(mode), Sums():
                 copied(*args, **kwargs)
         except Exception as error:
             where = stack.innermost or "the model"
@@ -139,7 +139,7 @@ class _Followers:
 
     def _missed(self, copied: nn.Module, stack: ModuleStack) -> str | None:
         """Why the blocks are no runs, or None."""
-        found, _ = find_runs(copied, stack.passes)
+        found, _ = find_runs(copied, with_lists(copied, stack.passes))
         for insertion in self.runs:
             wanted = tuple(standing(copied, insertion, self.runs))
             if not any(_is_run(run, insertion, wanted) for run in found):
@@ -161,7 +161,7 @@ def standing(
 
     Others (`beside`) may have changed the same container.
     """
-    keys = list(model.get_submodule(insertion.path)._modules)
+    keys = list(submodule(model, insertion.path)._modules)
     prefix = f"{insertion.path}." if insertion.path else ""
     first = insertion.first + shift(insertion, beside)
     return [f"{prefix}{key}" for key in keys[first : first + len(insertion.blocks)]]
@@ -215,13 +215,13 @@ def _numbers(model: nn.Module, path: str) -> Iterator[tuple[str, str, Any]]:
     parts = path.split(".") if path else []
     for depth in range(len(parts) + 1):
         owner = ".".join(parts[:depth])
-        for attribute, value in vars(model.get_submodule(owner)).items():
+        for attribute, value in vars(submodule(model, owner)).items():
             if attribute.startswith("_") or isinstance(value, (nn.Module, Tensor)):
                 continue
             if _is_number_or_table(value):
                 yield owner, attribute, value
-            elif hasattr(value, "__dict__") and not callable(value):
-                for key, inner in vars(value).items():
+            elif not isinstance(value, dict):
+                for key, inner in table_of(value).items():
                     if _is_number_or_table(inner) and not key.startswith("_"):
                         yield owner, f"{attribute}.{key}", inner
 
@@ -239,7 +239,7 @@ def positions_in(model: nn.Module, depth: Depth) -> dict[Key, int]:
     Returns:
         By (module inside the block, attribute), the number of the first block.
     """
-    blocks = [model.get_submodule(name) for name in depth.blocks[depth.fixed :]]
+    blocks = [submodule(model, name) for name in depth.blocks[depth.fixed :]]
     start = depth.first + depth.fixed
     found = {}
     for name, module in blocks[0].named_modules():
@@ -249,9 +249,7 @@ def positions_in(model: nn.Module, depth: Depth) -> dict[Key, int]:
         for attribute, value in vars(module).items():
             if type(value) is not int or attribute.startswith("_"):
                 continue
-            values = [
-                vars(block.get_submodule(name)).get(attribute) for block in blocks
-            ]
+            values = [vars(submodule(block, name)).get(attribute) for block in blocks]
             counts_on = values == [value + i for i in range(len(blocks))]
             if counts_on and _is_position(attribute, value, start, len(blocks)):
                 found[name, attribute] = value
@@ -282,7 +280,7 @@ def renumbered(
     for place, block in enumerate(names[depth.fixed :]):
         for (name, attribute), first in found.items():
             module = f"{block}.{name}" if name else block
-            before = getattr(model.get_submodule(module), attribute)
+            before = getattr(submodule(model, module), attribute)
             after = first + place + (moved if first >= depth.first else 0)
             if before != after:
                 yield AttributeChange(module, attribute, before, after)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -19,6 +20,7 @@ from meristem.structure.depth import Depth
 from meristem.structure.labels import Label, atoms, mark_end, positions
 from meristem.structure.layers import channel_of, contracts
 from meristem.structure.ops import operation_of
+from meristem.structure.ops.written import follow
 from meristem.structure.runs import SilentTensors, find_runs
 from meristem.structure.tracer import (
     Dim,
@@ -29,6 +31,7 @@ from meristem.structure.tracer import (
     Tracer,
     opaque,
     tensors,
+    with_lists,
 )
 from meristem.structure.twin import (
     Example,
@@ -38,11 +41,14 @@ from meristem.structure.twin import (
     looking,
     map_tensors,
     named_tensors,
+    submodule,
+    table_of,
     twin,
 )
 from meristem.structure.undisturbed import undisturbed
 from meristem.structure.widths import Widths
 
+_INPUT = "an input of the model"
 # Classes that wrap a model, and where they hold it.
 _WRAPPERS = {
     "DistributedDataParallel": "module",
@@ -66,6 +72,7 @@ class Structure:
         atoms: The label that an axis changes, by axis name.
         norms: The layer and RMS norms over an axis, by axis name.
         outputs: Labels of the model's output tensors.
+        losses: Which of these are the loss of a classification.
         depths: Where the blocks of each depth axis stand.
         alike: Which blocks are alike.
         plans: What has been resolved so far.
@@ -138,6 +145,12 @@ class Structure:
             try:
                 self._trace(fake=False)
             except Exception as error:
+                if self._runs():
+                    raise DiscoveryError(
+                        f"{type(self.model).__name__} runs on the example, and its trace "
+                        f"fails ({type(error).__name__}: {error}): a fault of Meristem, "
+                        "not of the model. hint: report it, with the model"
+                    ) from error
                 raise DiscoveryError(
                     f"the forward of {type(self.model).__name__} fails on the example "
                     f"({type(error).__name__}: {error}). Received "
@@ -146,19 +159,31 @@ class Structure:
                     "arguments"
                 ) from first
 
+    def _runs(self) -> bool:
+        """Whether the model, as it is, takes the example."""
+        copied = self.twin_of_shape({}, (), None).eval()
+        args, kwargs = self.example_for(None)
+        try:
+            with undisturbed(), torch.no_grad():
+                copied(*args, **kwargs)
+        except Exception:
+            return False
+        return True
+
     def _trace(self, fake: bool) -> None:
         self.fake = fake
         mode = fake_mode(fake)
         # Eval mode first: dropout and batch statistics would blur the labels.
         copied = self.twin_of_shape({}, (), mode).eval()
         stack = ModuleStack(copied)
-        tracer = Tracer(stack, operation_of)
+        tracer = Tracer(stack, operation_of, follow)
         stack.counted = tracer.counted
         self.labels = _labelled(copied)
         tracer.watch(dict(copied.named_parameters()))
         output = self._labelled_run(copied, tracer, mode)
         self.trace: Trace = tracer.trace
         self.outputs: list[list[Label]] = _mark_outputs(tracer, output)
+        self.losses = [tracer.of(tensor).loss for tensor in tensors(output)]
         self._find_blocks(copied, stack, tracer)
         stack.close()
         self._label_training(copied, tracer, mode)
@@ -168,7 +193,7 @@ class Structure:
     ) -> Any:
         args, kwargs = self.example_for(mode)
         for tensor in tensors((args, kwargs)):
-            tensor._meristem = opaque(tensor, "an input of the model")  # type: ignore[attr-defined]
+            tensor._meristem = _labelled_input(tensor)  # type: ignore[attr-defined]
         with looking(mode), tracer:
             return copied(*args, **kwargs)
 
@@ -194,6 +219,7 @@ class Structure:
         self, copied: nn.Module, stack: ModuleStack, tracer: Tracer
     ) -> None:
         """The depth axes, the reasons of containers that are none, and what is alike."""
+        stack.passes = with_lists(copied, stack.passes)
         runs, reasons = find_runs(copied, stack.passes)
         self._undeepened = reasons
         self.alike: Alike = find_alike(copied, runs, stack.passes, self.trace.laws)
@@ -307,6 +333,17 @@ def _labelled(copied: nn.Module) -> dict[str, list[Label]]:
     return all_labels
 
 
+def _labelled_input(tensor: Tensor) -> Traced:
+    """What is known of an input: it keeps its shape, and a batch of one is a batch.
+
+    A leading 1 of a parameter that meets it would be taken for an axis.
+    """
+    known = opaque(tensor, _INPUT)
+    if tensor.dim() and len(tensor) == 1:
+        known.dims[0] = Dim(Label(1, _INPUT))
+    return known
+
+
 def _mark_outputs(tracer: Tracer, output: Any) -> list[list[Label]]:
     """Mark the dimensions of the outputs as ends; returns their labels."""
     outputs = []
@@ -320,7 +357,7 @@ def _mark_outputs(tracer: Tracer, output: Any) -> list[list[Label]]:
 
 def _makes_output(one: Pass, copied: nn.Module, tracer: Tracer) -> bool:
     """Whether a layer makes units of the model's output."""
-    module = copied.get_submodule(one.name)
+    module = submodule(copied, one.name)
     if not one.outputs or not contracts(module):
         return False
     given = one.outputs[0]
@@ -380,11 +417,15 @@ def _fingerprint(model: nn.Module, example: Example) -> Any:
     modules = []
     beside: dict[int, Any] = {}
     for name, module in model.named_modules():
-        modules.append((name, id(module), type(module), _plain_values(module)))
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        numbers = tuple(id(hook) for hook in hooks)
+        values = _plain_values(vars(module))
+        modules.append((name, id(module), type(module), values, numbers))
         for value in vars(module).values():
-            is_config = hasattr(value, "__dict__") and not callable(value)
-            if is_config and not isinstance(value, (Tensor, nn.Module)):
-                beside.setdefault(id(value), _plain_values(value))
+            if not isinstance(value, dict) and hasattr(value, "__dict__"):
+                table = table_of(value)
+                if table:
+                    beside.setdefault(id(value), _plain_values(table))
     held = []
     for name, tensor in named_tensors(model).items():
         shape = tuple(tensor.shape)
@@ -396,9 +437,9 @@ def _fingerprint(model: nn.Module, example: Example) -> Any:
     return tuple(modules), tuple(beside.items()), tuple(held), tuple(call), rest
 
 
-def _plain_values(holder: Any) -> Any:
+def _plain_values(table: Mapping[str, Any]) -> Any:
     values: list[Any] = []
-    for attribute, value in vars(holder).items():
+    for attribute, value in table.items():
         if attribute == "training":
             continue  # both modes are traced
         if isinstance(value, (int, float, str, tuple, list)) or (

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from meristem.core.change import Insertion
 from meristem.structure.chains import insert_layers
-from meristem.structure.twin import check_writable, copy_part, named_tensors
+from meristem.structure.twin import check_writable, copy_part, named_tensors, submodule
 
 BlockValues = Mapping[tuple[int, str], Tensor]
 """Tensors of new blocks, by the block's place and their name inside it."""
@@ -50,7 +50,7 @@ def _hold(block: nn.Module, name: str, value: Tensor) -> None:
 
 
 def _insert_blocks(model: nn.Module, insertion: Insertion, values: BlockValues) -> Made:
-    container = model.get_submodule(insertion.path)
+    container = submodule(model, insertion.path)
     old = list(container._modules.items())
     # Other runs may stand before and behind in the same container.
     end = insertion.first + insertion.size

@@ -19,7 +19,7 @@ from meristem.structure.chains import identity_layer
 from meristem.structure.depth import Depth
 from meristem.structure.discover import Structure
 from meristem.structure.labels import Changes, Label, size
-from meristem.structure.twin import modules_without
+from meristem.structure.twin import modules_without, submodule
 
 Amount = int | Sequence[int]
 """Units to add (negative: the last ones to drop), or the indices of units to drop."""
@@ -171,11 +171,11 @@ def _parameters_of(
     structure: Structure, depth: Depth, block: int, changes: Changes
 ) -> int:
     """The parameters that one block does not share with the rest of the model."""
-    inside = [structure.model.get_submodule(depth.blocks[block])]
+    inside = [submodule(structure.model, depth.blocks[block])]
     if not depth.copied:  # a layer of a chain goes with its activation
         chain, _, number = depth.blocks[block].rpartition(".")
         beside = int(number) + (-1 if depth.follows else 1)
-        inside.append(structure.model.get_submodule(f"{chain}.{beside}"))
+        inside.append(submodule(structure.model, f"{chain}.{beside}"))
     held = {id(p) for module in inside for p in module.parameters()}
     for module in modules_without(structure.model, *inside):
         # Shared weights stay when a block goes, and are not made anew with one.
@@ -189,7 +189,7 @@ def _parameters_of(
 
 def _ends(structure: Structure, depth: Depth, block: int) -> tuple[Label, Label]:
     """The labels of what a layer of a chain gives and takes."""
-    weight = structure.model.get_submodule(depth.blocks[block]).weight
+    weight = submodule(structure.model, depth.blocks[block]).weight
     for name, tensor in structure.tensors.items():
         if tensor is weight:
             out, into = structure.labels[name][:2]
@@ -215,7 +215,7 @@ def _layer_parameters(
     depth = structure.depths[insertion.axis]
     out, into = _ends(structure, depth, block)
     width = size(out if depth.follows else into, changes)
-    old: nn.Module = structure.model.get_submodule(depth.blocks[block])
+    old: nn.Module = submodule(structure.model, depth.blocks[block])
     weight = identity_layer(old, depth.follows).weight
     assert isinstance(weight, torch.Tensor)
     total = width * width * math.prod(weight.shape[2:]) + width

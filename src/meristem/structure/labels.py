@@ -274,6 +274,11 @@ def unify(first: Label, second: Label) -> None:
         return
     if a.size != b.size:
         raise Conflict(f"sizes {a.size} and {b.size} meet")
+    # A label that is a part of the other: the rest of that has size 1, and must keep it.
+    if _stands_in(a, b) or _stands_in(b, a):
+        for label in (a, b):
+            freeze(label, "a dimension meets its own product with one of size 1")
+        return
     try:
         if not a.is_atom and not b.is_atom:
             _unify_structure(a, b)
@@ -289,6 +294,12 @@ def unify(first: Label, second: Label) -> None:
         a, b = b, a
     b.parent = a
     _inherit(a, b)
+
+
+def _stands_in(part: Label, whole: Label) -> bool:
+    """Whether a label is one of those that another is made of."""
+    inner = [part_of.root for part_of in whole.root.parts]
+    return any(one is part or _stands_in(part, one) for one in inner)
 
 
 def _unify_structure(a: Label, b: Label) -> None:

@@ -6,17 +6,28 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
 from torch import nn
 
 from meristem.core.axis import Place
-from meristem.core.change import AttributeChange, Insertion, Plan, Sources, TensorChange
+from meristem.core.change import (
+    AttributeChange,
+    Insertion,
+    Plan,
+    Rescaling,
+    Sources,
+    TensorChange,
+)
 from meristem.structure.counts import counts_for
 from meristem.structure.discover import Structure
 from meristem.structure.kinds import KINDS, Amount, added_by, flops
 from meristem.structure.labels import Changes, Label, atoms, positions, size, sources
-from meristem.structure.repair import attributes_for
+from meristem.structure.mirrors import mirrors
+from meristem.structure.repair import Search, attributes_for
+from meristem.structure.tracer import Norm
+from meristem.structure.twin import submodule
 
+# More than any layer, vocabulary or stack has.
+_MOST_UNITS, _MOST_BLOCKS = 2**26, 2**14
 Wishes = Mapping[str, Amount]
 """By axis: units to add (negative: the last ones to drop), or indices of units to drop.
 """
@@ -32,7 +43,9 @@ def resolve(structure: Structure, wishes: Wishes) -> Plan:
         key.append((name, amount if isinstance(amount, int) else tuple(amount)))
     known = structure.plans.get(tuple(key))
     if known is None:
-        known = _followed(structure, sized(structure, wishes))
+        known = _too_large(structure, wishes)
+        if known is None:
+            known = _followed(structure, sized(structure, wishes))
         structure.plans[tuple(key)] = known
     return known
 
@@ -68,9 +81,12 @@ def sized(structure: Structure, wishes: Wishes) -> Plan:
         more = added_by(structure, insertion, changes)
         added += more[0]
         spent += more[1]
-    outputs = []
-    for labels in structure.outputs:
-        outputs.append(tuple(sources(label, changes) for label in labels))
+    outputs: list[tuple[Sources, ...] | None] = []
+    ends = any(name in structure.axes.ends for name in wishes)
+    for labels, is_loss in zip(structure.outputs, structure.losses, strict=True):
+        kept = tuple(sources(label, changes) for label in labels)
+        # More classes change the loss that a forward gives, and may.
+        outputs.append(None if is_loss and ends else kept)
     return Plan(
         before,
         after,
@@ -83,6 +99,32 @@ def sized(structure: Structure, wishes: Wishes) -> Plan:
         flops=(flops(structure, {}), spent),
         wishes=dict(wishes),
         example=structure.example,
+    )
+
+
+def _too_large(structure: Structure, wishes: Wishes) -> Plan | None:
+    """The refusal of what would list more places than a machine can hold, or None."""
+    before, after, reasons = {}, {}, []
+    for name, amount in wishes.items():
+        axis = structure.axes.named(name)
+        most = _MOST_BLOCKS if axis.kind == "depth" else _MOST_UNITS
+        added = amount if isinstance(amount, int) else -len(amount)
+        before[name], after[name] = axis.size, axis.size + added
+        if after[name] > most:
+            what = "blocks" if axis.kind == "depth" else "units"
+            reasons.append(
+                f"{name!r} would have {after[name]:,} {what}, and a plan follows "
+                f"{most:,} at most, one by one. hint: a smaller amount"
+            )
+    if not reasons:
+        return None
+    return Plan(
+        before,
+        after,
+        refusal=reasons[0],
+        wishes=dict(wishes),
+        example=structure.example,
+        followed=True,
     )
 
 
@@ -136,12 +178,33 @@ def _followed(structure: Structure, plan: Plan) -> Plan:
         )
     if plan.tensors:
         edits, refusal = attributes_for(structure, plan)
-        rescaled, constants = _renormalise(structure, plan)
+        rescaled, constants, fixed = _renormalise(structure, plan)
         plan = replace(
-            plan, attributes=(*edits, *constants), rescaled=rescaled, refusal=refusal
+            plan,
+            attributes=(*edits, *constants),
+            rescaled=rescaled,
+            refusal=refusal or fixed,
         )
     plan = replace(plan, followed=True)
     return with_insertions(structure, plan, plan.insertions) if plan else plan
+
+
+def with_mirrors(structure: Structure, plan: Plan) -> Plan:
+    """A plan with the numbers outside of the traced forward that follow, and those that
+    hold the old size.
+
+    With them the forward must still follow the plan. Trials need none of it.
+    """
+    if not plan or not plan.tensors:
+        return plan
+    follow, stale = mirrors(structure, plan, plan.attributes)
+    edits = [*plan.attributes, *follow]
+    if follow and Search(structure, plan).attempt(edits).problem is not None:
+        for edit in follow:
+            where = f"{edit.module}.{edit.attribute}".lstrip(".")
+            stale.append(f"{where} holds the old size: {edit.before}")
+        edits = list(plan.attributes)
+    return replace(plan, attributes=tuple(edits), stale=tuple(stale))
 
 
 def with_insertions(
@@ -210,29 +273,68 @@ def _two_factors(label: Label, by_atom: Mapping[Label, str]) -> tuple[str, str] 
 
 def _renormalise(
     structure: Structure, plan: Plan
-) -> tuple[dict[str, float], list[AttributeChange]]:
+) -> tuple[dict[str, Rescaling], list[AttributeChange], str | None]:
     """What keeps a layer norm or RMS norm exact when its width goes from C to C'.
 
-    Its weight x sqrt(C / C'), its eps x C / C'.
+    Its weight x sqrt(C / C'), its eps x C / C'; or why that cannot be.
     """
-    rescaled: dict[str, float] = {}
-    constants = []
-    norms = []
+    rescaled: dict[str, Rescaling] = {}
+    constants: dict[tuple[str, str], AttributeChange] = {}
+    norms: list[Norm] = []
     for name in plan.after:
         norms += structure.norms.get(name, [])
     for norm in dict.fromkeys(norms):
+        # The length of a vector does not change where new entries are zero.
+        if not norm.averages:
+            continue
         ratio = norm.label.root.size / size(norm.label, plan.changes)
-        module = structure.model.get_submodule(norm.module)
-        weight = f"{norm.module}.weight" if norm.module else "weight"
         # A norm without a weight is corrected by its eps alone; that cannot be exact
         # and is found out by the check.
-        if weight in structure.labels:
-            rescaled[weight] = ratio**0.5
-        eps = getattr(module, "eps", None)
-        if eps is None:  # as RMSNorm has it by default
-            eps = torch.finfo(next(module.parameters()).dtype).eps
-        constants.append(AttributeChange(norm.module, "eps", module.eps, eps * ratio))
-    return rescaled, constants
+        if norm.weight in structure.labels:
+            rescaled[norm.weight] = Rescaling(ratio**0.5, norm.shift)
+        # Where none is given it is the least number of the dtype: rounding.
+        given = getattr(submodule(structure.model, norm.module), "eps", norm.eps)
+        if not norm.eps or given is None:
+            continue
+        holder = _holder_of_eps(structure, norm)
+        if holder is None:
+            return {}, [], _fixed_eps(norm)
+        module, attribute = holder
+        before = getattr(submodule(structure.model, module), attribute)
+        change = AttributeChange(module, attribute, before, before * ratio)
+        constants[holder] = change
+    return rescaled, list(constants.values()), None
+
+
+def _holder_of_eps(structure: Structure, norm: Norm) -> tuple[str, str] | None:
+    """The one attribute of the module that ran a norm, or of those around it, that
+    holds its eps.
+    """
+    name = norm.module
+    while True:
+        module = submodule(structure.model, name)
+        found = []
+        for attribute, value in vars(module).items():
+            # Kernels take it in single precision.
+            is_eps = isinstance(value, float) and math.isclose(
+                value, norm.eps, rel_tol=1e-6
+            )
+            if is_eps and not attribute.startswith("_"):
+                found.append(attribute)
+        if found:
+            return (name, found[0]) if len(found) == 1 else None
+        if not name:
+            return None
+        name = name.rpartition(".")[0]
+
+
+def _fixed_eps(norm: Norm) -> str:
+    where = f" ({norm.line})" if norm.line else ""
+    return (
+        f"the norm in {norm.module or 'the model'}{where} holds its eps of {norm.eps:g} "
+        "as a number, which has to change with the width. hint: keep it in an attribute "
+        "of the module, as self.eps"
+    )
 
 
 def products(structure: Structure, weight: str) -> int:

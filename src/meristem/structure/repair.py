@@ -5,8 +5,10 @@ They are found by re-tracing a grown twin until every operation has its planned 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -18,10 +20,12 @@ from meristem.structure.discover import Structure
 from meristem.structure.labels import Label, size
 from meristem.structure.layers import Shape, layer_of
 from meristem.structure.tracer import ModuleStack
-from meristem.structure.twin import fake_mode, looking
+from meristem.structure.twin import fake_mode, looking, submodule, table_of
 
 TRIALS = 60
 """Largest number of re-traces that the search for one plan's attributes may cost."""
+# Innermost running modules whose configs are looked into.
+_NEAR = 2
 # Characters of an error that are told on.
 _LONGEST = 200
 
@@ -86,7 +90,7 @@ def attributes_for(
     Returns:
         The changes and None; or what was tried, and the refusal.
     """
-    search = _Search(structure, plan)
+    search = Search(structure, plan)
     edits = list(leaf_attributes(structure, plan))
     best = search.attempt(edits)
     while best.problem is not None:
@@ -102,7 +106,7 @@ def attributes_for(
     return tuple(edits), problem
 
 
-class _Search:
+class Search:
     """The re-traces of one plan."""
 
     def __init__(self, structure: Structure, plan: Plan) -> None:
@@ -157,13 +161,34 @@ class _Search:
         These are integers, and tuples of integers, that equal a size that changed.
         """
         taken = {(edit.module, edit.attribute) for edit in done}
-        for name in dict.fromkeys(reversed(running)):
-            module = self._structure.model.get_submodule(name)
+        for depth, name in enumerate(dict.fromkeys(reversed(running))):
+            module = submodule(self._structure.model, name)
             for attribute, value in vars(module).items():
                 if attribute.startswith("_") or (name, attribute) in taken:
                     continue
                 for new in self._replacements(value):
                     yield AttributeChange(name, attribute, value, new)
+                # The code that ran reads the config of its own module.
+                if depth < _NEAR:
+                    yield from self._inside(name, attribute, value, taken)
+
+    def _inside(
+        self, name: str, attribute: str, value: Any, taken: set[tuple[str, str]]
+    ) -> Iterator[AttributeChange]:
+        """The same in a plain object or a dict that a module holds (a config): only what
+        its methods name, beside the constructor.
+        """
+        kind = type(submodule(self._structure.model, name))
+        read = _read_by(kind)  # type: ignore[arg-type]
+        for key, inner in table_of(value).items():
+            path = f"{attribute}.{key}"
+            named = key in read or isinstance(value, dict)
+            if key.startswith("_") or "." in key or not named:
+                continue
+            if (name, path) in taken:
+                continue
+            for new in self._replacements(inner):
+                yield AttributeChange(name, path, inner, new)
 
     def _replacements(self, value: Any) -> Iterator[Any]:
         resized = self._resized
@@ -176,6 +201,22 @@ class _Search:
                 # is tried.
                 new.append(min(resized[entry]) if entry in resized else entry)
             yield type(value)(new)
+
+
+@cache
+def _read_by(kind: type) -> frozenset[str]:
+    """The attributes that the methods of a class name, without its constructor."""
+    names: set[str] = set()
+    for base in kind.__mro__:
+        if base.__module__.startswith("torch."):
+            continue
+        for name, method in vars(base).items():
+            # Decorators hide the method itself.
+            inner = inspect.unwrap(method) if callable(method) else method
+            code = getattr(inner, "__code__", None)
+            if code is not None and name != "__init__":
+                names.update(code.co_names)
+    return frozenset(names)
 
 
 def first_line(error: Exception) -> str:

@@ -15,10 +15,12 @@ from meristem.structure.chains import CHAIN
 from meristem.structure.depth import Depth
 from meristem.structure.labels import Label, atoms
 from meristem.structure.layers import is_norm
-from meristem.structure.tracer import Pass, Trace
-from meristem.structure.twin import named_tensors
+from meristem.structure.tracer import Pass, Trace, stream_behind
+from meristem.structure.twin import named_tensors, submodule
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
+# What a forward calls that goes through the children of its module.
+_WALKS = frozenset(["children", "named_children", "_modules"])
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def find_runs(
                     "an nn.ModuleList or nn.Sequential does"
                 )
             continue
-        if not isinstance(container, _CONTAINERS) or hasattr(container, CHAIN):
+        if not _holds_blocks(container) or hasattr(container, CHAIN):
             continue
         # Runs inside the blocks of a run grow with these, not by themselves.
         if _lies_inside(path, inside):
@@ -70,15 +72,47 @@ def find_runs(
         found, reason = _runs_in(path, container, calls)
         if reason is not None and path and not found:
             reasons[path] = reason
+        inside |= _blocks_of_runs(found)
         for number, run in enumerate(found, 1):
-            inside.update(run.blocks)
             runs.append(run.renamed(_run_name(path, number, run)))
-    return runs, reasons
+    return _without_stages(runs), reasons
+
+
+def _without_stages(runs: Sequence[Depth]) -> list[Depth]:
+    """The runs without lone blocks that hold a run, or stand in another lone block.
+
+    A stage of a pyramid is one block of its kind; its depth is that of the run in it.
+    """
+    lone = {run.name for run in runs if run.size - run.fixed < 2}
+    kept: list[Depth] = []
+    taken: set[str] = set()
+    for run in runs:
+        if run.name in lone:
+            blocks = set(run.blocks)
+            others = [other.path for other in runs if other.name not in lone]
+            if any(_lies_inside(path, blocks) for path in others):
+                continue
+            if _lies_inside(run.path, taken):
+                continue
+            taken |= blocks
+        kept.append(run)
+    return kept
+
+
+def _holds_blocks(module: nn.Module) -> bool:
+    """Whether a module may be a container of blocks: one of torch's, or one whose
+    forward walks its own children.
+    """
+    if isinstance(module, _CONTAINERS):
+        return True
+    code = getattr(type(module).forward, "__code__", None)
+    return code is not None and not _WALKS.isdisjoint(code.co_names)
 
 
 def _lies_inside(path: str, blocks: set[str]) -> bool:
+    """Whether a module is one of these blocks, or stands in one."""
     parts = path.split(".")
-    return any(".".join(parts[:i]) in blocks for i in range(1, len(parts)))
+    return any(".".join(parts[:i]) in blocks for i in range(1, len(parts) + 1))
 
 
 def _run_name(path: str, number: int, run: Depth) -> str:
@@ -151,7 +185,8 @@ def _problem(group: Sequence[nn.Module], calls: _Calls) -> str | None:
     if numbers != sorted(numbers):
         return "its blocks are not called in their order"
     for before, after in pairwise(calls.passes[number] for number in numbers):
-        if not before.outputs or not _holds(after.inputs, before.outputs[0]):
+        behind = stream_behind(before)
+        if not any(_holds(after.inputs, tensor) for tensor in behind):
             return (
                 f"between {before.name} and {after.name} the stream passes through "
                 "something else"
@@ -304,7 +339,7 @@ def _norm_behind(owner: str, model: nn.Module, within: Sequence[Pass]) -> str | 
     for reader in within[start + 1 :]:
         if not stream or not _holds(reader.inputs, stream[0]):
             continue
-        module = model.get_submodule(reader.name)
+        module = submodule(model, reader.name)
         if is_norm(module) and getattr(module, "weight", None) is not None:
             return reader.name
         # Another layer with weights: what it makes of a zero is its own affair.

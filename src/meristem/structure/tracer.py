@@ -5,9 +5,12 @@ A dispatch mode gives every tensor dimension a label, and every operation a shap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
+from types import FrameType
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -17,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from meristem.core.axis import Fill
 from meristem.structure.labels import UNIT, Conflict, Label, freeze, fresh, mix, unify
 
+# Parts of the paths of code that is nobody's model.
+_NOT_THE_MODEL = ("/torch/", "/meristem/", "<string>")
 Origin = frozenset[tuple[str, int]]
 """The (parameter, dimension) pairs that a dimension views."""
 
@@ -39,6 +44,7 @@ class Traced:
         readers: The operations that took it in.
         lawful: Whether its shape follows from its labels. The log-sum-exp that a fused
             attention kernel gives has a shape of the kernel's own.
+        loss: Whether it is the loss of a classification, or computed from one.
     """
 
     dims: list[Dim]
@@ -46,20 +52,37 @@ class Traced:
     positive: bool = False
     readers: list[str] = field(default_factory=list)
     lawful: bool = True
+    loss: bool = False
 
     def parameters(self) -> set[str]:
         return {name for dim in self.dims for name, _ in dim.origin}
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Norm:
-    """A layer norm or RMS norm over one dimension, by the module that holds its
-    weights.
+    """A layer norm or RMS norm over one dimension, known by what it computes.
+
+    Attributes:
+        module: The module that ran it.
+        kind: What it takes off: the mean and the scale, or the scale alone.
+        label: What it runs over.
+        reason: What the trace says of that dimension, see `mix`.
+        weight: The parameter that scales its result; "" where it has none.
+        shift: What the model adds to that parameter first (Gemma scales by 1 + w).
+        eps: What it adds to the mean of the squares.
+        averages: Whether it divides by the mean of the squares, or by their sum.
+        line: Where the code holds the number eps: "model.py:12".
     """
 
     module: str
     kind: Literal["layer_norm", "rms_norm"]
     label: Label
+    reason: str
+    weight: str = ""
+    shift: float = 0.0
+    eps: float = 0.0
+    averages: bool = True
+    line: str = ""
 
 
 class Law(NamedTuple):
@@ -83,8 +106,11 @@ class Trace:
         norms: The layer and RMS norms.
         groups: The label of the groups of a convolution or group norm, by its weight.
         heads: Labels that number the products of a batched product.
+        key_heads: Of these, those that number the keys and values of an attention.
         batch_norms: The labels of what batch norms normalise.
         written: Parameters that the forward itself writes into.
+        excused: What is said of softmaxes that only a loss reads: more classes may
+            change a loss.
     """
 
     laws: list[Law] = field(default_factory=list)
@@ -96,8 +122,10 @@ class Trace:
     norms: list[Norm] = field(default_factory=list)
     groups: dict[str, Label] = field(default_factory=dict)
     heads: set[Label] = field(default_factory=set)
+    key_heads: set[Label] = field(default_factory=set)
     batch_norms: list[Label] = field(default_factory=list)
     written: set[str] = field(default_factory=set)
+    excused: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -147,6 +175,83 @@ class Pass:
     inputs: list[Tensor]
     outputs: list[Tensor] = field(default_factory=list)
     stretch: Stretch = field(default_factory=Stretch)
+
+
+class Sums(TorchDispatchMode):
+    """Notes on two tensors that are added what they are added to, and what comes of it.
+
+    A parent may add the residual around its blocks itself: the stream then goes through
+    its sums.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        note_sum(func, args, result)
+        return result
+
+
+def note_sum(func: Any, args: Sequence[Any], result: Any) -> None:
+    """Note a sum of two tensors of one shape."""
+    if not func._schema.name.startswith("aten::add") or len(args) < 2:
+        return
+    first, second = args[:2]
+    if not isinstance(first, Tensor) or not isinstance(second, Tensor):
+        return
+    if first.shape == second.shape:
+        for one, other in ((first, second), (second, first)):
+            one._summed = (other, result)  # type: ignore[attr-defined]
+
+
+def stream_behind(one: Pass) -> list[Tensor]:
+    """Where the stream may go on behind a call: what it gave, or the sum of that and
+    what went in.
+    """
+    given = one.outputs[:1]
+    for tensor in list(given):
+        other, total = getattr(tensor, "_summed", (None, None))
+        if total is not None and any(other is read for read in one.inputs):
+            given.append(total)
+    return given
+
+
+def with_lists(model: nn.Module, passes: Sequence[Pass]) -> list[Pass]:
+    """The calls, and one more for every nn.ModuleList whose modules stand for a block:
+    each of them was called once, one behind the other.
+    """
+    numbers: dict[str, list[int]] = {}
+    for number, one in enumerate(passes):
+        numbers.setdefault(one.name, []).append(number)
+    added: dict[int, list[Pass]] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or name in numbers or not len(module):
+            continue
+        called = [numbers.get(f"{name}.{key}", []) for key in module._modules]
+        if any(len(one) != 1 for one in called):
+            continue
+        inner = [passes[number[0]] for number in called]
+        if not all(_leads(*pair) for pair in pairwise(inner)):
+            continue
+        first, last = inner[0], inner[-1]
+        stretch = Stretch(
+            (first.stretch.laws[0], last.stretch.laws[1]),
+            (first.stretch.macs[0], last.stretch.macs[1]),
+        )
+        whole = Pass(name, first.inputs, stream_behind(last)[-1:], stretch)
+        added.setdefault(called[0][0], []).append(whole)
+    result: list[Pass] = []
+    for number, one in enumerate(passes):
+        result += [*added.get(number, []), one]
+    return result
+
+
+def _leads(before: Pass, after: Pass) -> bool:
+    behind = stream_behind(before)
+    return any(read is tensor for read in after.inputs for tensor in behind)
 
 
 class ModuleStack:
@@ -238,10 +343,13 @@ class Tracer(TorchDispatchMode):
     """
 
     def __init__(
-        self, stack: ModuleStack, known: Callable[[Call], Operation | None]
+        self,
+        stack: ModuleStack,
+        known: Callable[[Call], Operation | None],
+        follow: Callable[[Tracer, Call], None],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.stack, self.known = stack, known
+        self.stack, self.known, self.follow = stack, known, follow
         self.memory: dict[int, str] = {}
         self.trace = Trace()
         self.recording = True
@@ -264,6 +372,7 @@ class Tracer(TorchDispatchMode):
         # Other namespaces wrap ATen operations, which come by themselves.
         if func.namespace != "aten":
             return result
+        note_sum(func, args, result)
         outputs = []
         for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -295,7 +404,9 @@ class Tracer(TorchDispatchMode):
             # A layer behind a ReLU that is already there may be an identity, see
             # chains.
             known.positive = positive
+            known.loss = known.loss or any(self.of(t).loss for t in call.inputs)
             tensor._meristem = known  # type: ignore[attr-defined]
+        self.follow(self, call)
         if self.recording:
             outputs: list[list[Label] | None] = []
             for known in traced:
@@ -308,6 +419,12 @@ class Tracer(TorchDispatchMode):
             traced = operation.rule(self, call) if operation is not None else None
         except Conflict as conflict:
             return self._freeze_all(call, f"{self.place()}: {conflict}")
+        except Exception as error:
+            # A fault of ours, or a call that no rule foresees: it may cost an axis, not
+            # the model.
+            what = f"{type(error).__name__}: {error}"
+            reason = f"the rule for {call.name!r} fails on this call ({what})"
+            return self._freeze_all(call, f"{self.place()}: {reason}")
         if traced is None:
             reason = f"{self.place()}: no rule for the operation {call.name!r}"
             return self._freeze_all(call, reason)
@@ -334,6 +451,16 @@ class Tracer(TorchDispatchMode):
 
     def place(self) -> str:
         return self.stack.innermost or "the model"
+
+    def line(self) -> str:
+        """The line of the model's own code that is running, as "model.py:12"."""
+        frame: FrameType | None = sys._getframe()
+        while frame is not None:
+            path = frame.f_code.co_filename
+            if not any(part in path for part in _NOT_THE_MODEL):
+                return f"{path.rpartition('/')[2]}:{frame.f_lineno}"
+            frame = frame.f_back
+        return ""
 
     def of(self, tensor: Tensor) -> Traced:
         """What is known of a tensor; one that no traced operation made is a constant."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from meristem.core.change import AttributeChange
 from meristem.core.errors import DiscoveryError
 from meristem.core.example import Example as Example
 from meristem.core.example import as_example as as_example
+from meristem.structure.hooks import follow_hook
 
 # The models whose modules may be changed: twins, and what surgery has opened.
 _WRITABLE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -46,12 +46,28 @@ def opened(model: nn.Module) -> Iterator[None]:
             _WRITABLE.discard(model)
 
 
+_FORWARD: tuple[str, ...] = ("_forward_hooks", "_forward_pre_hooks")
+_HOOKS = (*_FORWARD, "_backward_hooks", "_backward_pre_hooks")
 Convert = Callable[[str, Tensor], Tensor]
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name; a shared one under its first name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def submodule(model: nn.Module, name: str) -> nn.Module:
+    """The module of a dotted name; "" is the model.
+
+    A child that has the name of a method ("parameters") hides behind it from getattr,
+    and so from `nn.Module.get_submodule`.
+    """
+    module: nn.Module = model
+    for key in name.split(".") if name else ():
+        child = module._modules[key]
+        assert child is not None
+        module = child
+    return module
 
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -70,8 +86,9 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def twin(model: nn.Module, convert: Convert) -> nn.Module:
-    """A deep copy of the module tree whose tensors are made by `convert(name, tensor)`;
-    the user's hooks stay behind.
+    """A deep copy of the module tree whose tensors are made by `convert(name, tensor)`.
+
+    Hooks that are part of the model come with it, see `hooks`.
     """
     memo: dict[int, Any] = {}
     for name, tensor in named_tensors(model).items():
@@ -121,7 +138,8 @@ def copy_part(
         else:
             new = nn.Parameter(new, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = new
-    return _copied(part, memo)
+    # It becomes a part of the same model: what its hooks fill is shared.
+    return _copied(part, memo, own=False)
 
 
 def modules_without(model: nn.Module, *parts: nn.Module) -> list[nn.Module]:
@@ -138,31 +156,62 @@ def modules_without(model: nn.Module, *parts: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
+def _read(holder: Any, name: str) -> Any:
+    """A property, or None where it cannot be read now."""
+    try:
+        return getattr(holder, name)
+    except (AttributeError, KeyError, TypeError, ValueError, NotImplementedError):
+        return None
+
+
+def table_of(value: Any) -> Mapping[str, Any]:
+    """What a plain object or a dict that a module holds says by name; nothing else has
+    any.
+
+    A config may hold its numbers in its class.
+    """
+    if isinstance(value, dict):
+        return {key: one for key, one in value.items() if isinstance(key, str)}
+    if isinstance(value, (Tensor, nn.Module)) or callable(value):
+        return {}
+    if not hasattr(value, "__dict__"):
+        return {}
+    found: dict[str, Any] = {}
+    for kind in reversed(type(value).__mro__):
+        for name, one in vars(kind).items():
+            if type(one) in (int, tuple, list) and not name.startswith("_"):
+                found[name] = one
+            elif isinstance(one, property) and one.fset is not None:
+                # A number that is kept in another form (num_labels, in id2label).
+                number = _read(value, name)
+                if type(number) is int:
+                    found[name] = number
+    return {**found, **vars(value)}
+
+
 def set_attribute(
     model: nn.Module, module: str, attribute: str, value: Any
 ) -> Callable[[], None]:
-    """Set an attribute of a module, or "config.n_layer" in a plain object that it
-    holds; returns what undoes it.
+    """Set an attribute of a module, or "config.n_layer" in a plain object or a dict that
+    it holds; returns what undoes it.
 
-    The object itself may be the user's, and other models may be built from it: every
-    module of this model that holds it gets a changed copy.
+    The object itself may be the user's, and other models may be built from it: the
+    module, and those inside it that hold the object, get a changed copy.
     """
     check_writable(model)
-    holder = model.get_submodule(module)
-    outer, _, inner = attribute.rpartition(".")
-    if not outer:
+    holder = submodule(model, module)
+    outer, _, inner = attribute.partition(".")
+    if not inner:
         old = getattr(holder, attribute)
         setattr(holder, attribute, value)
         return lambda: setattr(holder, attribute, old)
     present = getattr(holder, outer)
-    # A shallow copy: only the number that follows differs.
-    changed = copy.copy(present)
-    object.__setattr__(
-        changed, inner, value
-    )  # also where the class is frozen: the copy is ours
-    held = [
-        (m, key) for m in model.modules() for key, v in vars(m).items() if v is present
-    ]
+    changed = _with_value(present, inner.split("."), value)
+    held = []
+    for one in holder.modules():
+        for key, other in vars(one).items():
+            if other is present:
+                held.append((one, key))
     for one, key in held:
         one.__dict__[key] = changed
 
@@ -181,10 +230,30 @@ def apply_edits(model: nn.Module, edits: Sequence[AttributeChange]) -> None:
 
 def get_attribute(model: nn.Module, module: str, attribute: str) -> Any:
     """The attribute that `set_attribute` would set."""
-    return operator.attrgetter(attribute)(model.get_submodule(module))
+    value: Any = submodule(model, module)
+    for key in attribute.split("."):
+        value = value[key] if isinstance(value, dict) else getattr(value, key)
+    return value
 
 
-def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def _with_value(holder: Any, path: Sequence[str], value: Any) -> Any:
+    """A shallow copy of an object or a dict in which one number differs."""
+    key, *rest = path
+    is_table = isinstance(holder, dict)
+    if rest:
+        value = _with_value(
+            holder[key] if is_table else getattr(holder, key), rest, value
+        )
+    changed = copy.copy(holder)
+    if is_table:
+        changed[key] = value
+    else:
+        # Also where the class is frozen: the copy is ours.
+        object.__setattr__(changed, key, value)
+    return changed
+
+
+def _copied(model: nn.Module, memo: dict[int, Any], own: bool = True) -> nn.Module:
     for module in model.modules():
         for value in vars(module).values():
             if (
@@ -197,9 +266,12 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         (module, name, list(getattr(module, name).items()))
         for module, name in _hooked(model)
     ]
-    for _, _, own in hooks:
-        for _, hook in own:
+    # A hook may hold all of a training: it is not copied, but built anew below.
+    apart = []
+    for _, _, listed in hooks:
+        for _, hook in listed:
             if not _belongs_to_torch(hook):
+                apart.append(hook)
                 memo[id(hook)] = _silent
     try:
         copied = copy.deepcopy(model, memo)
@@ -209,22 +281,27 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
             f"{error}). Meristem looks at a copy, never at the model itself. hint: "
             "keep what cannot be copied (locks, files, generators) outside the module"
         ) from error
-    for module, name in _hooked(copied):
-        table = getattr(module, name)
-        # The stand-ins for the user's hooks go; torch's own hooks (weight norm) stay.
-        for key in [key for key, hook in table.items() if hook is _silent]:
-            del table[key]
+    for hook in apart:
+        memo.pop(id(hook), None)
+    for place, module in model.named_modules():
+        for name in _HOOKS:
+            table = getattr(memo[id(module)], name)
+            for key, hook in getattr(module, name).items():
+                if _belongs_to_torch(hook):
+                    continue  # weight norm, say: it has been copied
+                kept = None
+                if name in _FORWARD:
+                    kept = follow_hook(hook, memo, own, place)
+                if kept is None:
+                    del table[key]
+                else:
+                    table[key] = kept
     return copied
 
 
 def _hooked(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     for module in model.modules():
-        for name in (
-            "_forward_hooks",
-            "_forward_pre_hooks",
-            "_backward_hooks",
-            "_backward_pre_hooks",
-        ):
+        for name in _HOOKS:
             if getattr(module, name):
                 yield module, name
 
@@ -250,6 +327,9 @@ def looking(mode: FakeTensorMode | None) -> Iterator[None]:
     # The fast path of torch.nn.MultiheadAttention is one opaque operation.
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    # So is a fused recurrent layer.
+    fused = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     # It reports every shape that does not fit, and such shapes are tried on purpose.
     log = logging.getLogger(
         "torch._subclasses.fake_tensor"
@@ -261,6 +341,7 @@ def looking(mode: FakeTensorMode | None) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
+        torch.backends.mkldnn.enabled = fused
         log.setLevel(level)
 
 

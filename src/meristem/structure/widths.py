@@ -11,7 +11,7 @@ from meristem.core.axis import Axis, Place, Role, Slot
 from meristem.structure.chains import CHAIN
 from meristem.structure.labels import Label, atoms
 from meristem.structure.tracer import Norm, Trace
-from meristem.structure.twin import named_tensors
+from meristem.structure.twin import named_tensors, submodule
 
 Part = Literal["", "heads", "head_dim", "groups", "in", "vocabulary"]
 """What of a module's output an axis counts; "" counts the output units themselves."""
@@ -43,7 +43,7 @@ class Widths:
         for norm in trace.norms:
             for atom in dict.fromkeys(atoms(norm.label)):
                 self._norms_of.setdefault(atom, []).append(norm)
-        self._norm_words = {_words(norm) for norm in trace.norms}
+        self._norm_words = {norm.reason for norm in trace.norms}
         self._batch_normed = _all_atoms(trace.batch_norms)
         self._grouped = _all_atoms(list(trace.groups.values()))
         self._heads = self._numbering_heads()
@@ -132,12 +132,14 @@ class Widths:
     def _module_name(self, owner: Place) -> str:
         """The module that holds a weight, else the parameter's own name."""
         module_name, _, leaf = owner.name.rpartition(".")
-        module = self._model.get_submodule(module_name)
+        module = submodule(self._model, module_name)
+        if module_name and isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+            return module_name
         has_parts = next(module.children(), None) is not None
         if not module_name or leaf != "weight" or has_parts:
             return owner.name
         outer, _, key = module_name.rpartition(".")
-        holder = self._model.get_submodule(outer)
+        holder = submodule(self._model, outer)
         chain = getattr(holder, CHAIN, None) if outer else None
         if chain is None:
             return module_name
@@ -162,11 +164,14 @@ class Widths:
         """Why an atom cannot grow, or None. Without places, only the atom is judged."""
         if atom.frozen is not None:
             return atom.frozen
-        others = sorted(atom.mixes - self._norm_words)
+        # More classes may change the loss that a forward gives, see `Trace.excused`.
+        excused = self._trace.excused if atom.end is not None else set()
+        mixes = atom.mixes - excused
+        others = sorted(mixes - self._norm_words)
         if others:
             return others[0]
         norms = self._norms_of.get(atom, [])
-        if atom.mixes and len({norm.kind for norm in norms}) != 1:
+        if mixes and len({norm.kind for norm in norms}) != 1:
             return "layer norms and RMS norms both normalise over it"
         if not places:
             return None
@@ -229,11 +234,6 @@ class Widths:
         fill = self._trace.fills.get(place.name, "draw" if drawn else "mean")
         buffer = not isinstance(tensor, nn.Parameter)
         return Slot(place.name, place.dim, role, fill, buffer, self._tied(place))
-
-
-def _words(norm: Norm) -> str:
-    """What the trace says of the dimension that a norm runs over."""
-    return f"{norm.kind.replace('_', ' ')} {norm.module}"
 
 
 def _all_atoms(labels: Sequence[Label]) -> set[Label]:

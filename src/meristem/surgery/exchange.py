@@ -17,9 +17,15 @@ from meristem.core.errors import GrowthRefused, PendingBackward
 from meristem.core.offer import Blocks
 from meristem.structure.chains import CHAIN
 from meristem.structure.insertion import insert, kin
-from meristem.structure.twin import named_tensors, opened, set_attribute, stored_tensors
+from meristem.structure.twin import (
+    named_tensors,
+    opened,
+    set_attribute,
+    stored_tensors,
+    submodule,
+)
 from meristem.surgery.lineage import Names, record
-from meristem.surgery.swap import swap
+from meristem.surgery.swap import let_go, swap
 
 Undo = Callable[[], None]
 
@@ -39,14 +45,31 @@ class OptimizerChange:
     reset: bool = False
 
 
-def check_free(tensors: Mapping[str, Tensor]) -> None:
-    """Raise where a graph, or a weak reference, still holds a tensor that would change."""
+def _recurrent(model: nn.Module) -> set[int]:
+    """The weights of recurrent layers, which `let_go` frees."""
+    layers = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+    return {id(parameter) for layer in layers for parameter in layer.parameters(False)}
+
+
+def held_weakly(tensors: Mapping[str, Tensor], model: nn.Module) -> str | None:
+    """Why a weak reference keeps one of some tensors of a model, or None."""
+    recurrent = _recurrent(model)
     for name, tensor in tensors.items():
-        if weakref.getweakrefs(tensor):
-            raise GrowthRefused(
-                f"{name} is held by a weak reference (as nn.LSTM does), which would "
-                "keep the old tensor"
+        known = int(id(tensor) in recurrent)
+        if len(weakref.getweakrefs(tensor)) > known:
+            return (
+                f"{name} is held by a weak reference, which would keep the old tensor. "
+                "hint: let go of it while the model grows"
             )
+    return None
+
+
+def check_free(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Raise where a graph, or a weak reference, still holds a tensor that would change."""
+    held = held_weakly(tensors, model)
+    if held is not None:
+        raise GrowthRefused(held)
+    for name, tensor in tensors.items():
         references = tensor._use_count()  # type: ignore[attr-defined]
         # A parameter that has been trained is held by its gradient accumulator, too.
         allowed = 2 if tensor.requires_grad and tensor.is_leaf else 1
@@ -80,7 +103,7 @@ def exchange(
         optimizers: What happens to them.
         ones: Tensors whose new entries start at one, for the lineage.
     """
-    with opened(model):
+    with opened(model), let_go(model):
         transaction = _Transaction(model)
         try:
             transaction.swap(new, plan)
@@ -211,7 +234,7 @@ def _modules_of(model: nn.Module, insertion: Insertion) -> Undo:
     """Undoes what an insertion will do to the container, and to what holds it."""
     outer = insertion.path.rpartition(".")[0]
     tables = []
-    for holder in (model.get_submodule(insertion.path), model.get_submodule(outer)):
+    for holder in (submodule(model, insertion.path), submodule(model, outer)):
         tables.append((holder, dict(holder._modules), vars(holder).get(CHAIN)))
 
     def undo() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from meristem.core.change import (
     AttributeChange,
     Plan,
+    Rescaling,
     Sources,
     insertion_from,
     sources_from,
@@ -31,11 +32,13 @@ from meristem.structure.twin import (
     set_attribute,
     stored_tensors,
 )
-from meristem.surgery.swap import swap
+from meristem.surgery.swap import let_go, swap
 from meristem.surgery.tensors import carry
 
 LINEAGE = "_meristem_lineage"
 """The attribute of a grown model that lists its growths."""
+DRAWS = "_meristem_draws"
+"""The attribute of a grown model that holds the state of its generator."""
 
 Line = Sequence[Mapping[str, Any]]
 """Growths in order."""
@@ -70,6 +73,21 @@ def lineage(model: nn.Module) -> list[dict[str, Any]]:
     return copy.deepcopy(getattr(model, LINEAGE, []))
 
 
+def note_draws(model: nn.Module, state: Tensor) -> None:
+    """Let a model know how far its growths have drawn random numbers: its deep copies
+    know it, too.
+    """
+    model.__dict__[DRAWS] = state.numpy().tobytes()
+
+
+def draws_of(model: nn.Module) -> Tensor | None:
+    """How far the growths of a model, or of what it is a copy of, have drawn."""
+    state = model.__dict__.get(DRAWS)
+    return (
+        None if state is None else torch.frombuffer(bytearray(state), dtype=torch.uint8)
+    )
+
+
 def record(model: nn.Module, plan: Plan, names: Names, ones: Sequence[str]) -> None:
     """Append a growth to a model's lineage."""
     stored = names.before or stored_tensors(model)
@@ -83,8 +101,9 @@ def record(model: nn.Module, plan: Plan, names: Names, ones: Sequence[str]) -> N
         entry["start"] = "one" if change.name in ones else "zero"
         tensors.append(entry)
     rescaled = {}
-    for name, factor in plan.rescaled.items():
-        rescaled.update(dict.fromkeys(aliases.get(name, [name]), factor))
+    for name, rescaling in plan.rescaled.items():
+        for alias in aliases.get(name, [name]):
+            rescaled[alias] = list(rescaling)
     renamed, made = _moved(model, names)
     entry = {
         "before": dict(plan.before),
@@ -188,7 +207,7 @@ def replay(model: nn.Module, growths: Line) -> None:
 
     In the order of its growths; values do not count.
     """
-    with opened(model):
+    with opened(model), let_go(model):
         for growth in growths:
             live = named_tensors(model)
             for entry in growth["tensors"]:
@@ -320,7 +339,7 @@ def _converted(state: Mapping[str, Any], growth: Mapping[str, Any]) -> dict[str,
         if name in entries:
             value = _carried(name, value, entries[name])
         if name in growth["rescaled"]:
-            value = value * growth["rescaled"][name]
+            value = Rescaling(*growth["rescaled"][name]).of(value)
         carried[name] = value
     result: dict[str, Any] = {}
     # First the shapes under old names, then the new names.
@@ -375,7 +394,7 @@ def _restored(state: Mapping[str, Any], growth: Mapping[str, Any]) -> dict[str, 
             continue
         old = old_names.get(name, name)
         if old in growth["rescaled"]:
-            value = value / growth["rescaled"][old]
+            value = Rescaling(*growth["rescaled"][old]).undone(value)
         if old in entries:
             value = _picked(value, entries[old])
         result[old] = value

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,22 @@ from meristem.core.change import TensorChange
 from meristem.surgery.tensors import carry
 
 Undo = Callable[[], None]
+
+
+@contextmanager
+def let_go(model: nn.Module) -> Iterator[None]:
+    """Recurrent layers hold their weights by weak references, too; torch exchanges
+    nothing that is held so.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+    for layer in layers:
+        layer._flat_weight_refs = []
+    try:
+        yield
+    finally:
+        for layer in layers:
+            # The objects are the same, and know their new places in memory.
+            layer._init_flat_weights()
 
 
 def swap(old: Tensor, value: Tensor, change: TensorChange | None) -> Undo:

@@ -117,8 +117,8 @@ def grown_tensors(
             if factor is not None:
                 old = _scaled_units(old, change, edit, factor)
         result[change.name] = grown_tensor(old, change, edits)
-    for name, factor in plan.rescaled.items():
-        result[name] = result.get(name, tensors[name]) * factor
+    for name, rescaling in plan.rescaled.items():
+        result[name] = rescaling.of(result.get(name, tensors[name]))
     return result
 
 

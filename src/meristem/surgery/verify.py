@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from meristem.core.axis import Axis, Place, Slot
 from meristem.core.change import NO_CHANGE, Insertion, Plan, Sources, index
@@ -27,6 +29,7 @@ from meristem.structure.twin import (
     looking,
     map_tensors,
     named_tensors,
+    submodule,
     twin,
 )
 from meristem.structure.undisturbed import undisturbed
@@ -348,7 +351,11 @@ class _Silencing:
         self._plan = resolve(structure, {axis: 1})
 
     def tensors(self) -> tuple[str, ...]:
-        labelled = self._depth.silent[-1]
+        known = self._structure.tensors
+        # What the block shares with others is known under their names, and stays.
+        labelled = tuple(
+            name for name in self._depth.silent[-1] if f"{self._block}.{name}" in known
+        )
         if not self._plan:
             return labelled
         self._probe = probe_of(self._structure)
@@ -360,8 +367,11 @@ class _Silencing:
                 "them"
             )
         # Scales and shifts, where projections cannot silence the block.
-        block = self._structure.model.get_submodule(self._block)
-        vectors = [name for name, p in block.named_parameters() if p.dim() == 1]
+        block = submodule(self._structure.model, self._block)
+        vectors = []
+        for name, parameter in block.named_parameters():
+            if parameter.dim() == 1 and f"{self._block}.{name}" in known:
+                vectors.append(name)
         steep = False
         for names in (list(labelled), vectors):
             if not names or self._moved(names) > self._probe.tolerance:
@@ -462,11 +472,32 @@ def run(
     """
     copied = grown_twin(structure, values, plan, blocks).eval()
     # Tensors that are no parameters and no buffers stand in the model's own precision.
-    with undisturbed(), looking(None):
+    with undisturbed(), looking(None), _InDouble():
         # Models that draw numbers in eval mode draw the same ones twice.
         torch.manual_seed(0)
         args, kwargs = map_tensors(example, lambda t: t.detach().clone())
         return tensors(copied(*args, **kwargs))
+
+
+class _InDouble(TorchDispatchMode):
+    """Casts of float64 numbers to a shorter type stay in float64.
+
+    Norms are often computed in float32 whatever the model's own precision: an edit that
+    is checked in float64 would drown in their rounding.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64:
+            wanted = kwargs.get("dtype")
+            if wanted is not None and wanted.is_floating_point:
+                kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
 
 
 def relative_change(
@@ -482,6 +513,8 @@ def relative_change(
         return math.inf
     pairs = []
     for old, new, sources in zip(before, after, outputs, strict=True):
+        if sources is None:
+            continue
         if tuple(new.shape) != tuple(len(source) for source in sources):
             return math.inf
         for d, source in enumerate(sources):
@@ -489,7 +522,8 @@ def relative_change(
             if len(kept) != new.shape[d]:
                 new = new.index_select(d, index(kept).to(new.device))
         pairs.append((old, new))
-    return _relative_distance(pairs)
+    # What could not be compared has not been found equal.
+    return _relative_distance(pairs) if pairs or not outputs else math.inf
 
 
 def _relative_distance(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:

@@ -26,6 +26,28 @@ def embedding(tracer: Tracer, call: Call) -> Result:
     return [Traced([*as_data(tracer.dims(where)), Dim(width.label)])]
 
 
+def bag(tracer: Tracer, call: Call) -> Result:
+    """Sums or means of rows of a table; the other outputs are the kernel's own."""
+    rows, width = tracer.dims(call.arguments["weight"])
+    mark_end(rows.label, "vocabulary")
+    tracer.produce([width])
+    bags = unknown(call.outputs[0].shape[:1])
+    main = Traced([*bags, Dim(width.label)])
+    others = []
+    for tensor in call.outputs[1:]:
+        others.append(Traced(unknown(tensor.shape), lawful=False))
+    return [main, *others]
+
+
+def distances(tracer: Tracer, call: Call) -> Result:
+    """(..., P, M) and (..., R, M) -> (..., P, R)."""
+    first, second = (tracer.dims(tensor) for tensor in call.inputs[:2])
+    unify(first[-1].label, second[-1].label)
+    mix(first[-1].label, f"{tracer.place()}: distances sum over it")
+    columns = as_data(second[-2:-1])
+    return [Traced([*as_data(first[:-1]), *columns])]
+
+
 def matmul(tracer: Tracer, call: Call) -> Result:
     """mm, mv, dot and bmm; with a first input more, what is added to the product."""
     first, second = call.inputs[-2:]
@@ -123,6 +145,7 @@ def attention(tracer: Tracer, call: Call) -> Result:
         unify(k[d].label, v[d].label)
     query_heads, key_heads = q[1].label, k[1].label.root.size
     tracer.trace.heads.add(query_heads)
+    tracer.trace.key_heads.add(k[1].label)
     if query_heads.root.size != key_heads:  # several queries share a key
         query_heads, _ = split_product(query_heads, key_heads)
     unify(query_heads, k[1].label)

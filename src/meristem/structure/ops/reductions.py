@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
 from meristem.core.axis import Fill
-from meristem.structure.labels import UNIT, mix, split_product, unify
-from meristem.structure.ops.rules import Result, as_data, auxiliary, carry_along
+from meristem.structure.labels import (
+    UNIT,
+    atoms,
+    freeze,
+    mark_end,
+    mix,
+    split_product,
+    unify,
+)
+from meristem.structure.ops.rules import (
+    Result,
+    as_data,
+    auxiliary,
+    carry_along,
+    unknown,
+)
 from meristem.structure.tracer import Call, Dim, Norm, Traced, Tracer
 
+_OVER = ": softmax normalises over it"
 _AFFINE: tuple[tuple[str, Fill], ...] = (("weight", "one"), ("bias", "zero"))
 _AVERAGED: tuple[tuple[str, Fill], ...] = (
     *_AFFINE,
@@ -33,15 +48,24 @@ def layer_norm(tracer: Tracer, call: Call) -> Result:
     normal = dims[-count:]
     for key, fill in _AFFINE:
         carry_along(tracer, call.arguments.get(key), fill, normal)
+    reason = f"layer norm {tracer.place()}"
     for dim in normal:
-        mix(dim.label, f"layer norm {tracer.place()}")
+        mix(dim.label, reason)
     # Only a norm over one dimension can be kept exact when that grows.
     if count == 1:
-        norm = Norm(tracer.stack.innermost, "layer_norm", dims[-1].label)
+        norm = Norm(tracer.stack.innermost, "layer_norm", dims[-1].label, reason)
+        norm.weight = _only_parameter(tracer, call.arguments.get("weight"))
+        norm.eps, norm.line = call.arguments["eps"], tracer.line()
         tracer.trace.norms.append(norm)
     statistics = [*dims[:-count], *[Dim(UNIT)] * count]
     others = [auxiliary(tensor, list(statistics)) for tensor in call.outputs[1:]]
     return [Traced(dims), *others]
+
+
+def _only_parameter(tracer: Tracer, scale: Tensor | None) -> str:
+    """The parameter that a scale is."""
+    names = tracer.of(scale).parameters() if scale is not None else set()
+    return names.pop() if len(names) == 1 else ""
 
 
 def group_norm(tracer: Tracer, call: Call) -> Result:
@@ -63,22 +87,52 @@ def group_norm(tracer: Tracer, call: Call) -> Result:
 
 def softmax(tracer: Tracer, call: Call) -> Result:
     dims = as_data(tracer.dims(call.inputs[0]))
-    mix(dims[call.dim()].label, f"{tracer.place()}: softmax normalises over it")
+    mix(dims[call.dim()].label, _softmax_over(tracer))
     return [Traced(dims)]
+
+
+def _softmax_over(tracer: Tracer) -> str:
+    return f"{tracer.place()}{_OVER}"
+
+
+def class_loss(tracer: Tracer, call: Call) -> Result:
+    """The loss of a classification: its classes are an end, and it is free to change."""
+    dims = tracer.dims(call.inputs[0])
+    classes = dims[1 if len(dims) > 1 else 0].label
+    mark_end(classes, "output")
+    for atom in atoms(classes):
+        for reason in atom.mixes:
+            if reason.endswith(_OVER):
+                tracer.trace.excused.add(reason)
+    weight = call.arguments.get("weight")
+    if weight is not None:
+        freeze(tracer.dims(weight)[0].label, "the weights of the classes in a loss")
+    known = []
+    for tensor in call.outputs:
+        known.append(Traced(unknown(tensor.shape), loss=True))
+    return known
+
+
+def loss(tracer: Tracer, call: Call) -> Result:
+    """A loss entry by entry, summed or not."""
+    out = call.outputs[0]
+    if out.dim():
+        return [tracer.broadcast(call.inputs, out)]
+    first, second = call.inputs[:2]
+    for one, other in zip(tracer.dims(first), tracer.dims(second), strict=True):
+        if one.label is not UNIT and other.label is not UNIT:
+            unify(one.label, other.label)
+    for dim in tracer.dims(first):
+        mix(dim.label, f"{tracer.place()}: {call.name} sums over it")
+    return [Traced([])]
 
 
 def reduce(tracer: Tracer, call: Call) -> Result:
     source = tracer.of(call.inputs[0])
     rank = len(source.dims)
     gone = _reduced(call, rank)
-    module = tracer.stack.modules.get(tracer.stack.innermost)
-    # Without a fused kernel an RMS norm is a mean over squares, inside its own module.
-    inside_rms = isinstance(module, torch.nn.RMSNorm) and gone == {rank - 1}
+    # Of squares it may be a norm that the model writes out, see `written`.
     reason = f"{tracer.place()}: {call.name} over it"
-    if inside_rms:
-        reason = f"rms norm {tracer.place()}"
-        norm = Norm(tracer.stack.innermost, "rms_norm", source.dims[-1].label)
-        tracer.trace.norms.append(norm)
     keep = call.arguments.get("keepdim", False)
     dims = []
     for d, dim in enumerate(source.dims):

@@ -12,6 +12,7 @@ from meristem.structure.labels import (
     fresh,
     product,
     regroup,
+    split_product,
     split_sum,
     unify,
 )
@@ -93,7 +94,9 @@ def unsqueeze(tracer: Tracer, call: Call) -> Result:
 
 
 def squeeze(tracer: Tracer, call: Call) -> Result:
-    source, shape = tracer.of(call.inputs[0]), call.inputs[0].shape
+    source = tracer.of(call.inputs[0])
+    # In place the input has its new shape already: the labels tell the old one.
+    shape = [dim.label.root.size for dim in source.dims]
     chosen = call.arguments.get("dim", list(range(len(shape))))
     if isinstance(chosen, int):
         chosen = [chosen]
@@ -130,6 +133,11 @@ def repeat(tracer: Tracer, call: Call) -> Result:
     old = [1] * lead + shape
     dims = []
     for dim, before, after in zip(inner, old, sizes, strict=True):
+        if before == 1 and after > 1:
+            # A single entry is repeated as a broadcast would be.
+            freeze(dim.label, f"{tracer.place()} repeats it")
+            dims.append(Dim(fresh(after)))
+            continue
         # Copies lie one behind the other: the outer factor numbers them.
         times = fresh(after // before)
         dims.append(Dim(product([times, dim.label]), dim.origin))
@@ -286,10 +294,182 @@ def gather(tracer: Tracer, call: Call) -> Result:
     source, chosen = tracer.dims(call.inputs[0]), call.dim()
     freeze(source[chosen].label, f"{tracer.place()} picks entries of it by index")
     dims = unknown(call.outputs[0].shape)
+    places = call.inputs[-1]
     for d, size in enumerate(call.inputs[0].shape):
-        if d != chosen and size == call.outputs[0].shape[d]:
-            dims[d] = Dim(source[d].label)
+        if d == chosen or size != call.outputs[0].shape[d]:
+            continue
+        dims[d] = Dim(source[d].label)
+        # An index for every entry follows the entries.
+        if places.dim() == len(source):
+            unify(source[d].label, tracer.dims(places)[d].label)
     return [Traced(dims)]
+
+
+def scatter(tracer: Tracer, call: Call) -> Result:
+    """Entries of a source are put or added where an index says, along one dimension.
+
+    The others are those of what is written to, of the source and of an index that has
+    all of them.
+    """
+    target, chosen = call.inputs[0], call.dim()
+    dims = tracer.dims(target)
+    reason = f"{tracer.place()}: {call.name} picks entries of it by index"
+    freeze(dims[chosen].label, reason)
+    for tensor in call.inputs[1:]:
+        if tensor.dim() != target.dim():
+            continue
+        own = tracer.dims(tensor)
+        freeze(own[chosen].label, reason)
+        for d, size in enumerate(target.shape):
+            if d != chosen and tensor.shape[d] == size:
+                unify(dims[d].label, own[d].label)
+    return [Traced(as_data(dims))]
+
+
+def put(tracer: Tracer, call: Call) -> Result:
+    """Values are put where the indices of the leading dimensions say."""
+    target, indices = call.inputs[0], call.arguments["indices"]
+    dims, out = tracer.dims(target), call.outputs[0]
+    if any(one is None or one.dtype == torch.bool for one in indices):
+        return None
+    for d in range(len(indices)):
+        freeze(dims[d].label, f"{tracer.place()} picks entries of it by index")
+    values = call.arguments["values"]
+    for own, dim in zip(
+        reversed(tracer.dims(values)), reversed(dims[len(indices) :]), strict=False
+    ):
+        if own.label is not UNIT:
+            unify(dim.label, own.label)
+    assert out.shape == target.shape
+    return [Traced(as_data(dims))]
+
+
+def pixel_shuffle(tracer: Tracer, call: Call) -> Result:
+    """(..., C r r, H, W) -> (..., C, H r, W r)."""
+    dims, out = tracer.dims(call.inputs[0]), call.outputs[0]
+    channels, inner = split_product(dims[-3].label, out.shape[-3])
+    freeze(inner, SPATIAL)
+    for dim in dims[-2:]:
+        freeze(dim.label, SPATIAL)
+    kept = [*as_data(dims[:-3]), Dim(channels)]
+    return [Traced([*kept, *unknown(out.shape[-2:], SPATIAL)])]
+
+
+def pixel_unshuffle(tracer: Tracer, call: Call) -> Result:
+    """(..., C, H r, W r) -> (..., C r r, H, W)."""
+    dims, out = tracer.dims(call.inputs[0]), call.outputs[0]
+    for dim in dims[-2:]:
+        freeze(dim.label, SPATIAL)
+    inner = fresh(out.shape[-3] // call.inputs[0].shape[-3], SPATIAL)
+    channels = Dim(product([dims[-3].label, inner]))
+    kept = [*as_data(dims[:-3]), channels]
+    return [Traced([*kept, *unknown(out.shape[-2:], SPATIAL)])]
+
+
+def channel_shuffle(tracer: Tracer, call: Call) -> Result:
+    """(B, g C, ...) -> (B, C g, ...)."""
+    dims = as_data(tracer.dims(call.inputs[0]))
+    group, inner = split_product(dims[1].label, call.arguments["groups"])
+    dims[1] = Dim(product([inner, group]))
+    return [Traced(dims)]
+
+
+def patches(tracer: Tracer, call: Call) -> Result:
+    """(B, C, H, W) -> (B, C x kernel, positions)."""
+    dims, out = tracer.dims(call.inputs[0]), call.outputs[0]
+    for dim in dims[-2:]:
+        freeze(dim.label, SPATIAL)
+    inner = fresh(out.shape[-2] // call.inputs[0].shape[-3], SPATIAL)
+    columns = Dim(product([dims[-3].label, inner]))
+    kept = [*as_data(dims[:-3]), columns]
+    return [Traced([*kept, *unknown(out.shape[-1:], SPATIAL)])]
+
+
+def unpatched(tracer: Tracer, call: Call) -> Result:
+    """(B, C x kernel, positions) -> (B, C, H, W)."""
+    dims, out = tracer.dims(call.inputs[0]), call.outputs[0]
+    freeze(dims[-1].label, SPATIAL)
+    channels, inner = split_product(dims[-2].label, out.shape[-3])
+    freeze(inner, SPATIAL)
+    kept = [*as_data(dims[:-2]), Dim(channels)]
+    return [Traced([*kept, *unknown(out.shape[-2:], SPATIAL)])]
+
+
+def fourier(tracer: Tracer, call: Call) -> Result:
+    dims, out = tracer.dims(call.inputs[0]), call.outputs[0]
+    result = as_data(dims)
+    for d in call.arguments["dim"]:
+        freeze(dims[d].label, f"{tracer.place()}: a Fourier transform runs over it")
+        result[d] = unknown([out.shape[d]], "frequencies")[0]
+    return [Traced(result)]
+
+
+def as_complex(tracer: Tracer, call: Call) -> Result:
+    dims = tracer.dims(call.inputs[0])
+    freeze(dims[-1].label, "real and imaginary parts")
+    return [Traced(as_data(dims[:-1]))]
+
+
+def as_real(tracer: Tracer, call: Call) -> Result:
+    parts = Dim(Label(2, "real and imaginary parts"))
+    return [Traced([*as_data(tracer.dims(call.inputs[0])), parts])]
+
+
+def restrided(tracer: Tracer, call: Call) -> Result:
+    """A view of the same places only, as a change of the memory format gives."""
+    source, size = call.inputs[0], list(call.arguments["size"])
+    same = list(source.shape) == size
+    if not same or list(source.stride()) != list(call.arguments["stride"]):
+        return None
+    return [tracer.of(source)]
+
+
+def written_to(tracer: Tracer, call: Call) -> Result:
+    """A tensor some of whose entries along one dimension are others now."""
+    target, d = call.inputs[0], call.dim()
+    dims = tracer.dims(target)
+    freeze(dims[d].label, f"{tracer.place()}: {call.name} picks entries of it by index")
+    for source in call.inputs[1:]:
+        own = tracer.dims(source)
+        others = [*dims[:d], *dims[d + 1 :]]
+        if len(own) == len(dims):
+            own = [*own[:d], *own[d + 1 :]]
+        if len(own) == len(others):
+            for one, dim in zip(own, others, strict=True):
+                unify(one.label, dim.label)
+    return [Traced(as_data(dims))]
+
+
+def diagonal(tracer: Tracer, call: Call) -> Result:
+    source = tracer.of(call.inputs[0])
+    rank = len(source.dims)
+    first, second = (call.arguments[key] % rank for key in ("dim1", "dim2"))
+    for d in (first, second):
+        freeze(source.dims[d].label, f"{tracer.place()} takes its diagonal")
+    kept = [dim for d, dim in enumerate(source.dims) if d not in (first, second)]
+    return [Traced([*kept, *unknown(call.outputs[0].shape[-1:], _PICKED)])]
+
+
+def turned(tracer: Tracer, call: Call) -> Result:
+    """Quarter turns in the plane of two dimensions."""
+    dims = as_data(tracer.dims(call.inputs[0]))
+    first, second = call.arguments["dims"]
+    for d in (first, second):
+        freeze(
+            dims[d].label, f"{tracer.place()}: rot90 depends on the order of entries"
+        )
+    if call.arguments["k"] % 2:
+        dims[first], dims[second] = dims[second], dims[first]
+    return [Traced(dims)]
+
+
+def picked(tracer: Tracer, call: Call) -> Result:
+    """The entry of a rank along one dimension."""
+    dims, d = as_data(tracer.dims(call.inputs[0])), call.dim(default=-1)
+    freeze(dims[d].label, f"{tracer.place()}: {call.name} picks one of its entries")
+    kept = [Dim(UNIT)] if call.arguments.get("keepdim", False) else []
+    dims = [*dims[:d], *kept, *dims[d + 1 :]]
+    return [Traced(list(dims)) for _ in call.outputs]
 
 
 def spatial(tracer: Tracer, call: Call) -> Result:

@@ -1,0 +1,890 @@
+"""Kinds of models as people write them: each grows exactly, or is told in one sentence why not."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import meristem as ms
+from meristem.structure import discover
+from meristem.structure.ops import OPERATIONS
+from meristem.structure.tracer import Operation
+
+
+def outputs(net: nn.Module, example: Any) -> Tensor:
+    with torch.no_grad():
+        found = (
+            net.eval()(*example) if isinstance(example, tuple) else net.eval()(example)
+        )
+    return found[-1] if isinstance(found, tuple) else found
+
+
+def grows(net: nn.Module, axis: str, example: Any, count: int = 2) -> ms.Growth:
+    """The axis grows without a change of the old outputs, and a step of AdamW runs behind it."""
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    before = outputs(net, example)
+    growth = ms.grow_(net, {axis: count}, example, optimizer=optimizer)
+    after = outputs(net, example)
+    kept = after[tuple(slice(size) for size in before.shape)]
+    torch.testing.assert_close(kept, before, atol=2e-6, rtol=1e-5)
+    after_step = net(*example) if isinstance(example, tuple) else net(example)
+    loss = after_step[-1] if isinstance(after_step, tuple) else after_step
+    loss.square().mean().backward()
+    optimizer.step()
+    return growth
+
+
+# -- norms, known by what they compute
+
+
+class Scaled(nn.Module):
+    """The weight before the root; eps in an attribute of any name."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale, self.tiny = nn.Parameter(torch.rand(width) + 0.5), 1e-2
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = torch.mean(x * x, dim=-1, keepdim=True)
+        return self.scale * x / torch.sqrt(mean + self.tiny)
+
+
+class OnePlus(nn.Module):
+    """Gemma's: in float32, and the weight is stored less one."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.randn(width) / 9), 1e-2
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (wide * (1.0 + self.weight.float())).type_as(x)
+
+
+class Written(nn.Module):
+    """A layer norm written out."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.rand(width) + 0.5), 1e-2
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(-1, keepdim=True)
+        variance = (x - mean).pow(2).mean(-1, keepdim=True)
+        return self.weight * (
+            (x - mean) * torch.rsqrt(variance + self.variance_epsilon)
+        )
+
+
+class Unit(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gain, self.scale = nn.Parameter(torch.ones(width)), width**0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1) * self.scale * self.gain
+
+
+class Called(nn.Module):
+    """A layer norm by its function; `eps` in an attribute, or in the code."""
+
+    def __init__(self, width: int, eps: float | None = 1e-2) -> None:
+        super().__init__()
+        self.gamma, self.beta = (
+            nn.Parameter(torch.rand(width)),
+            nn.Parameter(torch.ones(width)),
+        )
+        self.epsilon = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        eps = 1e-3 if self.epsilon is None else self.epsilon
+        return F.layer_norm(x, self.gamma.shape, self.gamma, self.beta, eps)
+
+
+class Residual(nn.Module):
+    def __init__(self, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.inner, self.first, self.last = nn.Linear(5, 8), norm(8), norm(8)
+        self.up, self.down, self.head = (
+            nn.Linear(8, 12),
+            nn.Linear(12, 8),
+            nn.Linear(8, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        return self.head(self.last(x + self.down(F.gelu(self.up(self.first(x))))))
+
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "nn.RMSNorm": nn.RMSNorm,
+    "nn.RMSNorm, eps": lambda width: nn.RMSNorm(width, eps=1e-2),
+    "nn.LayerNorm": nn.LayerNorm,
+    "root": Scaled,
+    "one plus": OnePlus,
+    "normalize": Unit,
+    "written out": Written,
+    "called": Called,
+}
+
+
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+def test_the_residual_width_grows_under_every_spelling_of_a_norm(norm: Any) -> None:
+    torch.manual_seed(0)
+    net, x = Residual(norm), torch.randn(4, 5)
+    first = outputs(net, x)
+    growth = ms.grow_(net, {"inner": 3}, x)
+    assert growth.max_change < 1e-5
+    torch.testing.assert_close(outputs(net, x), first, atol=2e-6, rtol=1e-5)
+    grows(net, "inner", x)
+    before = outputs(net, x)
+    ms.narrow_(net, {"up": 1}, x)
+    assert outputs(net, x).shape == before.shape
+
+
+def test_a_number_in_code_is_refused_for_that_axis_with_its_line() -> None:
+    axes = ms.find_axes(Residual(lambda width: Called(width, None)), torch.randn(4, 5))
+    assert "up" in axes
+    assert "test_any_model.py:" in axes.frozen["inner"]
+    assert "0.001 as a number" in axes.frozen["inner"]
+
+
+# -- what a trace meets
+
+
+class Token(nn.Module):
+    """A view of a parameter that a module gives, one that it takes, one that is repeated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 6))
+        self.queries = nn.Embedding(4, 6)
+        self.give, self.a, self.b = nn.Identity(), nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch = len(x)
+        read = self.give(self.token.expand(batch, -1, -1))
+        whole = torch.cat([read, self.token.repeat(batch, 1, 1), x], 1)
+        hidden = torch.relu(self.a(whole)).mean(1) + self.a(
+            self.queries.weight.unsqueeze(0)
+        ).mean(1)
+        return self.b(hidden)
+
+
+def test_views_of_parameters_go_in_and_out_of_modules() -> None:
+    net, x = Token(), torch.randn(3, 4, 6)
+    assert "a" in ms.find_axes(net, x)
+    loss = lambda model, batch: model(batch).square().mean()
+    growth = ms.grow_(net, {"a": 4}, how=ms.how.GradMax(), loss=loss, data=[x])
+    assert growth.after["a"] == 12
+    assert growth.flops > 0
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_batch_of_one_is_a_batch(batch: int) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.o = nn.Linear(5, 8), nn.Linear(8, 2)
+            self.gain = nn.Parameter(torch.ones(1, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.o(torch.relu(self.a(x)) * self.gain)
+
+    net, x = Net(), torch.randn(batch, 5)
+    axes = ms.find_axes(net, x)
+    assert list(axes.ends) == ["o"]
+    grows(net, "a", x)
+    assert net(torch.randn(7, 5)).shape == (7, 2)
+
+
+def test_a_rule_that_fails_costs_an_axis_and_not_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*_: Any) -> None:
+        raise IndexError("no such dimension")
+
+    monkeypatch.setitem(OPERATIONS, "tanh", Operation(fails))
+    net = nn.Sequential(
+        nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)
+    )
+    axes = ms.find_axes(net, torch.randn(3, 5))
+    assert "2" in axes
+    assert "1: the rule for 'tanh' fails on this call (IndexError" in axes.frozen["0"]
+
+
+def test_a_fault_of_ours_does_not_blame_the_example(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*_: Any) -> None:
+        raise KeyError("ours")
+
+    monkeypatch.setattr(discover, "find_runs", fails)
+    net = nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 2))
+    with pytest.raises(ms.DiscoveryError, match="a fault of Meristem"):
+        ms.find_axes(net, torch.randn(3, 5))
+    with pytest.raises(ms.DiscoveryError, match="fails on the example"):
+        ms.find_axes(net, torch.randn(3, 4))
+
+
+def test_numbers_computed_inside_blocks() -> None:
+    """A tensor without dimensions, and a power whose exponent is a tensor."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scale = torch.sqrt(torch.tensor(8.0)) * torch.pow(
+                torch.full((8,), 2.0), torch.arange(8.0)
+            )
+            return x + self.down(torch.relu(self.up(x))) / (1 + scale)
+
+    net = nn.Sequential(
+        nn.Linear(5, 8), nn.Sequential(Block(), Block()), nn.Linear(8, 2)
+    )
+    grows(net, "1", torch.randn(3, 5), 1)
+    grows(net, "1.0.up", torch.randn(3, 5))
+
+
+def test_operations_that_change_a_shape_in_place() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.relu(torch.vmap(self.a)(x).unsqueeze(1).squeeze_(1)))
+
+    grows(Net(), "a", torch.randn(3, 5))
+
+
+def test_a_module_may_be_called_parameters() -> None:
+    net = nn.Module()
+    net.add_module("other", nn.Linear(4, 8))
+    net._modules["parameters"] = nn.Linear(8, 2)  # hidden from getattr by the method
+    whole = nn.Sequential(nn.Sequential())
+    whole[0]._modules.update(
+        {"modules": nn.Linear(4, 8), "parameters": nn.Linear(8, 2)}
+    )
+    grows(whole, "0.modules", torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("count", [10**9, 2**40])
+def test_a_plan_of_any_size_is_told_and_not_tried(count: int) -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    plan = ms.plan(net, {"0": count}, torch.randn(3, 4))
+    assert not plan
+    assert "a smaller amount" in str(plan.refusal)
+    with pytest.raises(ms.GrowthRefused, match="a smaller amount"):
+        ms.grow_(net, {"0": count}, torch.randn(3, 4))
+
+
+# -- hooks
+
+
+class Adapted(nn.Module):
+    """A hook of the model's own changes what a layer gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.o, self.adapter = nn.Linear(5, 8), nn.Linear(8, 2), nn.Linear(5, 8)
+        self.a.register_forward_hook(lambda _, args, out: out + self.adapter(args[0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(torch.relu(self.a(x)))
+
+
+class Collecting(nn.Module):
+    """Hooks that the model puts on itself at its first forward, and reads from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(2)
+        )
+        self.head, self.kept, self.ready = nn.Linear(6, 3), [], False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.ready:
+            self.ready = True
+            for block in self.blocks:
+                block.register_forward_hook(lambda _, args, out: self.kept.append(out))
+        for block in self.blocks:
+            x = x + block(x)
+        kept, self.kept[:] = list(self.kept), []
+        return self.head(x + 0 * kept[-1]), torch.tensor(len(kept))
+
+
+def test_hooks_of_the_model_go_with_its_copies() -> None:
+    grows(Adapted(), "a", torch.randn(3, 5))
+
+
+def test_new_blocks_have_the_hooks_of_those_that_they_are_made_of() -> None:
+    net, x = Collecting().eval(), torch.randn(3, 6)
+    ms.find_axes(net, x)
+    assert int(net(x)[1]) == 2
+    ms.grow_(net, {"blocks": 2}, x, how=ms.how.Stack())
+    assert int(net(x)[1]) == 4
+
+
+def test_hooks_that_only_look_on_do_not_see_our_passes() -> None:
+    net, x, seen = (
+        nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)),
+        torch.randn(3, 4),
+        [],
+    )
+    net[0].register_forward_hook(lambda _, args, out: seen.append(out))
+    box: dict[str, int] = {}
+
+    def counts(_: nn.Module, args: Any, out: Tensor) -> None:
+        box["calls"] = box.get("calls", 0) + 1
+
+    net[2].register_forward_hook(counts)
+    ms.grow_(net, {"0": 2}, x)
+    assert seen == []
+    assert box == {}
+    net(x)
+    assert len(seen) == box["calls"] == 1
+
+
+def test_a_hook_with_a_state_outside_of_the_model_is_named() -> None:
+    net, outside = (
+        nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)),
+        SimpleNamespace(by=2),
+    )
+    net[0].register_forward_hook(lambda _, args, out: out * outside.by)
+    with pytest.raises(
+        ms.DiscoveryError,
+        match="may change what that module gives, and holds an object of class Simple",
+    ):
+        ms.find_axes(net, torch.randn(3, 4))
+
+
+# -- numbers outside of the traced forward
+
+
+class Auto(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.z_dim, self.steps = 4, 4
+        self.enc, self.dec = nn.Linear(16, 4), nn.Linear(4, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dec(self.enc(x))
+
+
+def test_a_number_that_can_mean_one_thing_follows() -> None:
+    net = Auto()
+    grows(net, "enc", torch.randn(3, 16))
+    assert (net.z_dim, net.steps) == (6, 4)
+
+
+class Config:
+    inner = 24
+
+    def __init__(self) -> None:
+        self.layers, self.table = 2, {"hidden": 24}
+
+
+class Configured(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config, self.head = config, nn.Linear(8, 3)
+        self.layers = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(8, config.inner), nn.ReLU(), nn.Linear(config.inner, 8)
+            )
+            for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.head(x)
+
+
+def test_a_config_follows_when_all_that_it_means_has_grown_and_is_told_of_before() -> (
+    None
+):
+    config, x = Config(), torch.randn(3, 8)
+    net = Configured(config)
+    assert "config.inner holds the old size: 24" in repr(
+        ms.plan(net, {"layers.0.0": 4}, x)
+    )
+    growth = grows(net, "layers.0.0", x, 4)
+    assert growth.stale == ["config.inner holds the old size: 24"]
+    assert net.config.inner == 24
+    assert grows(net, "layers.1.0", x, 4).stale == []
+    assert net.config.inner == 28
+    # Another model may be built from it.
+    assert config.inner == 24
+    stored = ms.Plan.from_json(ms.plan(net, {"layers.0.0": 1}, x).json())
+    assert stored.stale
+
+
+# -- a second model
+
+
+def test_a_deep_copy_of_a_grown_model_draws_the_same_units() -> None:
+    net, x = (
+        nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)),
+        torch.randn(6, 4),
+    )
+    ms.grow_(net, {"0": 2}, x)
+    average = copy.deepcopy(net)
+    ms.grow_(net, {"0": 2}, x)
+    ms.grow_(average, {"0": 2}, x)
+    assert torch.equal(net[0].weight, average[0].weight)
+
+
+@pytest.mark.parametrize(
+    "how", [ms.how.Random(), ms.how.GradMax(), ms.how.Pairs(), ms.how.Net2Net()]
+)
+def test_a_growth_is_made_once_more_on_a_second_model(how: Any) -> None:
+    torch.manual_seed(0)
+    net, x = (
+        nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)),
+        torch.randn(6, 4),
+    )
+    average = copy.deepcopy(net)
+    with torch.no_grad():
+        average[0].weight.mul_(0.9)
+    before = outputs(average, x)
+    optimizer = torch.optim.Adam(net.parameters())
+    loss = lambda model, batch: model(batch).square().mean()
+    growth = ms.grow_(net, {"0": 3}, how=how, loss=loss, data=[x], optimizer=optimizer)
+    again = ms.replay_(growth, average)
+    torch.testing.assert_close(outputs(average, x), before)
+    assert again.after == growth.after
+    if not isinstance(
+        how, ms.how.Net2Net
+    ):  # whose new units are copies of each one's own
+        assert torch.equal(net[0].weight[8:], average[0].weight[8:])
+
+
+def test_a_growth_without_its_weights_is_not_made_once_more() -> None:
+    net, x = (
+        nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)),
+        torch.randn(6, 4),
+    )
+    loss = lambda model, batch: model(batch).square().mean()
+    second = copy.deepcopy(net)
+    growth = ms.grow_(net, {"0": 3}, how=ms.how.SWE(), loss=loss, data=[x])
+    with pytest.raises(ms.GrowthRefused, match="trained old weights on the side"):
+        ms.replay_(growth, second)
+    growth.origin = None
+    with pytest.raises(ms.GrowthRefused, match="holds no weights"):
+        ms.replay_(growth, second)
+    assert second[0].out_features == 8
+
+
+# -- a loss in the forward
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_classes_and_vocabulary_grow_beside_a_loss(labels: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.e, self.o = nn.Embedding(11, 8), nn.Linear(8, 11)
+
+        def forward(self, ids: Tensor, labels: Tensor | None = None) -> Any:
+            logits = self.o(self.e(ids))
+            loss = None
+            if labels is not None:
+                loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+            return loss, logits
+
+    net, ids = Net(), torch.randint(11, (2, 5))
+    example = (ids, ids) if labels else (ids,)
+    assert "o" in ms.find_axes(net, example).ends
+    grows(net, "o", example)
+    assert net(ids)[1].shape == (2, 5, 13)
+
+
+# -- operations
+
+
+def rows_added(h: Tensor) -> Tensor:
+    return torch.zeros(3, h.shape[-1]).index_add(0, torch.tensor([0, 1, 1]), h)
+
+
+def rows_scattered(h: Tensor) -> Tensor:
+    at = torch.tensor([0, 1, 1])[:, None].expand_as(h)
+    return torch.zeros(3, h.shape[-1]).scatter_add(0, at, h)
+
+
+def rows_reduced(h: Tensor) -> Tensor:
+    at = torch.tensor([0, 1, 1])[:, None].expand_as(h)
+    return torch.zeros_like(h).scatter_reduce(0, at, h, "amax", include_self=False)
+
+
+def rows_put(h: Tensor) -> Tensor:
+    whole = torch.zeros(5, h.shape[-1])
+    whole[torch.tensor([0, 3, 4])] = h
+    return whole[:3]
+
+
+ON_ROWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "index_add": rows_added,
+    "scatter_add": rows_scattered,
+    "scatter_reduce": rows_reduced,
+    "index_put": rows_put,
+    "logsigmoid": F.logsigmoid,
+    "rot90": lambda h: torch.rot90(h[:, :, None].expand(-1, -1, 2), 2, (0, 2)).mean(-1),
+    "kthvalue": lambda h: (
+        h - torch.kthvalue(torch.stack([h, 2 * h], -1), 1, dim=-1).values
+    ),
+    "fft": lambda h: torch.fft.fft(torch.stack([h, 2 * h], -1), dim=-1).real.mean(-1),
+    "diagonal": lambda h: torch.diagonal(
+        h[:, :, None, None].expand(-1, -1, 2, 2), dim1=2, dim2=3
+    ).sum(-1),
+    "slice_scatter": lambda h: torch.slice_scatter(
+        torch.stack([h, h]), h[None], 0, 1, 2
+    ).sum(0),
+    "cummax": lambda h: torch.cummax(torch.stack([h, -h]), 0).values[1],
+    "nansum": lambda h: torch.nansum(torch.stack([h, -h, h]), 0),
+    "complex": lambda h: torch.view_as_real(
+        torch.view_as_complex(torch.stack([h, h], -1)) * 1j
+    ).sum(-1),
+}
+
+
+@pytest.mark.parametrize("operation", ON_ROWS.values(), ids=ON_ROWS)
+def test_operations_that_keep_the_width(operation: Callable[[Tensor], Tensor]) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.relu(operation(self.a(x))))
+
+    torch.manual_seed(0)
+    grows(Net(), "a", torch.randn(3, 5))
+
+
+def folded(h: Tensor) -> Tensor:
+    return F.fold(F.unfold(h, 2, stride=2), h.shape[-2:], 2, stride=2)
+
+
+def sampled(h: Tensor) -> Tensor:
+    return F.grid_sample(h, torch.zeros(len(h), 4, 4, 2), align_corners=False)
+
+
+ON_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "pixel_unshuffle": lambda h: F.pixel_shuffle(F.pixel_unshuffle(h, 2), 2),
+    "channel_shuffle": lambda h: F.channel_shuffle(h, 2),
+    "unfold": folded,
+    "grid_sample": sampled,
+    "channels_last": lambda h: F.max_pool2d(
+        h.contiguous(memory_format=torch.channels_last), 2
+    ),
+}
+
+
+@pytest.mark.parametrize("operation", ON_MAPS.values(), ids=ON_MAPS)
+def test_operations_that_keep_the_channels(
+    operation: Callable[[Tensor], Tensor],
+) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(operation(torch.relu(self.a(x)))).mean((2, 3))
+
+    torch.manual_seed(0)
+    net, x = Net(), torch.randn(2, 3, 4, 4)
+    (name,) = [
+        name for name, axis in ms.find_axes(net, x).items() if axis.kind == "width"
+    ]
+    assert name.startswith("a")
+    grows(net, name, x)
+
+
+def test_channels_behind_a_pixel_shuffle_come_in_whole_pixels() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.PixelShuffle(2), nn.Conv2d(2, 4, 1))
+    x = torch.randn(2, 3, 4, 4)
+    assert ms.find_axes(net, x)["0"].multiple == 4
+    grows(net, "0", x, 4)
+    assert net[0].out_channels == 12
+    assert net[2].in_channels == 3
+
+
+def test_a_regression_loss_in_the_forward() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor, y: Tensor) -> Any:
+            given = self.b(torch.relu(self.a(x)))
+            return F.mse_loss(given, y) + F.huber_loss(given, y), given
+
+    grows(Net(), "a", (torch.randn(3, 5), torch.randn(3, 2)))
+
+
+def test_a_bag_of_rows_and_distances() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bag, self.up = nn.EmbeddingBag(9, 6), nn.Linear(6, 8)
+            self.far, self.head = nn.Linear(8, 5), nn.Linear(4, 2)
+            self.centres = nn.Parameter(torch.randn(4, 5))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            hidden = self.far(torch.relu(self.up(self.bag(ids))))
+            return self.head(torch.cdist(hidden, self.centres))
+
+    net, ids = Net(), torch.randint(9, (3, 4))
+    axes = ms.find_axes(net, ids)
+    assert {"bag", "up"} <= set(axes)
+    assert "distances sum over it" in axes.frozen["far"]
+    grows(net, "bag", ids)
+    grows(net, "up", ids)
+
+
+# -- depth
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8))
+
+
+class Inside(nn.Module):
+    def __init__(self, out: int = 8) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(out, 12), nn.Linear(12, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(x)))
+
+
+class Outside(nn.Module):
+    """The parent adds what its blocks give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList(mlp() for _ in range(3)), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+class Listed(nn.Module):
+    """A block is a list of modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.head = (
+            nn.ModuleList(nn.ModuleList([mlp(), mlp()]) for _ in range(3)),
+            nn.Linear(8, 2),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for first, second in self.blocks:
+            x = first(x) + x
+            x = second(x) + x
+        return self.head(x)
+
+
+class Walker(nn.Module):
+    """It walks its own children."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for number in range(3):
+            self.add_module(f"block{number}", Inside())
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.children():
+            x = block(x)
+        return x
+
+
+class Stage(nn.Module):
+    def __init__(self, inner: int, outer: int) -> None:
+        super().__init__()
+        self.down = nn.Identity() if inner == outer else nn.Linear(inner, outer)
+        self.blocks = nn.Sequential(Inside(outer), Inside(outer))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.down(x))
+
+
+DEEP: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "residual outside": (Outside, "blocks"),
+    "blocks are lists": (Listed, "blocks"),
+    "walks its children": (lambda: nn.Sequential(Walker(), nn.Linear(8, 2)), "0"),
+    "a lone stage": (
+        lambda: nn.Sequential(Stage(8, 8), Stage(8, 10), nn.Linear(10, 2)),
+        "0.blocks",
+    ),
+    "a second stage": (
+        lambda: nn.Sequential(Stage(8, 8), Stage(8, 10), nn.Linear(10, 2)),
+        "1.blocks",
+    ),
+}
+
+
+@pytest.mark.parametrize(("made", "axis"), DEEP.values(), ids=DEEP)
+def test_depth_as_people_write_it(made: Callable[[], nn.Module], axis: str) -> None:
+    torch.manual_seed(0)
+    net, x = made(), torch.randn(4, 8)
+    size = ms.find_axes(net, x)[axis].size
+    growth = grows(net, axis, x)
+    assert growth.after[axis] == size + 2
+    before = outputs(net, x).shape
+    ms.narrow_(net, {axis: 2}, x)
+    assert outputs(net, x).shape == before
+    assert ms.find_axes(net, x)[axis].size == size
+
+
+def test_blocks_may_share_a_module() -> None:
+    class Shares(nn.Module):
+        def __init__(self, shared: nn.Module) -> None:
+            super().__init__()
+            self.shared, self.up, self.down = shared, nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.down(F.relu(self.up(x + self.shared(x))))
+
+    shared = nn.Linear(8, 8)
+    net, x = (
+        nn.Sequential(nn.Sequential(Shares(shared), Shares(shared)), nn.Linear(8, 3)),
+        torch.randn(4, 8),
+    )
+    grows(net, "0", x, 1)
+    assert net[0][2].shared is shared
+
+
+# -- heads
+
+
+def test_heads_whose_number_stands_in_a_config() -> None:
+    class Fused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config, self.each = SimpleNamespace(heads=4), 4
+            self.qkv, self.o = nn.Linear(16, 48), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            inner, y = self.config.heads * self.each, self.qkv(x)
+            parts = y[..., :inner], y[..., inner : 2 * inner], y[..., 2 * inner :]
+            q, k, v = (
+                t.reshape(*t.shape[:2], -1, self.each).transpose(1, 2) for t in parts
+            )
+            y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+            return self.o(y.reshape(*y.shape[:2], -1))
+
+    net, x = Fused(), torch.randn(2, 5, 16)
+    (name,) = [
+        name for name, axis in ms.find_axes(net, x).items() if axis.kind == "heads"
+    ]
+    grows(net, name, x, 1)
+    assert net.config.heads == 5
+
+
+# -- recurrent layers
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: str, **options: Any) -> None:
+        super().__init__()
+        self.inner = nn.Linear(5, 6)
+        self.rnn = getattr(nn, kind)(6, 8, batch_first=True, **options)
+        wide = options.get("proj_size", 8) * (2 if options.get("bidirectional") else 1)
+        self.head = nn.Linear(wide, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(self.inner(x))[0][:, -1])
+
+
+class Cells(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.inner, self.rnn, self.head = (
+            nn.Linear(5, 6),
+            getattr(nn, kind)(6, 8),
+            nn.Linear(8, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = None
+        for step in self.inner(x).unbind(1):
+            state = self.rnn(step, state)
+        return self.head(state[0] if isinstance(state, tuple) else state)
+
+
+RECURRENT: dict[str, Callable[[], nn.Module]] = {
+    "LSTM": lambda: Recurrent("LSTM"),
+    "GRU": lambda: Recurrent("GRU"),
+    "RNN": lambda: Recurrent("RNN"),
+    "LSTM, both ways": lambda: Recurrent("LSTM", num_layers=2, bidirectional=True),
+    "LSTM, projected": lambda: Recurrent("LSTM", proj_size=4),
+    "GRU, two layers": lambda: Recurrent("GRU", num_layers=2),
+    "LSTMCell": lambda: Cells("LSTMCell"),
+    "GRUCell": lambda: Cells("GRUCell"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("made", RECURRENT.values(), ids=RECURRENT)
+def test_recurrent_layers_and_what_feeds_them(
+    made: Callable[[], nn.Module], tmp_path: Any
+) -> None:
+    torch.manual_seed(0)
+    net, x = made(), torch.randn(2, 7, 5)
+    start = copy.deepcopy(net)
+    assert {"inner", "rnn"} <= set(ms.find_axes(net, x))
+    grows(net, "rnn", x, 3)
+    grows(net, "inner", x, 2)
+    assert (net.rnn.hidden_size, net.rnn.input_size) == (11, 8)
+    ms.save(tmp_path / "grown", net)
+    torch.testing.assert_close(
+        outputs(ms.load(tmp_path / "grown", start), x), outputs(net, x)
+    )
+    before = outputs(net, x)
+    ms.narrow_(net, {"rnn": 3}, x)
+    assert net.rnn.hidden_size == 8
+    assert outputs(net, x).shape == before.shape
+
+
+@pytest.mark.parametrize("how", [ms.how.Net2Net(), ms.how.GradMax(), ms.how.Pairs()])
+def test_methods_on_a_recurrent_layer_keep_their_word(how: Any) -> None:
+    torch.manual_seed(0)
+    net, x = Recurrent("GRU"), torch.randn(4, 5, 5)
+    loss = lambda model, batch: model(batch).square().mean()
+    before = outputs(net, x)
+    ms.grow_(net, {"rnn": 2}, how=how, loss=loss, data=[x])
+    assert net.rnn.hidden_size == 10
+    if how.preserves:
+        torch.testing.assert_close(outputs(net, x), before, atol=2e-6, rtol=1e-5)
+
+
+def test_every_operation_has_an_effect_in_the_table() -> None:
+    """The page lists what the rows are; a new row stands there, too."""
+    script = Path(__file__).parents[2] / "benchmarks" / "operations.py"
+    spec = importlib.util.spec_from_file_location("operations", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = (script.parents[1] / "docs" / "operations.md").read_text()
+    assert module.table() in page
