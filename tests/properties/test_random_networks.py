@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -87,20 +88,39 @@ PIECE = st.tuples(
 )
 
 
-@settings(
-    max_examples=200,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
-@given(
+NETWORKS = given(
     pieces=st.lists(PIECE, min_size=1, max_size=4),
     hidden=st.lists(st.integers(2, 6), max_size=2),
     tie=st.booleans(),
     count=st.integers(1, 5),
     seed=st.integers(0, 10),
 )
+PLAIN = settings(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@PLAIN
+@NETWORKS
 def test_every_axis_of_a_random_network(
+    pieces: list, hidden: list, tie: bool, count: int, seed: int
+) -> None:
+    every_axis_grows(pieces, hidden, tie, count, seed)
+
+
+@pytest.mark.slow
+@settings(PLAIN, max_examples=400)
+@NETWORKS
+def test_every_axis_of_many_random_networks(
+    pieces: list, hidden: list, tie: bool, count: int, seed: int
+) -> None:
+    every_axis_grows(pieces, hidden, tie, count, seed)
+
+
+def every_axis_grows(
     pieces: list, hidden: list, tie: bool, count: int, seed: int
 ) -> None:
     torch.manual_seed(seed)
