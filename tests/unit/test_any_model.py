@@ -18,6 +18,7 @@ import meristem as ms
 from meristem.structure import discover
 from meristem.structure.ops import OPERATIONS
 from meristem.structure.tracer import Operation
+from meristem.structure.twin import submodule
 
 
 def outputs(net: nn.Module, example: Any) -> Tensor:
@@ -279,6 +280,14 @@ def test_a_module_may_be_called_parameters() -> None:
         {"modules": nn.Linear(4, 8), "parameters": nn.Linear(8, 2)}
     )
     grows(whole, "0.modules", torch.randn(3, 4))
+
+
+def test_a_module_that_is_not_there_is_told_as_torch_tells_it() -> None:
+    """What asks for it (blocks that move while their container does) expects that error."""
+    net = nn.Sequential(nn.Linear(4, 8))
+    for name in ("1", "0.weight", "parameters"):
+        with pytest.raises(AttributeError):
+            submodule(net, name)
 
 
 @pytest.mark.parametrize("count", [10**9, 2**40])

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from meristem.core.axis import Fill
 from meristem.structure.labels import UNIT, Conflict, Label, freeze, fresh, mix, unify
 
-# Parts of the paths of code that is nobody's model.
-_NOT_THE_MODEL = ("/torch/", "/meristem/", "<string>")
+# Where the code lies that is nobody's model: torch's, ours, and what was compiled.
+_NOT_THE_MODEL = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")
 Origin = frozenset[tuple[str, int]]
 """The (parameter, dimension) pairs that a dimension views."""
 
@@ -457,7 +459,7 @@ class Tracer(TorchDispatchMode):
         frame: FrameType | None = sys._getframe()
         while frame is not None:
             path = frame.f_code.co_filename
-            if not any(part in path for part in _NOT_THE_MODEL):
+            if not path.startswith(_NOT_THE_MODEL):
                 return f"{path.rpartition('/')[2]}:{frame.f_lineno}"
             frame = frame.f_back
         return ""

@@ -61,11 +61,15 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
 
     A child that has the name of a method ("parameters") hides behind it from getattr,
     and so from `nn.Module.get_submodule`.
+
+    Raises:
+        AttributeError: There is none, as torch has it.
     """
     module: nn.Module = model
     for key in name.split(".") if name else ():
-        child = module._modules[key]
-        assert child is not None
+        child = module._modules.get(key)
+        if child is None:
+            raise AttributeError(f"{type(module).__name__} has no module {key!r}")
         module = child
     return module
 
