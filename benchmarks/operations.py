@@ -15,16 +15,15 @@ from collections import Counter
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from meristem.structure.ops import OPERATIONS, operation_of
-from meristem.structure.tracer import Call
+from meristem.structure.tracer import Call, tensors
 
 SAMPLES = 3
 EFFECTS = {
     "keeps": "view permute unsqueeze squeeze expand repeat pointwise prelu created stack as_real as_complex restrided written_to",
-    "cuts or joins it": "slice_ split glu cat constant_pad pixel_shuffle pixel_unshuffle channel_shuffle patches unpatched",
+    "cuts or joins it": "slice_ split glu cat constant_pad from_channels into_channels channel_shuffle",
     "freezes the dimension that it picks from, turns or orders": "select index gather scatter put ordered picked turned fourier diagonal",
     "freezes positions, keeps channels": "spatial",
     "makes units of a weight, or reads them": "embedding bag matmul convolution attention",
@@ -46,10 +45,7 @@ class Seen(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func.namespace != "aten":
             return result
-        leaves = pytree.tree_leaves((args, kwargs))
-        inputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        found = pytree.tree_leaves(result)
-        outputs = [leaf for leaf in found if isinstance(leaf, torch.Tensor)]
+        inputs, outputs = tensors((args, kwargs)), tensors(result)
         if inputs and outputs:
             name = func._schema.name.split("::")[1]
             self.names.add(name)

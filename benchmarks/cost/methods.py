@@ -73,13 +73,14 @@ def conv_pair(how: Any, norm: bool) -> dict[str, float]:
     return {"step": step, "growth": grow, "steps": grow / step}
 
 
-def digits(how: Any, events: int = 6) -> dict[str, float]:
-    """Eight units more, shared by two layers, in a running loop: the mean of the last
-    events.
-    """
+def digits_batches() -> list[Batch]:
+    return [(x.flatten(1), y) for x, y in load("digits").batches(64)]
+
+
+def digits_event(how: Any) -> Callable[[], float]:
+    """An event of a grower in a running loop: eight units more, shared by two layers."""
     torch.manual_seed(0)
-    data = list(load("digits").batches(64))
-    data = [(x.flatten(1), y) for x, y in data]
+    data = digits_batches()
     model = nn.Sequential(
         nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 10)
     )
@@ -88,11 +89,19 @@ def digits(how: Any, events: int = 6) -> dict[str, float]:
     grower = ms.Grower(
         model, optimizer, loss=loss, data=data, when=when, how=how, amount=8
     )
-    spent = []
-    for _ in range(events):
+
+    def event() -> float:
         for batch in data[:3]:
             grower.step(trained(model, optimizer, batch))
-        spent.append(seconds(grower.grow))
+        return seconds(grower.grow)
+
+    return event
+
+
+def digits(how: Any, events: int = 6) -> dict[str, float]:
+    """The first event, and the mean of the later ones."""
+    event = digits_event(how)
+    spent = [event() for _ in range(events)]
     return {"first": spent[0], "later": sum(spent[1:]) / (events - 1)}
 
 

@@ -19,38 +19,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from methods import Batch, loss, seconds, trained
+from methods import digits_batches, digits_event, loss, seconds, trained
 from torch import nn
 
 import meristem as ms
-from meristem.experiments.data import load
 
 EVENTS = 6
-
-
-def batches() -> list[Batch]:
-    return [(x.flatten(1), y) for x, y in load("digits").batches(64)]
-
-
-def ours(how: Any) -> Callable[[], float]:
-    """An event of a grower in a running loop."""
-    torch.manual_seed(0)
-    data = batches()
-    model = nn.Sequential(
-        nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 10)
-    )
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    never = ms.when.At(epochs=[10**6])
-    grower = ms.Grower(
-        model, optimizer, loss=loss, data=data, when=never, how=how, amount=8
-    )
-
-    def event() -> float:
-        for batch in data[:3]:
-            grower.step(trained(model, optimizer, batch))
-        return seconds(grower.grow)
-
-    return event
 
 
 def theirs(looked_at: int | None, **options: Any) -> Callable[[], float]:
@@ -58,7 +32,7 @@ def theirs(looked_at: int | None, **options: Any) -> Callable[[], float]:
     from gromo.containers.growing_mlp import GrowingMLP
 
     torch.manual_seed(0)
-    data = batches()
+    data = digits_batches()
     model = GrowingMLP(64, 10, 16, 2, activation=nn.ReLU())
 
     def grow() -> torch.optim.Optimizer:
@@ -96,9 +70,9 @@ GRADMAX = {
 def main() -> None:
     torch.set_num_threads(1)
     events = {
-        "random": ours(ms.how.Random()),
-        "GradMax": ours(ms.how.GradMax()),
-        "TINY": ours(ms.how.TINY()),
+        "random": digits_event(ms.how.Random()),
+        "GradMax": digits_event(ms.how.GradMax()),
+        "TINY": digits_event(ms.how.TINY()),
         "gromo, GradMax, all data": theirs(None, **GRADMAX),
         "gromo, GradMax, one batch": theirs(1, **GRADMAX),
         "gromo, TINY, all data": theirs(None),

@@ -31,9 +31,11 @@ def growable(
     candidates = {**found, **found.ends}
     trial = _Trial(structure, candidates)
     refused = dict(found.frozen)
+    held = held_weakly(structure.tensors, structure.model)
     for name, axis in candidates.items():
         exact = method_for(how, axis).kinds[axis.kind]
-        reason = _held(structure, axis) or trial.reason(name, exact)
+        kept_by = [held[slot.name] for slot in axis.slots if slot.name in held]
+        reason = kept_by[0] if kept_by else trial.reason(name, exact)
         if reason is not None:
             refused[name] = reason
     kept = {}
@@ -42,13 +44,6 @@ def growable(
             kept[name] = axis
     ends = {name: axis for name, axis in found.ends.items() if name not in refused}
     return Axes(kept, ends, refused)
-
-
-def _held(structure: Structure, axis: Axis) -> Reason:
-    """Why the tensors of an axis cannot be exchanged, or None."""
-    tensors = structure.tensors
-    held = {slot.name: tensors[slot.name] for slot in axis.slots}
-    return held_weakly(held, structure.model)
 
 
 class _Trial:

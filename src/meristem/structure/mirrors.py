@@ -69,10 +69,13 @@ def mirrors(
     """
     taken = {(edit.module, edit.attribute) for edit in done}
     follow, stale = [], []
+    numbering: set[Label] = set()
+    for label in structure.trace.heads:
+        numbering.update(atoms(label))
     for held in _numbers(structure.model):
         if (held.module, held.attribute) in taken:
             continue
-        labels = _meant(structure, held)
+        labels = _meant(structure, held, numbering)
         news = {size(label, plan.changes) for label in labels}
         if not news or news == {held.value}:
             continue
@@ -81,9 +84,14 @@ def mirrors(
             edit = AttributeChange(held.module, held.attribute, held.value, new)
             follow.append(edit)
         else:
-            where = f"{held.module}.{held.attribute}".lstrip(".")
-            stale.append(f"{where} holds the old size: {held.value}")
+            stale.append(told(held.module, held.attribute, held.value))
     return follow, stale
+
+
+def told(module: str, attribute: str, value: int) -> str:
+    """What is said of a number that does not follow."""
+    where = f"{module}.{attribute}".lstrip(".")
+    return f"{where} holds the old size: {value}"
 
 
 def _numbers(model: nn.Module) -> Iterator[_Held]:
@@ -122,9 +130,11 @@ def _entries(
             yield _Held(module, f"{attribute}.{key}", value, in_object)
 
 
-def _meant(structure: Structure, held: _Held) -> list[Label]:
+def _meant(structure: Structure, held: _Held, numbering: set[Label]) -> list[Label]:
     """The labels that a number may mirror: of its size and its kind, within the module
     that holds it. None where its name speaks of something else.
+
+    `numbering` are the atoms that number heads.
     """
     heads = bool(_COUNTS_HEADS.search(held.name))
     ends = bool(_COUNTS_ENDS.search(held.name))
@@ -133,9 +143,6 @@ def _meant(structure: Structure, held: _Held) -> list[Label]:
     if not heads and not ends and (not units or _OTHERS.search(held.name)):
         return []
     prefix = f"{held.module}." if held.module else ""
-    numbering: set[Label] = set()
-    for label in structure.trace.heads:
-        numbering.update(atoms(label))
     found: dict[Label, None] = {}
     # Of units the stream comes before heads x width, which may be as large.
     inside: dict[Label, None] = {}

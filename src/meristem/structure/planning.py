@@ -21,7 +21,7 @@ from meristem.structure.counts import counts_for
 from meristem.structure.discover import Structure
 from meristem.structure.kinds import KINDS, Amount, added_by, flops
 from meristem.structure.labels import Changes, Label, atoms, positions, size, sources
-from meristem.structure.mirrors import mirrors
+from meristem.structure.mirrors import mirrors, told
 from meristem.structure.repair import Search, attributes_for
 from meristem.structure.tracer import Norm
 from meristem.structure.twin import submodule
@@ -201,8 +201,7 @@ def with_mirrors(structure: Structure, plan: Plan) -> Plan:
     edits = [*plan.attributes, *follow]
     if follow and Search(structure, plan).attempt(edits).problem is not None:
         for edit in follow:
-            where = f"{edit.module}.{edit.attribute}".lstrip(".")
-            stale.append(f"{where} holds the old size: {edit.before}")
+            stale.append(told(edit.module, edit.attribute, edit.before))
         edits = list(plan.attributes)
     return replace(plan, attributes=tuple(edits), stale=tuple(stale))
 

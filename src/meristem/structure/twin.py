@@ -9,7 +9,7 @@ import copy
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -266,17 +266,10 @@ def _copied(model: nn.Module, memo: dict[int, Any], own: bool = True) -> nn.Modu
                 and id(value) not in memo
             ):
                 memo[id(value)] = value.detach().clone()
-    hooks = [
-        (module, name, list(getattr(module, name).items()))
-        for module, name in _hooked(model)
-    ]
     # A hook may hold all of a training: it is not copied, but built anew below.
-    apart = []
-    for _, _, listed in hooks:
-        for _, hook in listed:
-            if not _belongs_to_torch(hook):
-                apart.append(hook)
-                memo[id(hook)] = _silent
+    hooks = [entry for entry in _hooks(model) if not _belongs_to_torch(entry.hook)]
+    for entry in hooks:
+        memo[id(entry.hook)] = _silent
     try:
         copied = copy.deepcopy(model, memo)
     except Exception as error:
@@ -285,29 +278,35 @@ def _copied(model: nn.Module, memo: dict[int, Any], own: bool = True) -> nn.Modu
             f"{error}). Meristem looks at a copy, never at the model itself. hint: "
             "keep what cannot be copied (locks, files, generators) outside the module"
         ) from error
-    for hook in apart:
-        memo.pop(id(hook), None)
-    for place, module in model.named_modules():
-        for name in _HOOKS:
-            table = getattr(memo[id(module)], name)
-            for key, hook in getattr(module, name).items():
-                if _belongs_to_torch(hook):
-                    continue  # weight norm, say: it has been copied
-                kept = None
-                if name in _FORWARD:
-                    kept = follow_hook(hook, memo, own, place)
-                if kept is None:
-                    del table[key]
-                else:
-                    table[key] = kept
+    for entry in hooks:
+        memo.pop(id(entry.hook), None)
+    for entry in hooks:
+        kept = None
+        if entry.table in _FORWARD:
+            kept = follow_hook(entry.hook, memo, own, entry.place)
+        table = getattr(memo[id(entry.module)], entry.table)
+        if kept is None:
+            del table[entry.key]
+        else:
+            table[entry.key] = kept
     return copied
 
 
-def _hooked(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    for module in model.modules():
-        for name in _HOOKS:
-            if getattr(module, name):
-                yield module, name
+class _Hook(NamedTuple):
+    """A hook: the module that it hangs on, with its name, the table and the key."""
+
+    place: str
+    module: nn.Module
+    table: str
+    key: int
+    hook: Any
+
+
+def _hooks(model: nn.Module) -> Iterator[_Hook]:
+    for place, module in model.named_modules():
+        for table in _HOOKS:
+            for key, hook in getattr(module, table).items():
+                yield _Hook(place, module, table, key, hook)
 
 
 def _belongs_to_torch(hook: Any) -> bool:

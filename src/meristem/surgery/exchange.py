@@ -51,24 +51,24 @@ def _recurrent(model: nn.Module) -> set[int]:
     return {id(parameter) for layer in layers for parameter in layer.parameters(False)}
 
 
-def held_weakly(tensors: Mapping[str, Tensor], model: nn.Module) -> str | None:
-    """Why a weak reference keeps one of some tensors of a model, or None."""
+def held_weakly(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, str]:
+    """Which of some tensors of a model a weak reference keeps, and what is said of them."""
     recurrent = _recurrent(model)
+    held = {}
     for name, tensor in tensors.items():
         known = int(id(tensor) in recurrent)
         if len(weakref.getweakrefs(tensor)) > known:
-            return (
+            held[name] = (
                 f"{name} is held by a weak reference, which would keep the old tensor. "
                 "hint: let go of it while the model grows"
             )
-    return None
+    return held
 
 
 def check_free(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
     """Raise where a graph, or a weak reference, still holds a tensor that would change."""
-    held = held_weakly(tensors, model)
-    if held is not None:
-        raise GrowthRefused(held)
+    for reason in held_weakly(tensors, model).values():
+        raise GrowthRefused(reason)
     for name, tensor in tensors.items():
         references = tensor._use_count()  # type: ignore[attr-defined]
         # A parameter that has been trained is held by its gradient accumulator, too.

@@ -19,6 +19,7 @@ from meristem.structure.ops.rules import (
     as_data,
     auxiliary,
     carry_along,
+    reduced_over,
     unknown,
 )
 from meristem.structure.tracer import Call, Dim, Norm, Traced, Tracer
@@ -132,7 +133,7 @@ def reduce(tracer: Tracer, call: Call) -> Result:
     rank = len(source.dims)
     gone = _reduced(call, rank)
     # Of squares it may be a norm that the model writes out, see `written`.
-    reason = f"{tracer.place()}: {call.name} over it"
+    reason = reduced_over(tracer, call)
     keep = call.arguments.get("keepdim", False)
     dims = []
     for d, dim in enumerate(source.dims):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from meristem.core.axis import Fill
 from meristem.structure.labels import fresh, unify
-from meristem.structure.tracer import Dim, Traced, Tracer
+from meristem.structure.tracer import Call, Dim, Traced, Tracer
 
 Result = list[Traced] | None
 """What is known of the outputs; None where a rule does not know the case."""
@@ -34,6 +34,14 @@ def auxiliary(tensor: Tensor, dims: list[Dim]) -> Traced:
     if [dim.label.root.size for dim in dims] == list(tensor.shape):
         return Traced(dims)
     return Traced(unknown(tensor.shape), lawful=False)
+
+
+def reduced_over(tracer: Tracer, call: Call) -> str:
+    """What is said of a dimension that a reduction runs over.
+
+    A norm that the model writes out is excused by the same words, see `written`.
+    """
+    return f"{tracer.place()}: {call.name} over it"
 
 
 def carry_along(

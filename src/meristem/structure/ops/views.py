@@ -344,26 +344,29 @@ def put(tracer: Tracer, call: Call) -> Result:
     return [Traced(as_data(dims))]
 
 
-def pixel_shuffle(tracer: Tracer, call: Call) -> Result:
-    """(..., C r r, H, W) -> (..., C, H r, W r)."""
+def from_channels(tracer: Tracer, call: Call) -> Result:
+    """Positions come out of the channels: a pixel shuffle, (..., C r r, H, W) ->
+    (..., C, H r, W r), or patches folded, (..., C x kernel, positions) -> (..., C, H, W).
+    """
     dims, out = tracer.dims(call.inputs[0]), call.outputs[0]
-    channels, inner = split_product(dims[-3].label, out.shape[-3])
+    before = out.dim() - 3
+    for dim in dims[before + 1 :]:
+        freeze(dim.label, SPATIAL)
+    channels, inner = split_product(dims[before].label, out.shape[before])
     freeze(inner, SPATIAL)
-    for dim in dims[-2:]:
-        freeze(dim.label, SPATIAL)
-    kept = [*as_data(dims[:-3]), Dim(channels)]
+    kept = [*as_data(dims[:before]), Dim(channels)]
     return [Traced([*kept, *unknown(out.shape[-2:], SPATIAL)])]
 
 
-def pixel_unshuffle(tracer: Tracer, call: Call) -> Result:
-    """(..., C, H r, W r) -> (..., C r r, H, W)."""
+def into_channels(tracer: Tracer, call: Call) -> Result:
+    """The way back: a pixel unshuffle, or an image unfolded into patches."""
     dims, out = tracer.dims(call.inputs[0]), call.outputs[0]
     for dim in dims[-2:]:
         freeze(dim.label, SPATIAL)
-    inner = fresh(out.shape[-3] // call.inputs[0].shape[-3], SPATIAL)
-    channels = Dim(product([dims[-3].label, inner]))
-    kept = [*as_data(dims[:-3]), channels]
-    return [Traced([*kept, *unknown(out.shape[-2:], SPATIAL)])]
+    before = len(dims) - 3
+    inner = fresh(out.shape[before] // call.inputs[0].shape[-3], SPATIAL)
+    kept = [*as_data(dims[:-3]), Dim(product([dims[-3].label, inner]))]
+    return [Traced([*kept, *unknown(out.shape[before + 1 :], SPATIAL)])]
 
 
 def channel_shuffle(tracer: Tracer, call: Call) -> Result:
@@ -372,27 +375,6 @@ def channel_shuffle(tracer: Tracer, call: Call) -> Result:
     group, inner = split_product(dims[1].label, call.arguments["groups"])
     dims[1] = Dim(product([inner, group]))
     return [Traced(dims)]
-
-
-def patches(tracer: Tracer, call: Call) -> Result:
-    """(B, C, H, W) -> (B, C x kernel, positions)."""
-    dims, out = tracer.dims(call.inputs[0]), call.outputs[0]
-    for dim in dims[-2:]:
-        freeze(dim.label, SPATIAL)
-    inner = fresh(out.shape[-2] // call.inputs[0].shape[-3], SPATIAL)
-    columns = Dim(product([dims[-3].label, inner]))
-    kept = [*as_data(dims[:-3]), columns]
-    return [Traced([*kept, *unknown(out.shape[-1:], SPATIAL)])]
-
-
-def unpatched(tracer: Tracer, call: Call) -> Result:
-    """(B, C x kernel, positions) -> (B, C, H, W)."""
-    dims, out = tracer.dims(call.inputs[0]), call.outputs[0]
-    freeze(dims[-1].label, SPATIAL)
-    channels, inner = split_product(dims[-2].label, out.shape[-3])
-    freeze(inner, SPATIAL)
-    kept = [*as_data(dims[:-2]), Dim(channels)]
-    return [Traced([*kept, *unknown(out.shape[-2:], SPATIAL)])]
 
 
 def fourier(tracer: Tracer, call: Call) -> Result:

@@ -13,6 +13,7 @@ from typing import Literal
 from torch import Tensor
 
 from meristem.structure.labels import Label
+from meristem.structure.ops.rules import reduced_over
 from meristem.structure.tracer import Call, Norm, Tracer
 
 Stage = Literal[
@@ -90,6 +91,14 @@ def _number(call: Call) -> float | None:
     return float(value) if alone and value is not None else None
 
 
+def _over_last(call: Call) -> bool:
+    """Whether a reduction names the last dimension, and no other."""
+    over = call.arguments.get("dim")
+    over = [over] if isinstance(over, int) else list(over or [])
+    rank = call.inputs[0].dim()
+    return [d % rank for d in over] == [rank - 1]
+
+
 def _passed(tracer: Tracer, call: Call) -> Trail | None:
     return _trail(call.inputs[0])
 
@@ -113,14 +122,11 @@ def _squared(tracer: Tracer, data: Tensor) -> Trail:
 
 def _averaged(tracer: Tracer, call: Call) -> Trail | None:
     trail, source = _trail(call.inputs[0]), call.inputs[0]
-    over = call.arguments.get("dim") or []
-    over = [over] if isinstance(over, int) else list(over)
-    last = [d % source.dim() for d in over] == [source.dim() - 1]
-    if not last:
+    if not _over_last(call):
         return None
     if trail is None or trail.stage != "square" or trail.label is None:
         return Trail("average", _last(tracer, source))
-    reason = f"{tracer.place()}: {call.name} over it"
+    reason = reduced_over(tracer, call)
     kind: Literal["layer_norm", "rms_norm"] = "rms_norm"
     if trail.centred:
         kind = "layer_norm"
@@ -131,13 +137,10 @@ def _averaged(tracer: Tracer, call: Call) -> Trail | None:
 def _measured(tracer: Tracer, call: Call) -> Trail | None:
     """The length of a vector: no mean, so that a new entry of zero changes nothing."""
     source = call.inputs[0]
-    over = call.arguments.get("dim")
-    over = [over] if isinstance(over, int) else list(over or [])
     label = _last(tracer, source)
-    last = [d % source.dim() for d in over] == [source.dim() - 1]
-    if not last or label is None or call.arguments.get("ord", 2) != 2:
+    if not _over_last(call) or label is None or call.arguments.get("ord", 2) != 2:
         return None
-    reason = f"{tracer.place()}: {call.name} over it"
+    reason = reduced_over(tracer, call)
     norm = Norm(
         tracer.stack.innermost, "rms_norm", label, reason, eps=0.0, averages=False
     )
