@@ -332,7 +332,12 @@ def _planned(structure: Structure, wishes: Mapping[str, Any]) -> Plan:
         raise GrowthRefused("no axis was named: pass {axis: count}")
     for name in wishes:
         structure.axes.named(name)
-    return resolve(structure, wishes)
+    plan = resolve(structure, wishes)
+    if plan.refusal is not None:
+        # What does not follow alone may grow together with others.
+        growable(structure)
+        plan = resolve(structure, wishes)
+    return plan
 
 
 def _counts(counts: Mapping[str, Any]) -> dict[str, int]:

@@ -120,6 +120,11 @@ def prune_(
                 f"{axis!r} is a depth; prune_ removes units. hint: narrow_(model, "
                 f"{{{axis!r}: 1}}, ...)"
             )
+        if found.multiple != found.grain:
+            raise GrowthRefused(
+                f"axis {axis!r} grows together with others, in steps of {found.multiple}, "
+                "and prune_ removes units one by one. hint: narrow_, which takes counts"
+            )
         # Two thirds weigh the units, one third sees what their removal costs.
         middle = 2 * len(batches) // 3
         trial = _Trial(event, found, loss, batches[:middle] or batches)
@@ -251,7 +256,7 @@ class _Trial:
         """The plan that drops units, and the old tensors that take over their work, at
         their present shapes.
         """
-        multiple = self.axis.multiple
+        multiple = self.axis.grain
         dropped = [unit * multiple + part for unit in units for part in range(multiple)]
         planned = accepted(resolve(self.structure, {self.axis.name: dropped}))
         changed: dict[str, Tensor] = {}

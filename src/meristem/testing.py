@@ -368,14 +368,14 @@ def _check_alive(trial: Trial, growth: Growth, axis: Axis, told: str) -> None:
     parameters = dict(trial.model.named_parameters())
     sides: tuple[Role, Role] = ("fan_in", "fan_out")
     for side in sides:
-        reached = torch.zeros(now.size // now.multiple)
+        reached = torch.zeros(now.size // now.grain)
         slots = now.places(side)
         for slot in slots:
             gradient = parameters[slot.name].grad
             if gradient is not None:
                 by = by_unit(gradient, slot.dim, layout[slot.place])
                 reached += by.flatten(1).abs().amax(1).float()
-        new = reached[[unit // now.multiple for unit in units]]
+        new = reached[[unit // now.grain for unit in units]]
         dead = int((new == 0).sum())
         # Behind a ReLU half of them may be off on the batch.
         allowed = len(new) // 2 if ZOO[trial.name].rectified else 0

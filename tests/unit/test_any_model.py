@@ -897,3 +897,129 @@ def test_every_operation_has_an_effect_in_the_table() -> None:
     spec.loader.exec_module(module)
     page = (script.parents[1] / "docs" / "operations.md").read_text()
     assert module.table() in page
+
+
+# -- sizes that one number of the code ties
+
+
+class FromWidth(nn.Module):
+    """nanoGPT's attention: the width of a head is the stream's over the heads."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.n_head, self.n_embd = heads, width
+        self.c_attn, self.c_proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        parts = self.c_attn(x).split(self.n_embd, dim=2)
+        shape = (batch, length, self.n_head, width // self.n_head)
+        q, k, v = (part.view(shape).transpose(1, 2) for part in parts)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return self.c_proj(mixed.transpose(1, 2).reshape(batch, length, width))
+
+
+class Torchs(nn.MultiheadAttention):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, x, x, need_weights=False)[0]
+
+
+class PreNorm(nn.Module):
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.attn = nn.LayerNorm(16), attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attn(self.norm(x))
+
+
+def stream(attention: Callable[[], nn.Module]) -> nn.Module:
+    blocks = [PreNorm(attention()) for _ in range(3)]
+    return nn.Sequential(nn.Linear(5, 16), *blocks, nn.LayerNorm(16), nn.Linear(16, 3))
+
+
+TIED = {
+    "nanogpt": lambda: stream(lambda: FromWidth(16, 4)),
+    "torch": lambda: stream(lambda: Torchs(16, 4, batch_first=True)),
+    "two_sizes": lambda: nn.Sequential(
+        stream(lambda: FromWidth(16, 4))[:3],
+        PreNorm(FromWidth(16, 2)),
+        nn.LayerNorm(16),
+        nn.Linear(16, 3),
+    ),
+    "encoder": lambda: nn.Sequential(
+        nn.Linear(5, 16),
+        nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(16, 4, 32, norm_first=True, batch_first=True),
+            2,
+            enable_nested_tensor=False,
+        ),
+        nn.LayerNorm(16),
+        nn.Linear(16, 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_heads_grow_with_the_width_that_their_code_divides(name: str) -> None:
+    net, x = TIED[name](), torch.randn(2, 6, 5)
+    axes = ms.find_axes(net, x)
+    axis = next(iter(axes))
+    step = axes[axis].multiple
+    assert step == (8 if name == "two_sizes" else 4)
+    heads = [key for key in axes.frozen if key.endswith(":heads")]
+    assert heads
+    for key in heads:
+        assert (
+            axes.frozen[key] == f"it grows together with {axis!r}, in steps of {step}"
+        )
+    shapes = {key: value.shape for key, value in net.state_dict().items()}
+    first = grows(net, axis, x, 2 * step)
+    assert not first.stale
+    assert set(first.after) == {axis, *heads}
+    # Once more, since the numbers in the code must have followed.
+    grows(net, axis, x, step)
+    ms.narrow_(net, {axis: 3 * step}, x)
+    assert {key: value.shape for key, value in net.state_dict().items()} == shapes
+
+
+def test_a_width_that_divides_into_heads_grows_without_a_look_before() -> None:
+    net, x = TIED["nanogpt"](), torch.randn(2, 6, 5)
+    with pytest.raises(ms.GrowthRefused, match="multiples of 4; got 3"):
+        ms.grow_(copy.deepcopy(net), {"0": 3}, x)
+    assert ms.grow_(net, {"0": 4}, x).after["0"] == 20
+
+
+class SplitEvenly(nn.Module):
+    """Two widths from one number of the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = 8
+        self.make = nn.Conv2d(3, 16, 1)
+        self.mix = nn.Conv2d(8, 8, 3, padding=1)
+        self.read = nn.Conv2d(24, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.make(x).split((self.c, self.c), 1)
+        return self.read(torch.cat((a, b, self.mix(b)), 1)).mean((2, 3))
+
+
+def test_two_widths_from_one_number_grow_together() -> None:
+    net, x = SplitEvenly(), torch.randn(2, 3, 6, 6)
+    growth = grows(net, "make", x)
+    assert growth.after == {"make": 10, "make:2": 10}
+    assert net.c == 10
+
+
+def test_a_measured_method_grows_widths_that_are_tied() -> None:
+    net = SplitEvenly()
+    data = [(torch.randn(8, 3, 6, 6), torch.randn(8, 4)) for _ in range(4)]
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return F.mse_loss(model(batch[0]), batch[1])
+
+    before = outputs(net, data[0][0])
+    growth = ms.grow_(net, {"make": 2}, how=ms.how.GradMax(), loss=loss, data=data)
+    assert growth.after == {"make": 10, "make:2": 10}
+    torch.testing.assert_close(outputs(net, data[0][0]), before, atol=1e-5, rtol=1e-4)

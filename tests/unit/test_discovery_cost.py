@@ -128,14 +128,18 @@ def test_a_block_that_differs_is_judged_by_itself() -> None:
 
 
 def test_the_reasons_of_alike_blocks_name_their_own_modules() -> None:
-    from zoo import make
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
 
-    model, x = make("nanogpt")
-    frozen = ms.find_axes(model, x).frozen
-    for i in range(2):
-        assert frozen[f"h.{i}.attn.c_attn:heads"].startswith(
-            f"h.{i}.attn does not follow"
-        )
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.down(self.up(x).reshape(-1, 8))
+
+    model = nn.Sequential(*[Fixed() for _ in range(3)], nn.Linear(6, 2))
+    frozen = ms.find_axes(model, torch.randn(3, 6)).frozen
+    for i in range(3):
+        assert frozen[f"{i}.up"].startswith(f"{i} does not follow")
 
 
 def test_a_check_needs_no_copy_of_the_weights() -> None:

@@ -76,10 +76,16 @@ def test_an_edited_plan_is_refused() -> None:
 
 
 def test_a_refused_plan_is_false_and_raises_its_reason() -> None:
-    model, x = make("nanogpt")
-    frozen = ms.find_axes(model, x).frozen
-    name = next(n for n in frozen if n.endswith(":heads"))
-    plan = ms.plan(model, {name: 1}, x)
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(self.up(x).reshape(-1, 8))
+
+    model, x = Fixed(), torch.randn(3, 4)
+    plan = ms.plan(model, {"up": 1}, x)
     assert not plan
     with pytest.raises(ms.GrowthRefused, match="does not follow"):
         ms.grow_(model, plan)

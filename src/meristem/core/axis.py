@@ -53,12 +53,14 @@ class Axis:
         name: The module whose output units it counts ("fc1"), or the bare parameter.
         kind: "width", "heads" or "depth".
         size: Its present size, in its own units (neurons, channels, heads).
-        multiple: Sizes and counts come in multiples of this (channels per group of a
-            group norm).
+        multiple: Counts come in multiples of this (channels per group of a group norm;
+            the width of a head, where heads grow with it).
         slots: Every tensor dimension that follows it.
         norm: What normalises the units on their way: "batch_norm", "layer_norm",
             "rms_norm" or None.
         end: "output" or "vocabulary" where the axis is an end of the model, else None.
+        grain: How many units make one entry of a layout. Fewer than `multiple` where
+            other axes grow with it.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Axis:
     slots: tuple[Slot, ...]
     norm: str | None = None
     end: str | None = None
+    grain: int = 1
 
     @property
     def streamed(self) -> bool:

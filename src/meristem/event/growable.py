@@ -11,6 +11,7 @@ from meristem.core.errors import GrowthRefused, VerificationError
 from meristem.event.steps import Methods, method_for
 from meristem.structure import Structure, clash, resolve
 from meristem.structure.kinds import apart
+from meristem.structure.ties import tie
 from meristem.structure.twin import submodule
 from meristem.surgery.exchange import held_weakly
 from meristem.surgery.verify import check_edit, silence
@@ -27,9 +28,9 @@ def growable(
     what fails. Depths whose new blocks cannot preserve the function count where `how`
     names a method that does not claim to.
     """
+    trial = _Trial(structure, {**structure.axes, **structure.axes.ends})
     found = structure.axes
     candidates = {**found, **found.ends}
-    trial = _Trial(structure, candidates)
     refused = dict(found.frozen)
     held = held_weakly(structure.tensors, structure.model)
     for name, axis in candidates.items():
@@ -87,8 +88,20 @@ class _Trial:
         self._verdicts = self._structure.verdicts
         wide = [axis.name for axis in units]
         self._halve(wide, "grows", self._follows)
+        # What does not follow alone may follow together with others.
+        refused = [n for n in wide if self._verdicts["grows", n] is not None]
+        for name, told in tie(self._structure, refused).items():
+            self._verdicts["grows", name] = told
         left = [name for name in wide if self._verdicts["grows", name] is None]
         self._halve(left, "grows", self._changes)
+        for name in left:
+            reason = self._verdicts["grows", name]
+            if reason is None:
+                continue
+            for other in self._structure.together.get(name, ()):
+                if other != name:
+                    beside = f"it grows together with {name!r}, which cannot: {reason}"
+                    self._verdicts["grows", other] = beside
         for axis in units:
             self._verdicts["exact", axis.name] = None
         deep = [axis.name for axis in blocks]
@@ -144,10 +157,12 @@ class _Trial:
         """Why a growth of widths changes the function, or None."""
         if clash(self._structure, names) is not None:
             return "some of them multiply each other"
-        axes = [self._axes[name] for name in names]
-        plan = resolve(self._structure, {axis.name: axis.multiple for axis in axes})
+        known = self._structure.axes
+        steps = {name: known.named(name).multiple for name in names}
+        plan = resolve(self._structure, steps)
         if plan.refusal is not None:
             return plan.refusal
+        axes = [known.named(name) for name in plan.after]
         try:
             check_edit(self._structure, plan, axes)
         except VerificationError as error:

@@ -417,7 +417,9 @@ def _settled(event: Event, draft: Draft) -> Draft:
                 "weights; a care that scales these afterwards (VarianceTransfer, "
                 "Shrink) would undo it. hint: use WarmMoments or ResetMoments"
             )
-        counts = {axis.name: draft.plan.added[axis.name] for axis in units}
+        # What grows together with a named axis comes along with it.
+        named = [axis.name for axis in units if axis.name in draft.plan.wishes]
+        counts = {name: draft.plan.added[name] for name in named}
         with event.lab.guarded(method):
             settled = method.settle(event.lab.sandbox(), counts)  # type: ignore[attr-defined]
         # One method settles all widths of an event, each beside the others.

@@ -226,7 +226,7 @@ class Space:
         self.free: dict[str, float] = {}
         self._slopes: dict[str, Tensor] = {}
         self._measure(batches[:_MOMENTS])
-        self._widened = lab.widened(axis, trials * axis.multiple)
+        self._widened = lab.widened(axis, trials * axis.grain)
         self.new = {}
         for layer in self.layers:
             place = Place(f"{layer}.weight", 1)

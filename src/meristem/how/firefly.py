@@ -100,7 +100,7 @@ class Firefly:
                 f"axis {axis.name!r} has none. hint: how.Random grows it"
             )
         with counting() as counter:
-            field = _Field(self, lab, axis, count // axis.multiple)
+            field = _Field(self, lab, axis, count // axis.grain)
             field.optimise()
             offer = field.offer(count)
         return Offer(
@@ -128,17 +128,17 @@ class _Field:
 
     def __init__(self, method: Firefly, lab: Lab, axis: Axis, units: int) -> None:
         self.method, self.lab, self.axis, self.units = method, lab, axis, units
-        old = axis.size // axis.multiple
+        old = axis.size // axis.grain
         wanted = method.candidates * units
         self.splits = min(old, round(method.splits * wanted))
         self.fresh = max(wanted - self.splits, units - self.splits)
         order = torch.randperm(old, generator=lab.generator)
         self.parent = order[: self.splits]
         trials = 2 * self.splits + self.fresh
-        self.widened = lab.widened(axis, trials * axis.multiple)
+        self.widened = lab.widened(axis, trials * axis.grain)
         self.inward = [slot.place for slot in axis.places("fan_in")]
         self.outward = [slot.place for slot in axis.places("fan_out")]
-        count = units * axis.multiple
+        count = units * axis.grain
         self.batches = cut_batches(lab, axis, count, method.batches, _ROWS)
         self._draw()
 
@@ -147,7 +147,7 @@ class _Field:
         fresh: dict[Place, Tensor] = {}
         # None at all where all candidates are splits.
         if self.fresh:
-            count = self.fresh * axis.multiple
+            count = self.fresh * axis.grain
             fresh = with_fills(lab, axis, count, neutral(lab, axis, count))
         self.held = {
             slot.place: lab.units(slot, axis)[self.parent] for slot in axis.slots
@@ -243,7 +243,7 @@ class _Field:
         is_split = order < self.splits
         parent = torch.full((self.units,), -1)
         parent[is_split] = self.parent[order[is_split]]
-        old = self.axis.size // self.axis.multiple
+        old = self.axis.size // self.axis.grain
         share = torch.ones(old + self.units, dtype=torch.float64)
         share[parent[is_split]] = 0.5
         share[old:][is_split] = 0.5

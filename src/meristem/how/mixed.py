@@ -82,7 +82,7 @@ class Mixed:
         scalar: Scalar = the_loss,
     ) -> None:
         self.lab, self.axis, self.count, self.scalar = lab, axis, count, scalar
-        self.units = count // axis.multiple
+        self.units = count // axis.grain
         self.inward, self.outward = axis.places("fan_in"), axis.places("fan_out")
         shapes = lab.shapes(axis, count)
         self.width_in, self.width_out = (
@@ -101,7 +101,7 @@ class Mixed:
         """Strips from one fan-in and one fan-out vector per unit; depthwise kernels are
         the mean of the present ones.
         """
-        shapes = self.lab.shapes(self.axis, len(inward) * self.axis.multiple)
+        shapes = self.lab.shapes(self.axis, len(inward) * self.axis.grain)
         carried = {
             slot.place: self.kernel(slot, shapes[slot])
             for slot in self.axis.places("carried")
@@ -134,7 +134,7 @@ class Mixed:
         `offset`.
         """
         trials = trials or self.trials
-        widened = self.lab.widened(self.axis, trials * self.axis.multiple)
+        widened = self.lab.widened(self.axis, trials * self.axis.grain)
         parts = []
         with widened.lifted(offset):
             for batch in self.batches:

@@ -70,7 +70,7 @@ class Net2Net:
                 f"{axis.name!r} a weight is both sides, or a norm runs over it. hint: "
                 "how.Random grows it"
             )
-        old, new = axis.size // axis.multiple, count // axis.multiple
+        old, new = axis.size // axis.grain, count // axis.grain
         rounds = [
             torch.randperm(old, generator=lab.generator) for _ in range(-(-new // old))
         ]

@@ -95,7 +95,7 @@ class Search:
         These are the passes of a `Space`, and the products of what they see.
         """
         batch = lab.batches[0]
-        each = _pass_costs(lab, axis, self.trials(count // axis.multiple), batch)
+        each = _pass_costs(lab, axis, self.trials(count // axis.grain), batch)
         looking = each.forward + each.made
         total = 0.0
         for first, second in self.parts([batch] * self.batches):
@@ -147,7 +147,7 @@ class _PassCosts:
 
 
 def _pass_costs(lab: Lab, axis: Axis, units: int, batch: Any) -> _PassCosts:
-    trials = units * axis.multiple
+    trials = units * axis.grain
     structure = lab.structure
     now, wide = sized(structure, {axis.name: trials}).flops
     strips = {}
@@ -207,7 +207,7 @@ class Climb:
     ) -> None:
         self.lab, self.axis, self.count, self.search = lab, axis, count, search
         self.first, self.second = parts
-        self.units = count // axis.multiple
+        self.units = count // axis.grain
         trials = search.trials(self.units)
         self.space = Space(lab, loss, axis, trials, search.damping, self.first)
         self._kept: dict[int, Seen] = {}
@@ -255,7 +255,7 @@ class Climb:
         These are drawn from U(-1, 1): the mean of the neighbours is the identity in a
         layer that has just been inserted.
         """
-        count = self.space.trials * self.axis.multiple
+        count = self.space.trials * self.axis.grain
         strips = neutral(self.lab, self.axis, count, zero="fan_out")
         for slot, shape in self.lab.shapes(self.axis, count).items():
             if slot.role == "carried" and slot.fill == "mean" and not slot.buffer:

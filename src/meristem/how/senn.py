@@ -130,9 +130,7 @@ class SENN:
             if layer.opened is None:
                 return _FEWEST * _pass(layer.lab)
             search, opened = self._smallest(lab), layer.opened
-            return (
-                search.cost(layer.lab, opened, _OPENED * opened.multiple) / _UNITS_SHARE
-            )
+            return search.cost(layer.lab, opened, _OPENED * opened.grain) / _UNITS_SHARE
         return self._smallest(lab).cost(lab, axis, count)
 
     def _smallest(self, lab: Lab) -> Search:
@@ -216,7 +214,7 @@ class SENN:
             found = [self._coefficients(layer, loss, number)]
         else:
             units = layer.lab.within(_UNITS_SHARE * lab.allowance)
-            search = self._search.within(units, opened, _OPENED * opened.multiple)
+            search = self._search.within(units, opened, _OPENED * opened.grain)
             found = [self._coefficients(layer, loss, search.batches)]
             # Where nothing is seen of what reads the width, the coefficients count alone.
             with contextlib.suppress(GrowthRefused):
@@ -234,7 +232,7 @@ class SENN:
 
     def _units(self, lab: Lab, loss: Loss, axis: Axis) -> Offer:
         """The best new units of a width, as many as are surest; their gain is one."""
-        offer = searched(lab, loss, axis, _OPENED * axis.multiple, self._search)
+        offer = searched(lab, loss, axis, _OPENED * axis.grain, self._search)
         several = []
         for number in range(1, len(offer.gains) + 1):
             several.append(

@@ -156,7 +156,11 @@ class SWE:
         depth = {name: place for place, name in enumerate(sandbox.lab.axes)}
         for name in sorted(counts, key=lambda name: depth.get(name, -1), reverse=True):
             axis = sandbox.lab.axes.named(name)
-            plan, _ = sandbox.insert([self.propose(sandbox.lab, axis, counts[name])])
+            offers = []
+            for other, count in sandbox.lab.plan(axis, counts[name]).added.items():
+                grown = sandbox.lab.axes.named(other)
+                offers.append(self.propose(sandbox.lab, grown, count))
+            plan, _ = sandbox.insert(offers)
             _measure_norms(sandbox, plan, axis)
             adjustment = Adjustment(self, sandbox, plan, axis)
             health["insertion"] |= _health(sandbox, plan, axis)
@@ -377,7 +381,7 @@ class Adjustment:
     def _coupling(self, slot: Slot) -> Coupling:
         layout = self.plan.layout[self.axis.name][slot.place]
         value = self.base[slot.name]
-        new = self.plan.added[self.axis.name] // self.axis.multiple
+        new = self.plan.added[self.axis.name] // self.axis.grain
         shape = (
             len(layout) - new,
             layout.shape[1],

@@ -247,7 +247,7 @@ class _Units(Mixed):
     def whitened(self, vectors: Tensor) -> Tensor:
         """S^-1/2 on fan-in vectors in rows."""
         parts, start = [], 0
-        shapes = self.lab.shapes(self.axis, self.axis.multiple)
+        shapes = self.lab.shapes(self.axis, self.axis.grain)
         for slot, root in zip(self.inward, self.roots, strict=True):
             width = math.prod(shapes[slot][1:])
             part = vectors[:, start : start + width]

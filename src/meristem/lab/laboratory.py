@@ -34,7 +34,7 @@ from meristem.structure.layers import channel_of, contracts
 from meristem.structure.twin import apply_edits, named_tensors, submodule, twin
 from meristem.surgery.exchange import exchange
 from meristem.surgery.tensors import grown_tensors, new_units
-from meristem.surgery.verify import grown_twin, live_values, run
+from meristem.surgery.verify import grown_twin, live_values, run, silent_units
 
 Progress = Callable[[str, int, int | None], None]
 """Told what is being done, how many steps of it are done, and of how many, where known.
@@ -281,7 +281,8 @@ class Lab:
         plan = self.plan(axis, count)
         held = live_values(self._origin)
         copied = grown_twin(self._origin, held, plan).eval()
-        return Widened(copied, loss, plan, axis, held)
+        beside = [self.axes.named(name) for name in plan.after if name != axis.name]
+        return Widened(copied, loss, plan, axis, held, beside)
 
     def sandbox(self) -> Sandbox:
         """A copy of the model to grow and train."""
@@ -330,6 +331,7 @@ class Widened:
         model: The copy.
         plan: The plan that it was widened by.
         axis: The axis that is wider.
+        beside: Those that grow together with it; nothing reads their new units.
     """
 
     model: nn.Module
@@ -337,11 +339,14 @@ class Widened:
     plan: Plan
     axis: Axis
     held: Mapping[str, Tensor] = field(repr=False)
+    beside: Sequence[Axis] = ()
 
     def loss(self, strips: Mapping[Place, Tensor], batch: Any) -> Tensor:
         """The loss on one batch, in eval mode, differentiable in the strips."""
         offer = Offer(self.axis.name, self.plan.added[self.axis.name], strips)
-        grown = grown_tensors(self.held, self.plan, [self.axis], [offer], Scaling())
+        offers = [offer, *(silent_units(self.plan, a, self.held) for a in self.beside)]
+        axes = [self.axis, *self.beside]
+        grown = grown_tensors(self.held, self.plan, axes, offers, Scaling())
         with plain_attention():
             return evaluate(
                 self.user_loss, self.model, batch, tensors={**self.held, **grown}
@@ -412,6 +417,7 @@ class Sandbox:
         if self._lab is None:
             # Not kept with the structures of user models: the copy changes at once.
             structure = Structure(self.model, self._origin.structure.example)
+            structure.inherit(self._origin._origin)
             self._lab = self._origin.of(structure)
         return self._lab
 
@@ -421,7 +427,10 @@ class Sandbox:
         plan = resolve(structure, {offer.axis: offer.count for offer in offers})
         axes = [structure.axes.named(offer.axis) for offer in offers]
         held = live_values(structure)
-        new = grown_tensors(held, plan, axes, offers, Scaling())
+        offered = {offer.axis for offer in offers}
+        beside = [structure.axes.named(n) for n in plan.after if n not in offered]
+        whole = [*offers, *(silent_units(plan, axis, held) for axis in beside)]
+        new = grown_tensors(held, plan, [*axes, *beside], whole, Scaling())
         # The structure has changed: a new one is traced when somebody asks.
         self._lab = None
         exchange(self.model, new, plan)

@@ -365,7 +365,7 @@ class _Units:
         self.count = len(layout[axis.slots[0].place])
         chosen = set(range(self.count))
         if units is not None:
-            chosen = {int(unit) // axis.multiple for unit in units}
+            chosen = {int(unit) // axis.grain for unit in units}
         listed = sorted(chosen)
         rest = [unit for unit in range(self.count) if unit not in chosen]
         self.picked = torch.tensor(listed, dtype=torch.long)

@@ -40,13 +40,16 @@ class Alike:
 
     def told_of(self, reason: str, axis: Axis, other: Axis) -> str:
         """What is said of one axis, as it is said of another that is alike."""
-        old, new = self._block(axis), self._block(other)
+        old, new = self.block(axis), self.block(other)
         if old is None or new is None:
             return reason
+        # A sentence may begin with the block itself.
+        if reason.startswith(f"{old} "):
+            reason = new + reason.removeprefix(old)
         return reason.replace(f"{old}.", f"{new}.")
 
     def _key(self, axis: Axis) -> Any:
-        block = self._block(axis)
+        block = self.block(axis)
         if block is None:
             return axis.name
         # Names and shapes inside the block, not the name of the block.
@@ -61,15 +64,20 @@ class Alike:
             suffix,
             axis.kind,
             axis.size,
-            axis.multiple,
+            axis.grain,
             axis.norm,
             tuple(slots),
         )
 
-    def _block(self, axis: Axis) -> str | None:
+    def block(self, axis: Axis) -> str | None:
         """The one block that holds all slots of an axis, or None."""
         blocks = {self._around(slot.name) for slot in axis.slots}
         return blocks.pop() if len(blocks) == 1 else None
+
+    def same(self, block: str) -> list[str]:
+        """The blocks that are alike to one."""
+        first = self.representative[block]
+        return [name for name, other in self.representative.items() if other == first]
 
     def _around(self, name: str) -> str | None:
         end = name.find(".")

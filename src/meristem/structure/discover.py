@@ -79,6 +79,7 @@ class Structure:
         silences: Which tensors of a new block are zero where it adds nothing, by depth
             axis, as far as that is known.
         verdicts: Why an axis cannot grow, or None, as far as that has been tried.
+        together: The steps of all axes that grow together with an axis, by its name.
     """
 
     def __init__(self, model: nn.Module, example: Any) -> None:
@@ -89,6 +90,7 @@ class Structure:
         self.plans: dict[Any, Plan] = {}
         self.silences: dict[str, tuple[str, ...]] = {}
         self.verdicts: dict[Any, str | None] = {}
+        self.together: dict[str, Mapping[str, int]] = {}
         self._trace_with_fallback()
         widths = Widths(model, self.trace, self.labels)
         self.atoms, self.norms = widths.atoms, widths.norms
@@ -101,6 +103,17 @@ class Structure:
         same = list(self.axes) == list(before.axes)
         if same and list(self.axes.ends) == list(before.axes.ends):
             self.verdicts = dict(before.verdicts)
+            self.tie(before.together)
+
+    def tie(self, groups: Mapping[str, Mapping[str, int]]) -> None:
+        """Note that axes grow together: by axis, the steps of all of them."""
+        axes = dict(self.axes)
+        for name, steps in groups.items():
+            axes[name] = replace(axes[name], multiple=steps[name])
+        self.together |= groups
+        self.axes = Axes(axes, self.axes.ends, self.axes.frozen)
+        # What was refused alone may grow now.
+        self.plans.clear()
 
     @property
     def model(self) -> nn.Module:

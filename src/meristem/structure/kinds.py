@@ -58,7 +58,7 @@ def _unit_change(structure: Structure, axis: Axis, amount: Amount) -> Change:
             f"axis {axis.name!r} has {axis.size} units; at least {axis.multiple} must "
             "stay"
         )
-    return Change(len(kept) * axis.multiple, {atom: kept})
+    return Change(len(kept) * axis.grain, {atom: kept})
 
 
 def _counted(axis: Axis, atom: Label, amount: int) -> Sources:
@@ -67,7 +67,7 @@ def _counted(axis: Axis, atom: Label, amount: int) -> Sources:
         raise GrowthRefused(
             f"axis {axis.name!r} changes in multiples of {axis.multiple}; got {amount}"
         )
-    entries = amount // axis.multiple
+    entries = amount // axis.grain
     present = np.arange(atom.size)
     if entries > 0:
         return np.concatenate([present, np.full(entries, -1)])
@@ -82,11 +82,15 @@ def _without(axis: Axis, atom: Label, units: Sequence[int]) -> Sources:
             f"axis {axis.name!r} has units 0..{axis.size - 1}; got indices "
             f"{list(units)}"
         )
-    dropped = sorted({unit // axis.multiple for unit in drop})
-    if len(drop) != len(dropped) * axis.multiple:
+    dropped = sorted({unit // axis.grain for unit in drop})
+    if len(drop) != len(dropped) * axis.grain:
         raise GrowthRefused(
-            f"axis {axis.name!r} drops whole groups of {axis.multiple} units; got "
-            f"{drop}"
+            f"axis {axis.name!r} drops whole groups of {axis.grain} units; got {drop}"
+        )
+    if len(drop) % axis.multiple:
+        raise GrowthRefused(
+            f"axis {axis.name!r} changes in multiples of {axis.multiple}; got "
+            f"{len(drop)} units to drop"
         )
     return np.setdiff1d(np.arange(atom.size), np.array(dropped))
 

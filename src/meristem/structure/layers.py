@@ -29,6 +29,7 @@ class Layer:
             (rows, channels x kernel).
         identity: A layer of its kind that passes `width` units on, without data.
         normalised: For norms, what the weight scales and the bias shifts.
+        sized_by: The tensor whose shape they follow.
     """
 
     types: tuple[type[nn.Module], ...]
@@ -38,6 +39,7 @@ class Layer:
     patches: Callable[[Any, Tensor], Tensor] | None = None
     identity: Callable[[Any, int], nn.Module] | None = None
     normalised: Callable[[Any, Tensor], Tensor] | None = None
+    sized_by: str = "weight"
 
 
 def _linear_attributes(module: nn.Linear, shape: Shape, groups: int) -> dict[str, Any]:
@@ -63,6 +65,17 @@ def _convolution_attributes(module: Any, shape: Shape, groups: int) -> dict[str,
     else:
         into, out = shape[1] * groups, shape[0]
     return {"in_channels": into, "out_channels": out, "groups": groups}
+
+
+def _attention_attributes(
+    module: nn.MultiheadAttention, shape: Shape, groups: int
+) -> dict[str, Any]:
+    # Its code divides the width by the heads: whole heads come and go.
+    width = shape[0]
+    found = {"embed_dim": width, "num_heads": width // module.head_dim}
+    if module._qkv_same_embed_dim:
+        found |= {"kdim": width, "vdim": width}
+    return found
 
 
 def _identity_linear(module: nn.Linear, width: int) -> nn.Module:
@@ -189,6 +202,11 @@ LAYERS: Mapping[str, Layer] = {
     "prelu": Layer(
         (nn.PReLU,),
         lambda module, shape, groups: {"num_parameters": shape[0]},
+    ),
+    "attention": Layer(
+        (nn.MultiheadAttention,),
+        _attention_attributes,
+        sized_by="out_proj.weight",
     ),
 }
 """Every type of layer that is known. A new one is one row."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 
 from torch import nn
 
@@ -17,6 +18,7 @@ from meristem.core.change import (
     Sources,
     TensorChange,
 )
+from meristem.core.errors import GrowthRefused
 from meristem.structure.counts import counts_for
 from meristem.structure.discover import Structure
 from meristem.structure.kinds import KINDS, Amount, added_by, flops
@@ -50,6 +52,28 @@ def resolve(structure: Structure, wishes: Wishes) -> Plan:
     return known
 
 
+def _with_ties(structure: Structure, wishes: Wishes) -> dict[str, Amount]:
+    """Wishes, and what grows together with what they name.
+
+    Raises:
+        GrowthRefused: An amount is no multiple of the step.
+    """
+    complete = dict(wishes)
+    for name, amount in wishes.items():
+        steps = structure.together.get(name)
+        if steps is None:
+            continue
+        units = amount if isinstance(amount, int) else -len(amount)
+        times, rest = divmod(units, steps[name])
+        if rest:
+            raise GrowthRefused(
+                f"axis {name!r} changes in multiples of {steps[name]}; got {units}"
+            )
+        for other, step in steps.items():
+            complete.setdefault(other, times * step)
+    return complete
+
+
 def sized(structure: Structure, wishes: Wishes) -> Plan:
     """Shapes and costs of a wish alone: no attribute is looked at, nothing is
     re-traced.
@@ -59,7 +83,8 @@ def sized(structure: Structure, wishes: Wishes) -> Plan:
     changes: dict[Label, Sources] = {}
     insertions: list[Insertion] = []
     before, after = {}, {}
-    for name, amount in wishes.items():
+    asked = _with_ties(structure, wishes)
+    for name, amount in asked.items():
         axis = structure.axes.named(name)
         change = KINDS[axis.kind].change(structure, axis, amount)
         changes |= change.labels
@@ -82,7 +107,7 @@ def sized(structure: Structure, wishes: Wishes) -> Plan:
         added += more[0]
         spent += more[1]
     outputs: list[tuple[Sources, ...] | None] = []
-    ends = any(name in structure.axes.ends for name in wishes)
+    ends = any(name in structure.axes.ends for name in asked)
     for labels, is_loss in zip(structure.outputs, structure.losses, strict=True):
         kept = tuple(sources(label, changes) for label in labels)
         # More classes change the loss that a forward gives, and may.
@@ -91,7 +116,7 @@ def sized(structure: Structure, wishes: Wishes) -> Plan:
         before,
         after,
         tensors,
-        _layouts(structure, wishes, changes),
+        _layouts(structure, asked, changes),
         changes=changes,
         insertions=tuple(insertions),
         outputs=tuple(outputs),
@@ -232,7 +257,8 @@ def with_insertions(
 def clash(structure: Structure, names: Sequence[str]) -> tuple[str, str] | None:
     """Two of the named axes that are factors of one dimension, or None."""
     by_atom = {}
-    for name in names:
+    together = [structure.together.get(name, (name,)) for name in names]
+    for name in dict.fromkeys(chain.from_iterable(together)):
         if name in structure.atoms:
             by_atom[structure.atoms[name].root] = name
     if len(by_atom) < 2:

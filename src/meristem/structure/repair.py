@@ -74,7 +74,7 @@ class _Checker(TorchDispatchMode):
 
 
 @dataclass(frozen=True)
-class _Attempt:
+class Attempt:
     """How far a re-trace got, what stopped it, and the modules that were running."""
 
     reached: int
@@ -90,6 +90,20 @@ def attributes_for(
     Returns:
         The changes and None; or what was tried, and the refusal.
     """
+    edits, best, _ = farthest(structure, plan)
+    if best.problem is None:
+        return edits, None
+    place = best.running[-1] if best.running else ""
+    problem = f"{place or 'the model'} does not follow the new size: {best.problem}"
+    return edits, problem
+
+
+def farthest(
+    structure: Structure, plan: Plan
+) -> tuple[tuple[AttributeChange, ...], Attempt, int]:
+    """The attribute changes with which a re-trace gets farthest, how far that is, and
+    how many re-traces it took.
+    """
     search = Search(structure, plan)
     edits = list(leaf_attributes(structure, plan))
     best = search.attempt(edits)
@@ -99,11 +113,7 @@ def attributes_for(
             break
         best, edit = improved
         edits.append(edit)
-    if best.problem is None:
-        return tuple(edits), None
-    place = best.running[-1] if best.running else ""
-    problem = f"{place or 'the model'} does not follow the new size: {best.problem}"
-    return tuple(edits), problem
+    return tuple(edits), best, TRIALS - search.left
 
 
 class Search:
@@ -114,16 +124,16 @@ class Search:
         self._shapes = {change.name: change.after for change in plan.tensors}
         self._expected = _planned_shapes(structure, plan)
         self._resized = _resized(structure, plan)
-        self._left = TRIALS
+        self.left = TRIALS
 
     def improve(
-        self, edits: list[AttributeChange], best: _Attempt
-    ) -> tuple[_Attempt, AttributeChange] | None:
+        self, edits: list[AttributeChange], best: Attempt
+    ) -> tuple[Attempt, AttributeChange] | None:
         """The one further edit with which a re-trace gets farthest, and how far."""
         improved = None
         reached = best.reached
         for edit in self._candidates(best.running, edits):
-            if not self._left:
+            if not self.left:
                 return improved
             result = self.attempt([*edits, edit])
             if result.problem is None:
@@ -133,8 +143,8 @@ class Search:
                 improved, reached = (result, edit), result.reached
         return improved
 
-    def attempt(self, edits: Sequence[AttributeChange]) -> _Attempt:
-        self._left -= 1
+    def attempt(self, edits: Sequence[AttributeChange]) -> Attempt:
+        self.left -= 1
         structure = self._structure
         mode = fake_mode(structure.fake)
         copied = structure.twin_of_shape(self._shapes, edits, mode).eval()
@@ -147,11 +157,11 @@ class Search:
             with looking(mode), checker:
                 copied(*args, **kwargs)
         except Exception as error:
-            return _Attempt(checker.reached, first_line(error), tuple(stack.running))
+            return Attempt(checker.reached, first_line(error), tuple(stack.running))
         if checker.reached != len(self._expected):
             problem = "the grown model runs fewer operations"
-            return _Attempt(checker.reached, problem)
-        return _Attempt(checker.reached, None)
+            return Attempt(checker.reached, problem)
+        return Attempt(checker.reached, None)
 
     def _candidates(
         self, running: Sequence[str], done: Sequence[AttributeChange]
@@ -249,7 +259,9 @@ def leaf_attributes(structure: Structure, plan: Plan) -> Iterator[AttributeChang
             continue
         prefix = f"{module_name}." if module_name else ""
         # A batch norm without affine weights still counts its features.
-        shape = shapes.get(f"{prefix}weight") or shapes.get(f"{prefix}running_mean")
+        shape = shapes.get(f"{prefix}{layer.sized_by}") or shapes.get(
+            f"{prefix}running_mean"
+        )
         if shape is None:
             continue
         group = structure.trace.groups.get(f"{prefix}weight")

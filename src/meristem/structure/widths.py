@@ -224,6 +224,7 @@ class Widths:
             slots,
             norm,
             atom.end,
+            multiple,
         )
 
     def _slot(self, place: Place) -> Slot:

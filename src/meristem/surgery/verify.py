@@ -229,6 +229,16 @@ def neutral_units(
     return Offer(axis.name, plan.added[axis.name], strips)
 
 
+def silent_units(plan: Plan, axis: Axis, values: Values) -> Offer:
+    """New units that preserve the function and compute nothing."""
+    strips: dict[Place, Tensor] = {}
+    for slot in axis.slots:
+        if axis.streamed and (slot.tied or slot.role != "fan_out"):
+            where = new_units(plan, axis.name, slot.place)
+            strips |= stream_strip(axis, slot, values[slot.name], where)
+    return Offer(axis.name, plan.added[axis.name], strips)
+
+
 def stream_strip(
     axis: Axis, slot: Slot, old: Tensor, where: Sources
 ) -> dict[Place, Tensor]:

@@ -126,8 +126,9 @@ class SENN:
                     "asked": asked,
                     "error": offer.error,
                 }
-                units = count * axis.multiple
-                if worth <= 0 or units > choice.total:
+                units = count * axis.grain
+                units -= units % axis.multiple
+                if worth <= 0 or not units or units > choice.total:
                     continue
                 cost = units * costs[axis.name] if costs is not None else 1.0
                 # The name decides between equals, so that all ranks agree.

@@ -206,7 +206,7 @@ def _gates(axis: Axis, plan: Plan) -> list[Slot]:
     inward, carried = axis.places("fan_in"), axis.places("carried")
     plain = (
         axis.norm is None
-        and axis.multiple == 1
+        and axis.grain == 1
         and all(slot.fill == "bias" for slot in carried)
     )
     if (
@@ -226,7 +226,7 @@ def _gate_gradients(
     tensors: Mapping[str, Tensor],
     batches: int,
 ) -> list[float]:
-    new = plan.added[axis.name] // axis.multiple
+    new = plan.added[axis.name] // axis.grain
     total = torch.zeros(new, dtype=torch.float64)
     for slot in gates:
         gradient = tensors[slot.name].grad

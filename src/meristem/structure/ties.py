@@ -1,0 +1,140 @@
+"""Axes that a number of the code ties: they grow together.
+
+`C // n_head` makes the width of a stream a multiple of the heads, and
+`split((c, c))` gives two widths one number. Neither follows alone. They are found by
+growing them together, in proportion to their sizes, until a re-trace follows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from meristem.structure.discover import Structure
+from meristem.structure.planning import sized
+from meristem.structure.repair import Attempt, farthest
+
+# Re-traces that the search for ties may cost in one model.
+_MOST = 300
+# Others that are tried where one axis has stopped.
+_TRIED = 8
+
+
+def tie(structure: Structure, refused: Sequence[str]) -> dict[str, str | None]:
+    """Find which of the axes that do not follow alone grow together, and note it.
+
+    Args:
+        structure: The traced model.
+        refused: The axes, one of each kind of block.
+
+    Returns:
+        None for an axis that grows and takes others along, and what is said of these.
+    """
+    told: dict[str, str | None] = {}
+    search = _Ties(structure, refused)
+    for leader in refused:
+        if leader in told or search.left <= 0:
+            continue
+        steps = search.around(leader)
+        if steps is None:
+            continue
+        _note(structure, leader, steps)
+        beside = f"it grows together with {leader!r}, in steps of {steps[leader]}"
+        told |= {name: None if name == leader else beside for name in steps}
+    return told
+
+
+def _note(structure: Structure, leader: str, steps: Mapping[str, int]) -> None:
+    """Note that some axes grow together, and so do those of blocks that are alike."""
+    groups: dict[str, Mapping[str, int]] = {}
+    for group in _alike(structure, leader, steps):
+        groups |= dict.fromkeys(group, group)
+    structure.tie(groups)
+
+
+def _alike(
+    structure: Structure, leader: str, steps: Mapping[str, int]
+) -> Iterator[dict[str, int]]:
+    """The group, and the groups of the same names in blocks that are alike."""
+    yield dict(steps)
+    alike = structure.alike
+    block = alike.block(structure.axes[leader])
+    if block is None:
+        return
+    for other in alike.same(block):
+        group = {}
+        for name, step in steps.items():
+            moved = f"{other}.{name.removeprefix(f'{block}.')}"
+            group[moved if name.startswith(f"{block}.") else name] = step
+        if other != block and all(name in structure.axes for name in group):
+            yield group
+
+
+class _Ties:
+    """The search among the axes that do not follow alone."""
+
+    def __init__(self, structure: Structure, refused: Sequence[str]) -> None:
+        self._structure, self._refused = structure, list(refused)
+        self._classes = structure.alike.classes(structure.axes.values())
+        self.left = _MOST
+
+    def around(self, leader: str) -> dict[str, int] | None:
+        """The steps in which an axis grows with others, or None."""
+        group = [leader]
+        best = self._attempt(group)
+        while best.problem is not None:
+            improved = self._joined(group, best)
+            if improved is None:
+                return None
+            group, best = improved
+        return self._steps(group) if len(group) > 1 else None
+
+    def _joined(
+        self, group: list[str], best: Attempt
+    ) -> tuple[list[str], Attempt] | None:
+        """The group with the others with which a re-trace gets farthest."""
+        improved, reached = None, best.reached
+        for others in self._candidates(group, best.running):
+            if self.left <= 0:
+                return None
+            joined = [*group, *others]
+            result = self._attempt(joined)
+            if result.problem is None:
+                return joined, result
+            if result.reached > reached:
+                improved, reached = (joined, result), result.reached
+        return improved
+
+    def _candidates(
+        self, group: Sequence[str], running: Sequence[str]
+    ) -> Iterator[list[str]]:
+        """Axes of the modules that were running, innermost first; with each those that
+        are alike.
+        """
+        offered: set[str] = set()
+        for module in reversed(running):
+            for name in self._refused:
+                if name in group or name in offered or len(offered) >= _TRIED:
+                    continue
+                names = self._classes[name]
+                if any(self._inside(module, one) for one in names):
+                    offered.add(name)
+                    yield names
+
+    def _inside(self, module: str, name: str) -> bool:
+        prefix = f"{module}." if module else ""
+        slots = self._structure.axes[name].slots
+        return any(slot.name.startswith(prefix) for slot in slots)
+
+    def _attempt(self, group: Sequence[str]) -> Attempt:
+        structure = self._structure
+        plan = sized(structure, dict(self._steps(group)))
+        _, attempt, spent = farthest(structure, plan)
+        self.left -= spent
+        return attempt
+
+    def _steps(self, group: Sequence[str]) -> dict[str, int]:
+        """The smallest units of each that keep the proportions of their sizes."""
+        axes = [self._structure.axes[name] for name in group]
+        common = math.gcd(*(axis.size // axis.grain for axis in axes))
+        return {axis.name: axis.size // common for axis in axes}
