@@ -22,11 +22,11 @@ from meristem.structure.tracer import Call, tensors
 
 SAMPLES = 3
 EFFECTS = {
-    "keeps": "view permute unsqueeze squeeze expand repeat pointwise prelu created stack as_real as_complex restrided written_to",
+    "keeps": "view permute unsqueeze squeeze expand repeat pointwise prelu created stack as_real as_complex restrided written_to weight_norm",
     "cuts or joins it": "slice_ split glu cat constant_pad from_channels into_channels channel_shuffle",
     "freezes the dimension that it picks from, turns or orders": "select index gather scatter put ordered picked turned fourier diagonal",
     "freezes positions, keeps channels": "spatial",
-    "makes units of a weight, or reads them": "embedding bag matmul convolution attention",
+    "makes units of a weight, or reads them": "embedding bag matmul grouped convolution attention",
     "mixes the dimension that it runs over": "layer_norm group_norm batch_norm softmax class_loss reduce loss distances",
 }
 

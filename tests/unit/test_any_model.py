@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import meristem as ms
 from meristem.structure import discover
@@ -1023,3 +1024,255 @@ def test_a_measured_method_grows_widths_that_are_tied() -> None:
     growth = ms.grow_(net, {"make": 2}, how=ms.how.GradMax(), loss=loss, data=data)
     assert growth.after == {"make": 10, "make:2": 10}
     torch.testing.assert_close(outputs(net, data[0][0]), before, atol=1e-5, rtol=1e-4)
+
+
+def test_classes_that_came_can_go() -> None:
+    net, x = (
+        nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)),
+        torch.randn(5, 4),
+    )
+    before = outputs(net, x)
+    ms.grow_(net, {"2": 2}, x)
+    ms.narrow_(net, {"2": [3, 4]}, x)
+    torch.testing.assert_close(outputs(net, x), before)
+    ms.narrow_(net, {"2": [0]}, x)
+    torch.testing.assert_close(outputs(net, x), before[:, 1:])
+
+
+# -- weights that are computed from others
+
+
+def weight_normed(wrap: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    return nn.Sequential(
+        wrap(nn.Conv1d(2, 8, 3, padding=1)),
+        nn.Tanh(),
+        wrap(nn.Conv1d(8, 6, 3)),
+        nn.Tanh(),
+        nn.Flatten(),
+        wrap(nn.Linear(6 * 5, 3)),
+    )
+
+
+def pruned_by_a_mask(layer: nn.Module) -> nn.Module:
+    return prune.l1_unstructured(layer, "weight", 0.3)
+
+
+COMPUTED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "weight_norm_by_a_hook": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "spectral_norm_by_a_hook": nn.utils.spectral_norm,
+    "pruned": pruned_by_a_mask,
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_weights_that_are_computed_from_others_grow(name: str) -> None:
+    net, x = weight_normed(COMPUTED[name]), torch.randn(4, 2, 7)
+    axes = ms.find_axes(net, x)
+    assert {"0", "2"} <= set(axes), axes.frozen
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    net.train()(x).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    for axis in ("0", "2"):
+        grows(net, axis, x)
+    assert net[0].out_channels == 10
+    # What goes is what came; a weight norm's scales are those of the layer.
+    before = outputs(net, x)
+    fresh = copy.deepcopy(net.state_dict())
+    ms.grow_(net, {"0": 2}, x)
+    ms.narrow_(net, {"0": [10, 11]}, x)
+    torch.testing.assert_close(outputs(net, x), before, atol=1e-6, rtol=1e-5)
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, fresh[key]), key
+
+
+class Noisy(nn.Module):
+    """A linear layer of a noisy net: a buffer of its weight's shape."""
+
+    def __init__(self, into: int, out: int) -> None:
+        super().__init__()
+        self.mu = nn.Parameter(torch.randn(out, into) / 4)
+        self.sigma = nn.Parameter(torch.full((out, into), 0.02))
+        self.register_buffer("epsilon", torch.randn(out, into))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.mu + self.sigma * self.epsilon if self.training else self.mu
+        return F.linear(x, weight)
+
+
+def test_the_noise_of_a_weight_follows_it() -> None:
+    net, x = nn.Sequential(Noisy(4, 8), nn.ReLU(), Noisy(8, 3)), torch.randn(5, 4)
+    grows(net.train(), "0.mu", x)
+    assert net[0].epsilon.shape == (10, 4)
+    assert torch.equal(net[2].epsilon[:, 8:], torch.zeros(3, 2))
+    net.train()(x)
+
+
+class WeightNormBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.utils.parametrizations.weight_norm(nn.Linear(6, 8))
+        self.down = nn.utils.parametrizations.weight_norm(nn.Linear(8, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(x).relu())
+
+
+class OnePlusSandwich(nn.Module):
+    """Gemma 2: a norm before and one behind, whose scale is stored less one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = OnePlus(6), OnePlus(6)
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.after(self.down(self.up(self.before(x)).relu()))
+
+
+@pytest.mark.parametrize("block", [WeightNormBlock, OnePlusSandwich])
+def test_a_block_that_its_scale_silences_deepens_exactly(
+    block: Callable[[], nn.Module],
+) -> None:
+    net = nn.Sequential(nn.Linear(4, 6), *[block() for _ in range(3)], nn.Linear(6, 2))
+    x = torch.randn(5, 4)
+    grows(net, "1:depth", x, 1)
+    # The new block learns at once.
+    net.zero_grad()
+    net(x).square().mean().backward()
+    reached = [
+        p.grad is not None and p.grad.abs().max() > 0 for p in net[4].parameters()
+    ]
+    assert any(reached)
+
+
+def test_a_cell_whose_size_the_code_reads_grows() -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.out = nn.GRUCell(5, 12), nn.Linear(12, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            state = x.new_zeros(len(x), self.cell.hidden_size)
+            for step in x.unbind(1):
+                state = self.cell(step, state)
+            return self.out(state)
+
+    net = Loop()
+    grows(net, "cell", torch.randn(2, 6, 5))
+    assert net.cell.hidden_size == 14
+
+
+class Fourier(nn.Module):
+    """Complex weights, stored as pairs of real numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lift, self.drop = nn.Conv1d(2, 6, 1), nn.Conv1d(6, 1, 1)
+        self.weight = nn.Parameter(torch.randn(6, 6, 5, 2) / 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft(self.lift(x))[..., :5]
+        weight = torch.view_as_complex(self.weight)
+        mixed = torch.einsum("bim,iom->bom", spectrum, weight)
+        return self.drop(torch.fft.irfft(mixed, n=x.shape[-1]))
+
+
+def test_complex_weights_grow() -> None:
+    net, x = Fourier(), torch.randn(2, 2, 16)
+    for axis in ("lift", "weight"):
+        grows(net, axis, x)
+    assert net.weight.shape == (8, 8, 5, 2)
+
+
+class Experts(nn.Module):
+    """Experts in one tensor, rows sorted by expert, as Mixtral's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.out = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.up = nn.Parameter(torch.randn(2, 8, 16) / 3)
+        self.down = nn.Parameter(torch.randn(2, 16, 8) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inp(x)
+        ends = torch.tensor([len(x) // 2, len(x)], dtype=torch.int32, device=x.device)
+        y = torch._grouped_mm(x, self.up, offs=ends).relu()
+        return self.out(x + torch._grouped_mm(y, self.down, offs=ends))
+
+
+def test_experts_of_one_tensor_grow_in_steps_that_their_kernel_asks_for() -> None:
+    net, x = Experts(), torch.randn(6, 5)
+    axes = ms.find_axes(net, x)
+    assert axes["up:2"].multiple == 4
+    grows(net, "up:2", x, 4)
+    grows(net, "inp", x, 4)
+
+
+class TwoAtOnce(nn.Module):
+    """One line reads three numbers, of which two must change at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.wide, self.all = 3, 12, 18
+        self.make, self.read = nn.Linear(5, 18), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = torch.split(
+            self.make(x), [self.wide, self.all - self.wide], dim=-1
+        )
+        parts = first.view(len(x), self.heads, 4)
+        return self.read(parts.flatten(1)) + second.mean(-1, keepdim=True)
+
+
+def test_numbers_of_one_line_change_at_once() -> None:
+    net, x = TwoAtOnce(), torch.randn(4, 5)
+    grows(net, "make", x, 1)
+    assert (net.heads, net.wide, net.all) == (4, 16, 22)
+
+
+class PicksLast(nn.Module):
+    """Falcon's: queries, and behind them one key and one value, by their places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 3
+        self.make, self.read = nn.Linear(6, 5 * 4), nn.Linear(12, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        fused = self.make(x).view(batch, length, self.heads + 2, 4)
+        q, k, v = fused[..., :-2, :], fused[..., [-2], :], fused[..., -1:, :]
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        k, v = k.expand_as(q), v.expand_as(q)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return x + self.read(mixed.transpose(1, 2).reshape(batch, length, -1))
+
+
+def test_what_stands_beside_a_picked_entry_grows() -> None:
+    net, x = PicksLast(), torch.randn(2, 7, 6)
+    name = next(n for n, axis in ms.find_axes(net, x).items() if axis.kind == "heads")
+    grows(net, name, x, 1)
+    assert net.heads == 4
+
+
+class InADict(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = {f"layer{i}": PicksLast() for i in range(3)}
+        self.blocks, self.out = nn.ModuleDict(blocks), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks.values():
+            x = block(x)
+        return self.out(x)
+
+
+def test_blocks_in_a_dict_are_a_run() -> None:
+    net, x = InADict(), torch.randn(2, 7, 6)
+    grows(net, "blocks", x, 2)
+    assert len(net.blocks) == 5
+    assert list(net.blocks)[:3] == ["layer0", "layer1", "layer2"]

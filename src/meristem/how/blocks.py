@@ -125,8 +125,9 @@ def silenced(lab: Lab, insertion: Insertion) -> Blocks:
     silent = silence(lab.structure, insertion)
     for place in insertion.new_places:
         block = depth.blocks[insertion.blocks[place]]
-        for name in silent:
-            values[place, name] = torch.zeros_like(lab.values[f"{block}.{name}"])
+        for name, still in silent.items():
+            old = lab.values[f"{block}.{name}"]
+            values[place, name] = torch.full_like(old, still)
     return Blocks(insertion, values)
 
 

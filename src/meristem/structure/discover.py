@@ -18,7 +18,7 @@ from meristem.structure.alike import Alike, find_alike
 from meristem.structure.chains import activation_at, find_places
 from meristem.structure.depth import Depth
 from meristem.structure.labels import Label, atoms, mark_end, positions
-from meristem.structure.layers import channel_of, contracts
+from meristem.structure.layers import beside_weights, channel_of, contracts
 from meristem.structure.ops import operation_of
 from meristem.structure.ops.written import follow
 from meristem.structure.runs import SilentTensors, find_runs
@@ -76,8 +76,8 @@ class Structure:
         depths: Where the blocks of each depth axis stand.
         alike: Which blocks are alike.
         plans: What has been resolved so far.
-        silences: Which tensors of a new block are zero where it adds nothing, by depth
-            axis, as far as that is known.
+        silences: What tensors of a new block hold where it adds nothing, by depth axis,
+            as far as that is known.
         verdicts: Why an axis cannot grow, or None, as far as that has been tried.
         together: The steps of all axes that grow together with an axis, by its name.
     """
@@ -88,7 +88,7 @@ class Structure:
         self._model = weakref.ref(model)
         self.example: Example = as_example(example)
         self.plans: dict[Any, Plan] = {}
-        self.silences: dict[str, tuple[str, ...]] = {}
+        self.silences: dict[str, Mapping[str, float]] = {}
         self.verdicts: dict[Any, str | None] = {}
         self.together: dict[str, Mapping[str, int]] = {}
         self._trace_with_fallback()
@@ -327,14 +327,13 @@ class Structure:
 
 def _labelled(copied: nn.Module) -> dict[str, list[Label]]:
     """Give every tensor of a copy its labels; returns them by name."""
-    averaged: set[int] = set()
+    following: set[int] = set()
     for module in copied.modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase):
-            averaged.update(id(buffer) for buffer in module.buffers(False))
+        following.update(id(buffer) for buffer in beside_weights(module))
     all_labels = {}
     for name, tensor in named_tensors(copied).items():
-        # Of the buffers only the statistics of norms follow their channels.
-        grows = isinstance(tensor, nn.Parameter) or id(tensor) in averaged
+        # Of other buffers nobody knows what a new entry should be.
+        grows = isinstance(tensor, nn.Parameter) or id(tensor) in following
         reason = None if grows else f"{name} is a buffer"
         labels = [Label(size, reason) for size in tensor.shape]
         dims = []

@@ -104,6 +104,23 @@ def freeze(label: Label, reason: str) -> None:
             atom.frozen = reason
 
 
+def freeze_at(label: Label, position: int, reason: str) -> None:
+    """Forbid the part of a dimension to change that one entry lies in.
+
+    Of a sum it is one term: the others may grow beside it.
+    """
+    root = label.root
+    if not root.is_sum:
+        freeze(root, reason)
+        return
+    position %= root.size
+    for part in root.parts:
+        if position < part.root.size:
+            freeze_at(part, position, reason)
+            return
+        position -= part.root.size
+
+
 def mix(label: Label, reason: str) -> None:
     """Record that an operation combines the entries of `label`, so that new entries
     disturb old ones.

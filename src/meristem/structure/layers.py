@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import _SpectralNorm
+
+from meristem.structure.twin import submodule
 
 Shape = tuple[int, ...]
 
@@ -76,6 +79,10 @@ def _attention_attributes(
     if module._qkv_same_embed_dim:
         found |= {"kdim": width, "vdim": width}
     return found
+
+
+def _gates(mode: str) -> int:
+    return {"LSTM": 4, "GRU": 3}.get(mode, 1)
 
 
 def _identity_linear(module: nn.Linear, width: int) -> nn.Module:
@@ -203,6 +210,16 @@ LAYERS: Mapping[str, Layer] = {
         (nn.PReLU,),
         lambda module, shape, groups: {"num_parameters": shape[0]},
     ),
+    "recurrent": Layer(
+        (nn.RNNBase,),
+        lambda module, shape, groups: {"hidden_size": shape[0] // _gates(module.mode)},
+        sized_by="weight_hh_l0",
+    ),
+    "recurrent_cell": Layer(
+        (nn.RNNCellBase,),
+        lambda module, shape, groups: {"hidden_size": shape[1]},
+        sized_by="weight_hh",
+    ),
     "attention": Layer(
         (nn.MultiheadAttention,),
         _attention_attributes,
@@ -210,6 +227,39 @@ LAYERS: Mapping[str, Layer] = {
     ),
 }
 """Every type of layer that is known. A new one is one row."""
+
+
+def beside_weights(module: nn.Module) -> Iterator[Tensor]:
+    """The buffers of a module whose new entries are known: statistics of norms, the
+    vectors of a spectral norm, and what has the shape of a parameter beside it (a mask
+    of a pruned weight, the noise of a noisy one).
+    """
+    is_norm = isinstance(module, (nn.modules.batchnorm._NormBase, _SpectralNorm))
+    shapes = {tuple(parameter.shape) for parameter in module.parameters(False)}
+    for name, buffer in module.named_buffers(recurse=False):
+        stem = name.rpartition("_")[0]
+        iterated = name.endswith(("_u", "_v")) and f"{stem}_orig" in module._parameters
+        if is_norm or iterated or (buffer.dim() and tuple(buffer.shape) in shapes):
+            yield buffer
+
+
+def weight_name(model: nn.Module, name: str) -> str:
+    """The name of the weight that a tensor stands for.
+
+    "0.parametrizations.weight.original1", "0.weight_v" of a weight norm and
+    "0.weight_orig" of a pruned or spectrally normed layer are what "0.weight" is made of.
+    """
+    module, _, leaf = name.rpartition(".")
+    prefix = f"{module}." if module else ""
+    if leaf.startswith("original") and ".parametrizations." in f".{name}":
+        outer, _, inner = module.rpartition("parametrizations.")
+        return f"{outer}{inner}"
+    holder = submodule(model, module)
+    if leaf.endswith("_v") and f"{leaf[:-2]}_g" in holder._parameters:
+        return f"{prefix}{leaf[:-2]}"
+    stem = leaf.removesuffix("_orig")
+    beside = {f"{stem}_mask", f"{stem}_u"} & set(holder._buffers)
+    return f"{prefix}{stem}" if stem != leaf and beside else name
 
 
 def layer_of(module: nn.Module) -> Layer | None:

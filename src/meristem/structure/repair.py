@@ -6,19 +6,21 @@ They are found by re-tracing a grown twin until every operation has its planned 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import islice, product
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from meristem.core.change import AttributeChange, Plan
+from meristem.structure.blame import names_in_line
 from meristem.structure.discover import Structure
 from meristem.structure.labels import Label, size
-from meristem.structure.layers import Shape, layer_of
+from meristem.structure.layers import Shape, layer_of, weight_name
 from meristem.structure.tracer import ModuleStack
 from meristem.structure.twin import fake_mode, looking, submodule, table_of
 
@@ -26,6 +28,8 @@ TRIALS = 60
 """Largest number of re-traces that the search for one plan's attributes may cost."""
 # Innermost running modules whose configs are looked into.
 _NEAR = 2
+# Readings of several numbers at once that are tried.
+_READINGS = 8
 # Characters of an error that are told on.
 _LONGEST = 200
 
@@ -75,11 +79,14 @@ class _Checker(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Attempt:
-    """How far a re-trace got, what stopped it, and the modules that were running."""
+    """How far a re-trace got, what stopped it, the modules that were running, and what
+    the failing line names.
+    """
 
     reached: int
     problem: str | None
     running: tuple[str, ...] = ()
+    names: frozenset[str] = frozenset()
 
 
 def attributes_for(
@@ -111,8 +118,8 @@ def farthest(
         improved = search.improve(edits, best)
         if improved is None:
             break
-        best, edit = improved
-        edits.append(edit)
+        best, more = search.spread(edits, *improved)
+        edits += more
     return tuple(edits), best, TRIALS - search.left
 
 
@@ -128,19 +135,65 @@ class Search:
 
     def improve(
         self, edits: list[AttributeChange], best: Attempt
-    ) -> tuple[Attempt, AttributeChange] | None:
-        """The one further edit with which a re-trace gets farthest, and how far."""
+    ) -> tuple[Attempt, list[AttributeChange]] | None:
+        """The further edits with which a re-trace gets farthest, and how far.
+
+        First what the failing line names, each by itself and all together; then the
+        other numbers that may mirror a size.
+        """
+        named: list[AttributeChange] = []
+        others: list[AttributeChange] = []
+        for edit in self._candidates(best.running, edits):
+            is_named = edit.attribute.rpartition(".")[2] in best.names
+            (named if is_named else others).append(edit)
+        for sets in (
+            [[edit] for edit in named],
+            _together(named),
+            [[e] for e in others],
+        ):
+            improved = self._farthest(edits, best, sets)
+            if improved is not None:
+                return improved
+        return None
+
+    def spread(
+        self, edits: list[AttributeChange], best: Attempt, more: list[AttributeChange]
+    ) -> tuple[Attempt, list[AttributeChange]]:
+        """The same edits in the other modules of the same class, where the next one to
+        fail is one of these.
+        """
+        modules = dict(self._structure.model.named_modules())
+        kinds = {type(modules[edit.module]) for edit in more}
+        stopped = [type(modules[name]) for name in best.running]
+        if best.problem is None or kinds.isdisjoint(stopped):
+            return best, more
+        wide = list(more)
+        for edit in more:
+            for name, module in modules.items():
+                same = type(module) is type(modules[edit.module])
+                if same and name != edit.module and _holds(module, edit):
+                    wide.append(replace(edit, module=name))
+        result = self.attempt([*edits, *wide])
+        further = result.problem is None or result.reached > best.reached
+        return (result, wide) if further else (best, more)
+
+    def _farthest(
+        self,
+        edits: list[AttributeChange],
+        best: Attempt,
+        sets: Iterable[list[AttributeChange]],
+    ) -> tuple[Attempt, list[AttributeChange]] | None:
         improved = None
         reached = best.reached
-        for edit in self._candidates(best.running, edits):
+        for more in sets:
             if not self.left:
                 return improved
-            result = self.attempt([*edits, edit])
+            result = self.attempt([*edits, *more])
             if result.problem is None:
-                return result, edit
+                return result, more
             # Progress is the only guide: the right number gets the forward further.
             if result.reached > reached:
-                improved, reached = (result, edit), result.reached
+                improved, reached = (result, more), result.reached
         return improved
 
     def attempt(self, edits: Sequence[AttributeChange]) -> Attempt:
@@ -157,7 +210,9 @@ class Search:
             with looking(mode), checker:
                 copied(*args, **kwargs)
         except Exception as error:
-            return Attempt(checker.reached, first_line(error), tuple(stack.running))
+            named = names_in_line(error)
+            running = tuple(stack.running)
+            return Attempt(checker.reached, first_line(error), running, named)
         if checker.reached != len(self._expected):
             problem = "the grown model runs fewer operations"
             return Attempt(checker.reached, problem)
@@ -213,6 +268,24 @@ class Search:
             yield type(value)(new)
 
 
+def _together(named: Sequence[AttributeChange]) -> Iterator[list[AttributeChange]]:
+    """Changes of all numbers that a line names, in every reading of theirs."""
+    by_place: dict[tuple[str, str], list[AttributeChange]] = {}
+    for edit in named:
+        by_place.setdefault((edit.module, edit.attribute), []).append(edit)
+    if len(by_place) > 1:
+        for reading in islice(product(*by_place.values()), _READINGS):
+            yield list(reading)
+
+
+def _holds(module: nn.Module, edit: AttributeChange) -> bool:
+    """Whether a module holds the number that an edit changes."""
+    value: Any = module
+    for key in edit.attribute.split("."):
+        value = value.get(key) if isinstance(value, dict) else getattr(value, key, None)
+    return type(value) is type(edit.before) and bool(value == edit.before)
+
+
 @cache
 def _read_by(kind: type) -> frozenset[str]:
     """The attributes that the methods of a class name, without its constructor."""
@@ -252,8 +325,11 @@ def leaf_attributes(structure: Structure, plan: Plan) -> Iterator[AttributeChang
     """The attributes of torch's own layers that follow from the shapes of their
     weights.
     """
-    shapes = {change.name: change.after for change in plan.tensors}
-    for module_name, module in structure.model.named_modules():
+    model = structure.model
+    shapes = {weight_name(model, one.name): one.after for one in plan.tensors}
+    known = structure.trace.groups
+    group_of = {weight_name(model, name): label for name, label in known.items()}
+    for module_name, module in model.named_modules():
         layer = layer_of(module)
         if layer is None:
             continue
@@ -264,7 +340,7 @@ def leaf_attributes(structure: Structure, plan: Plan) -> Iterator[AttributeChang
         )
         if shape is None:
             continue
-        group = structure.trace.groups.get(f"{prefix}weight")
+        group = group_of.get(f"{prefix}weight")
         groups = size(group, plan.changes) if group is not None else 1
         for attribute, value in layer.mirrored(module, shape, groups).items():
             present = getattr(module, attribute)

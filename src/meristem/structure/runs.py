@@ -18,7 +18,7 @@ from meristem.structure.layers import is_norm
 from meristem.structure.tracer import Pass, Trace, stream_behind
 from meristem.structure.twin import named_tensors, submodule
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList)
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # What a forward calls that goes through the children of its module.
 _WALKS = frozenset(["children", "named_children", "_modules"])
 
@@ -57,15 +57,10 @@ def find_runs(
     reasons: dict[str, str] = {}
     inside: set[str] = set()
     for path, container in model.named_modules():
-        if isinstance(container, nn.ModuleDict):
-            if any(_signature(block) for block in container.values()):
-                reasons[path] = (
-                    "its blocks stand in an nn.ModuleDict, which knows no order; "
-                    "an nn.ModuleList or nn.Sequential does"
-                )
-            continue
         if not _holds_blocks(container) or hasattr(container, CHAIN):
             continue
+        if "parametrizations" in path.split("."):
+            continue  # what weights are computed by
         # Runs inside the blocks of a run grow with these, not by themselves.
         if _lies_inside(path, inside):
             continue
@@ -287,6 +282,14 @@ class SilentTensors:
         for place in ordered:
             for block in _outer(place[0], self._produced):
                 self._produced[block].append(place)
+        # By module, the scales of the norms, whatever class they are of.
+        self._scales: dict[str, str] = {}
+        for norm in trace.norms:
+            if norm.weight.startswith(f"{norm.module}."):
+                self._scales[norm.module] = norm.weight
+        for name, module in model.named_modules():
+            if is_norm(module) and getattr(module, "weight", None) is not None:
+                self._scales[name] = f"{name}.weight"
         self._biases: dict[str, list[str]] = {}
         for name in labels:
             if trace.fills.get(name) == "bias":
@@ -310,13 +313,35 @@ class SilentTensors:
 
     def _silencing(self, name: str, within: Sequence[Pass]) -> list[str]:
         owner, _, leaf = name.rpartition(".")
-        norm = _norm_behind(owner, self._model, within)
+        norm = self._norm_behind(owner, within)
         # A zero in front of a norm would come out as the bias of the norm.
         if norm is not None:
-            return [f"{norm}.weight", f"{norm}.bias"]
+            return [self._scales[norm], f"{norm}.bias"]
         if leaf.endswith("weight"):
             return [name, f"{owner}.{leaf.removesuffix('weight')}bias"]
         return [name, *self._biases.get(owner, [])]
+
+    def _norm_behind(self, owner: str, within: Sequence[Pass]) -> str | None:
+        """The norm that reads what a layer makes, possibly through layers without weights."""
+        start = len(within)
+        for number, one in enumerate(within):
+            if one.name == owner:
+                start = number
+                break
+        stream = within[start].outputs[:1] if start < len(within) else []
+        for reader in within[start + 1 :]:
+            if not stream or not _holds(reader.inputs, stream[0]):
+                continue
+            if reader.name in self._scales:
+                return reader.name
+            module = submodule(self._model, reader.name)
+            # Another layer with weights: what it makes of a zero is its own affair.
+            if next(module.parameters(), None) is not None:
+                return None
+            if next(module.children(), None) is not None:
+                return None
+            stream = reader.outputs[:1]
+        return None
 
 
 def _outer(name: str, blocks: Mapping[str, Any]) -> Iterator[str]:
@@ -326,26 +351,3 @@ def _outer(name: str, blocks: Mapping[str, Any]) -> Iterator[str]:
         if name[:end] in blocks:
             yield name[:end]
         end = name.find(".", end + 1)
-
-
-def _norm_behind(owner: str, model: nn.Module, within: Sequence[Pass]) -> str | None:
-    """The norm that reads what a layer makes, possibly through layers without weights."""
-    start = len(within)
-    for number, one in enumerate(within):
-        if one.name == owner:
-            start = number
-            break
-    stream = within[start].outputs[:1] if start < len(within) else []
-    for reader in within[start + 1 :]:
-        if not stream or not _holds(reader.inputs, stream[0]):
-            continue
-        module = submodule(model, reader.name)
-        if is_norm(module) and getattr(module, "weight", None) is not None:
-            return reader.name
-        # Another layer with weights: what it makes of a zero is its own affair.
-        if next(module.parameters(), None) is not None:
-            return None
-        if next(module.children(), None) is not None:
-            return None
-        stream = reader.outputs[:1]
-    return None

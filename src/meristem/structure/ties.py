@@ -8,12 +8,14 @@ growing them together, in proportion to their sizes, until a re-trace follows.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from meristem.structure.discover import Structure
 from meristem.structure.planning import sized
 from meristem.structure.repair import Attempt, farthest
 
+_ALIGNED = re.compile(r"multiple of (\d+) bytes")
 # Re-traces that the search for ties may cost in one model.
 _MOST = 300
 # Others that are tried where one axis has stopped.
@@ -79,15 +81,28 @@ class _Ties:
         self.left = _MOST
 
     def around(self, leader: str) -> dict[str, int] | None:
-        """The steps in which an axis grows with others, or None."""
+        """The steps in which an axis grows, by itself or with others, or None."""
         group = [leader]
         best = self._attempt(group)
+        step = self._asked(leader, best.problem or "")
+        if step is not None:
+            _, attempt, _ = farthest(self._structure, sized(self._structure, step))
+            return step if attempt.problem is None else None
         while best.problem is not None:
             improved = self._joined(group, best)
             if improved is None:
                 return None
             group, best = improved
         return self._steps(group) if len(group) > 1 else None
+
+    def _asked(self, name: str, problem: str) -> dict[str, int] | None:
+        """The step that a kernel asks for: rows that are aligned in memory."""
+        asked = _ALIGNED.search(problem)
+        if asked is None:
+            return None
+        axis = self._structure.axes[name]
+        tensor = self._structure.tensors[axis.slots[0].name]
+        return {name: axis.grain * max(int(asked[1]) // tensor.element_size(), 1)}
 
     def _joined(
         self, group: list[str], best: Attempt

@@ -28,6 +28,11 @@ Origin = frozenset[tuple[str, int]]
 """The (parameter, dimension) pairs that a dimension views."""
 
 
+def is_models(path: str) -> bool:
+    """Whether a file of code is a model's own."""
+    return not path.startswith(_NOT_THE_MODEL)
+
+
 class Dim(NamedTuple):
     """One dimension of a traced tensor: its label, and what of the parameters it views."""
 
@@ -459,7 +464,7 @@ class Tracer(TorchDispatchMode):
         frame: FrameType | None = sys._getframe()
         while frame is not None:
             path = frame.f_code.co_filename
-            if not path.startswith(_NOT_THE_MODEL):
+            if is_models(path):
                 return f"{path.rpartition('/')[2]}:{frame.f_lineno}"
             frame = frame.f_back
         return ""

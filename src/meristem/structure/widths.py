@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 from torch import nn
 
-from meristem.core.axis import Axis, Place, Role, Slot
+from meristem.core.axis import Axis, Fill, Place, Role, Slot
 from meristem.structure.chains import CHAIN
 from meristem.structure.labels import Label, atoms
+from meristem.structure.layers import weight_name
 from meristem.structure.tracer import Norm, Trace
 from meristem.structure.twin import named_tensors, submodule
 
@@ -33,6 +34,8 @@ class Widths:
     ) -> None:
         self._model, self._trace, self._labels = model, trace, labels
         self._tensors = named_tensors(model)
+        self._consumed = set(self._of_parameters(trace.consumed))
+        self._produced = set(self._of_parameters(trace.produced))
         self.axes: dict[str, Axis] = {}
         self.ends: dict[str, Axis] = {}
         self.frozen: dict[str, str] = {}
@@ -48,6 +51,14 @@ class Widths:
         self._grouped = _all_atoms(list(trace.groups.values()))
         self._heads = self._numbering_heads()
         self._collect()
+
+    def _of_parameters(
+        self, places: Iterable[tuple[str, int]]
+    ) -> Iterator[tuple[str, int]]:
+        """Those of parameters: a buffer neither makes units nor reads them."""
+        for name, dim in places:
+            if isinstance(self._tensors[name], nn.Parameter):
+                yield name, dim
 
     def _collect(self) -> None:
         # One atom may stand in many tensors: all of them follow it.
@@ -89,18 +100,18 @@ class Widths:
         """The place that names an axis: its first producer, else its first place."""
 
         def rank(place: Place) -> tuple[bool, int]:
-            return tuple(place) not in self._trace.produced, self._when(place)
+            return tuple(place) not in self._produced, self._when(place)
 
         return min(places, key=rank)
 
     def _role(self, place: Place) -> Role:
-        if tuple(place) in self._trace.consumed:
+        if tuple(place) in self._consumed:
             return "fan_out"
-        return "fan_in" if tuple(place) in self._trace.produced else "carried"
+        return "fan_in" if tuple(place) in self._produced else "carried"
 
     def _tied(self, place: Place) -> bool:
         key = tuple(place)
-        return key in self._trace.consumed and key in self._trace.produced
+        return key in self._consumed and key in self._produced
 
     def _part(self, atom: Label, owner: Place, label: Label) -> Part:
         """What of its owner's dimension an atom counts."""
@@ -131,11 +142,12 @@ class Widths:
 
     def _module_name(self, owner: Place) -> str:
         """The module that holds a weight, else the parameter's own name."""
-        module_name, _, leaf = owner.name.rpartition(".")
+        known_as = weight_name(self._model, owner.name)
+        module_name, _, leaf = known_as.rpartition(".")
         module = submodule(self._model, module_name)
         if module_name and isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
             return module_name
-        has_parts = next(module.children(), None) is not None
+        has_parts = bool(set(module._modules) - {"parametrizations"})
         if not module_name or leaf != "weight" or has_parts:
             return owner.name
         outer, _, key = module_name.rpartition(".")
@@ -227,13 +239,24 @@ class Widths:
             multiple,
         )
 
+    def _fill_beside(self, place: Place, fill: Fill) -> Fill:
+        """How new entries of a buffer start: nothing of what reads the units is masked,
+        nothing is added to it.
+        """
+        if place.name.endswith("_mask"):
+            return "one"
+        read = tuple(place) in self._trace.consumed | self._trace.produced
+        return "zero" if read and fill == "mean" else fill
+
     def _slot(self, place: Place) -> Slot:
         tensor = self._tensors[place.name]
         role = self._role(place)
         # A matrix is drawn like its layer; a vector that is no bias is a scale.
-        drawn = tensor.dim() > 1 or role == "fan_in"
-        fill = self._trace.fills.get(place.name, "draw" if drawn else "mean")
         buffer = not isinstance(tensor, nn.Parameter)
+        drawn = not buffer and (tensor.dim() > 1 or role == "fan_in")
+        fill = self._trace.fills.get(place.name, "draw" if drawn else "mean")
+        if buffer:
+            fill = self._fill_beside(place, fill)
         return Slot(place.name, place.dim, role, fill, buffer, self._tied(place))
 
 

@@ -69,6 +69,7 @@ def check_free(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
     """Raise where a graph, or a weak reference, still holds a tensor that would change."""
     for reason in held_weakly(tensors, model).values():
         raise GrowthRefused(reason)
+    _let_go_of_computed(model)
     for name, tensor in tensors.items():
         references = tensor._use_count()  # type: ignore[attr-defined]
         # A parameter that has been trained is held by its gradient accumulator, too.
@@ -79,6 +80,18 @@ def check_free(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
                 "hint: grow after optimizer.step(), when no loss is waiting for "
                 "backward() and no retained graph or view of the weights is alive"
             )
+
+
+def _let_go_of_computed(model: nn.Module) -> None:
+    """Detach weights that a hook computes anew before every call (weight_norm, pruning):
+    the last ones would keep the graph of the last call.
+    """
+    for module in model.modules():
+        computed = {name.rpartition("_")[0] for name in module._parameters}
+        for name in computed & set(vars(module)):
+            value = vars(module)[name]
+            if isinstance(value, Tensor) and not value.is_leaf:
+                vars(module)[name] = value.detach()
 
 
 def exchange(

@@ -325,13 +325,20 @@ def silent_blocks(structure: Structure, insertion: Insertion, values: Values) ->
     silent = silence(structure, insertion)
     for place in insertion.new_places:
         block = depth.blocks[insertion.blocks[place]]
-        for name in silent:
-            placed[place, name] = lazy.zeros(values[f"{block}.{name}"])
+        for name, still in silent.items():
+            placed[place, name] = _towards(values[f"{block}.{name}"], still)
     return Blocks(insertion, placed)
 
 
-def silence(structure: Structure, insertion: Insertion) -> tuple[str, ...]:
-    """The tensors of a new block that are zero where it adds nothing to the stream.
+def _towards(value: Tensor, still: float, scale: float = 0.0) -> Tensor:
+    """A tensor that is `still` but for a share of its own values."""
+    small = lazy.scaled(value, scale) if scale else lazy.zeros(value)
+    return small + still * (1 - scale) if still else small
+
+
+def silence(structure: Structure, insertion: Insertion) -> Mapping[str, float]:
+    """The tensors of a new block that are zero where it adds nothing to the stream, and
+    what they hold then: not zero, where the model adds a number to them first.
 
     They are given under their names inside the block. Tried once for every run, on
     random weights. The labels tell which tensors add to the stream. Of these as few as
@@ -344,9 +351,10 @@ def silence(structure: Structure, insertion: Insertion) -> tuple[str, ...]:
         VerificationError: Only a zero in front of a norm silences the block.
     """
     if not structure.depths[insertion.axis].copied:
-        return ()
+        return {}
     if insertion.axis not in structure.silences:
-        found = _Silencing(structure, insertion.axis).tensors()
+        search = _Silencing(structure, insertion.axis)
+        found = {name: search.still(name) for name in search.tensors()}
         structure.silences[insertion.axis] = found
     return structure.silences[insertion.axis]
 
@@ -358,7 +366,12 @@ class _Silencing:
         self._structure, self._axis = structure, axis
         self._depth = structure.depths[axis]
         self._block = self._depth.blocks[-1]
+        self._shifts = {norm.weight: norm.shift for norm in structure.trace.norms}
         self._plan = resolve(structure, {axis: 1})
+
+    def still(self, name: str) -> float:
+        """What a tensor of the block holds where it is silent."""
+        return -self._shifts.get(f"{self._block}.{name}", 0.0)
 
     def tensors(self) -> tuple[str, ...]:
         known = self._structure.tensors
@@ -380,7 +393,9 @@ class _Silencing:
         block = submodule(self._structure.model, self._block)
         vectors = []
         for name, parameter in block.named_parameters():
-            if parameter.dim() == 1 and f"{self._block}.{name}" in known:
+            # One number a unit; the scales of a weight norm stand in a column.
+            is_vector = parameter.dim() and max(parameter.shape) == parameter.numel()
+            if is_vector and f"{self._block}.{name}" in known:
                 vectors.append(name)
         steep = False
         for names in (list(labelled), vectors):
@@ -413,7 +428,7 @@ class _Silencing:
         placed = {}
         for name in names:
             value = probe.values[f"{self._block}.{name}"]
-            small = lazy.scaled(value, scale) if scale else lazy.zeros(value)
+            small = _towards(value, self.still(name), scale)
             placed[self._depth.size, name] = small
         blocks = [Blocks(self._plan.insertions[0], placed)]
         structure = self._structure
@@ -531,6 +546,8 @@ def relative_change(
             kept = np.flatnonzero(source >= 0)
             if len(kept) != new.shape[d]:
                 new = new.index_select(d, index(kept).to(new.device))
+            if len(kept) != old.shape[d]:  # classes that go
+                old = old.index_select(d, index(source[kept]).to(old.device))
         pairs.append((old, new))
     # What could not be compared has not been found equal.
     return _relative_distance(pairs) if pairs or not outputs else math.inf

@@ -51,6 +51,8 @@ def distances(tracer: Tracer, call: Call) -> Result:
 def matmul(tracer: Tracer, call: Call) -> Result:
     """mm, mv, dot and bmm; with a first input more, what is added to the product."""
     first, second = call.inputs[-2:]
+    if tracer.of(first).weight and tracer.of(second).weight and len(call.inputs) == 2:
+        return _of_weights(tracer, first, second)
     a, b = tracer.dims(first), tracer.dims(second)
     is_matrix = second.dim() > 1
     batch: list[Dim] = []
@@ -70,6 +72,37 @@ def matmul(tracer: Tracer, call: Call) -> Result:
     if len(call.inputs) == 3:
         _add_bias(tracer, call, known)
     return [known]
+
+
+def grouped(tracer: Tracer, call: Call) -> Result:
+    """Rows by experts, (T, K) and (E, K, N) -> (T, N): whose row it is, offsets say."""
+    first, second = call.inputs[:2]
+    if first.dim() != 2 or second.dim() != 3:
+        return None
+    rows, inner = tracer.dims(first)
+    experts, read, made = tracer.dims(second)
+    freeze(experts.label, f"{tracer.place()} numbers its experts by it")
+    tracer.contract(inner, read)
+    tracer.produce([made])
+    tracer.count([rows.label, inner.label, made.label])
+    return [Traced([*as_data([rows]), *as_data([made])])]
+
+
+def _of_weights(tracer: Tracer, first: Tensor, second: Tensor) -> Result:
+    """A product of weights is a weight: what is read of it, and what is made by it, the
+    data will tell.
+    """
+    a, b = tracer.dims(first), tracer.dims(second)
+    rows, columns = a[:-1], b[-1:] if second.dim() > 1 else []
+    inner = b[-2] if second.dim() > 1 else b[0]
+    if first.dim() == 3:
+        unify(a[0].label, b[0].label)
+    unify(a[-1].label, inner.label)
+    tracer.trace.consumed |= a[-1].origin
+    tracer.trace.produced |= inner.origin
+    labels = [dim.label for dim in (*rows, *columns)]
+    tracer.count([*labels, a[-1].label])
+    return [Traced([*rows, *columns], weight=True)]
 
 
 def _add_bias(tracer: Tracer, call: Call, known: Traced) -> None:

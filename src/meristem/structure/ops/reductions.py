@@ -22,6 +22,7 @@ from meristem.structure.ops.rules import (
     reduced_over,
     unknown,
 )
+from meristem.structure.ops.written import shift_of
 from meristem.structure.tracer import Call, Dim, Norm, Traced, Tracer
 
 _OVER = ": softmax normalises over it"
@@ -55,7 +56,9 @@ def layer_norm(tracer: Tracer, call: Call) -> Result:
     # Only a norm over one dimension can be kept exact when that grows.
     if count == 1:
         norm = Norm(tracer.stack.innermost, "layer_norm", dims[-1].label, reason)
-        norm.weight = _only_parameter(tracer, call.arguments.get("weight"))
+        scale = call.arguments.get("weight")
+        norm.weight = _only_parameter(tracer, scale)
+        norm.shift = shift_of(scale) if scale is not None else 0.0
         norm.eps, norm.line = call.arguments["eps"], tracer.line()
         tracer.trace.norms.append(norm)
     statistics = [*dims[:-count], *[Dim(UNIT)] * count]
@@ -84,6 +87,19 @@ def group_norm(tracer: Tracer, call: Call) -> Result:
     statistics = [dims[0], Dim(groups)]
     others = [auxiliary(tensor, list(statistics)) for tensor in call.outputs[1:]]
     return [Traced(dims), *others]
+
+
+def weight_norm(tracer: Tracer, call: Call) -> Result:
+    """g v / ||v||, the norm over all dimensions but one: what is zero changes no norm."""
+    source, d = tracer.of(call.arguments["v"]), call.dim()
+    scale = call.arguments["g"]
+    tracer.fill(scale, "mean")
+    own = tracer.dims(scale)[d]
+    if own.label is not UNIT:
+        unify(source.dims[d].label, own.label)
+    norms = [Dim(UNIT)] * len(source.dims)
+    norms[d] = Dim(source.dims[d].label)
+    return [Traced(source.dims, source.weight), Traced(norms, source.weight)]
 
 
 def softmax(tracer: Tracer, call: Call) -> Result:
@@ -140,7 +156,10 @@ def reduce(tracer: Tracer, call: Call) -> Result:
         if d not in gone:
             dims.append(dim)
             continue
-        mix(dim.label, reason)
+        # What is only for training, as the power iteration of a spectral norm, is no
+        # part of the function.
+        if tracer.recording or not source.weight:
+            mix(dim.label, reason)
         if keep:
             dims.append(Dim(UNIT))
     return [Traced(list(dims), source.weight) for _ in call.outputs]

@@ -9,6 +9,7 @@ from meristem.structure.labels import (
     Label,
     concatenation,
     freeze,
+    freeze_at,
     fresh,
     product,
     regroup,
@@ -28,10 +29,11 @@ def created(tracer: Tracer, call: Call) -> Result:
 
 
 def pointwise(tracer: Tracer, call: Call) -> Result:
-    if call.name in ("add", "add_", "sub"):
+    known = tracer.broadcast(call.inputs, call.outputs[0])
+    # A weight that is added to another one is no bias.
+    if call.name in ("add", "add_", "sub") and not known.weight:
         for tensor in call.inputs:
             tracer.fill(tensor, "bias")
-    known = tracer.broadcast(call.inputs, call.outputs[0])
     others = [Traced(list(known.dims)) for _ in call.outputs[1:]]
     return [known, *others]
 
@@ -153,13 +155,17 @@ def slice_(tracer: Tracer, call: Call) -> Result:
     label, origin = dims[d]
     step = call.arguments.get("step") or 1
     # A stride, or a single entry, depends on where entries stand.
-    if step != 1 or kept in (0, 1):
-        freeze(label, f"{tracer.place()} picks entries of it by index")
-        dims[d] = Dim(fresh(kept, _PICKED))
-        return [Traced(dims, source.weight)]
     start = call.arguments.get("start") or 0
     if start < 0:
         start = max(start + full, 0)
+    if step != 1 or kept in (0, 1):
+        reason = f"{tracer.place()} picks entries of it by index"
+        if kept == 1:
+            freeze_at(label, start, reason)
+        else:
+            freeze(label, reason)
+        dims[d] = Dim(fresh(kept, _PICKED))
+        return [Traced(dims, source.weight)]
     if start:
         _, label = split_sum(label, start)
     if kept < label.root.size:
@@ -170,7 +176,14 @@ def slice_(tracer: Tracer, call: Call) -> Result:
 
 def select(tracer: Tracer, call: Call) -> Result:
     source, d = tracer.of(call.inputs[0]), call.dim()
-    freeze(source.dims[d].label, f"{tracer.place()} picks entries of it by index")
+    reason, label = (
+        f"{tracer.place()} picks entries of it by index",
+        source.dims[d].label,
+    )
+    if "index" in call.arguments:
+        freeze_at(label, int(call.arguments["index"]), reason)
+    else:  # each of its entries
+        freeze(label, reason)
     dims = source.dims[:d] + source.dims[d + 1 :]
     return [Traced(list(dims), source.weight) for _ in call.outputs]
 
@@ -276,8 +289,13 @@ def index(tracer: Tracer, call: Call) -> Result:
     source, out = tracer.dims(call.inputs[0]), call.outputs[0]
     indices = call.arguments["indices"]
     at = [d for d, one in enumerate(indices) if one is not None]
+    reason = f"{tracer.place()} picks entries of it by index"
     for d in at:
-        freeze(source[d].label, f"{tracer.place()} picks entries of it by index")
+        written = getattr(indices[d], "constant", None)
+        if written is not None and written.numel() == 1:  # x[..., [-2], :]
+            freeze_at(source[d].label, int(written), reason)
+        else:
+            freeze(source[d].label, reason)
     # Indices that are apart move their dimensions to the front: that is left to no
     # rule.
     in_one_run = at == list(range(at[0], at[-1] + 1))
@@ -387,14 +405,15 @@ def fourier(tracer: Tracer, call: Call) -> Result:
 
 
 def as_complex(tracer: Tracer, call: Call) -> Result:
-    dims = tracer.dims(call.inputs[0])
-    freeze(dims[-1].label, "real and imaginary parts")
-    return [Traced(as_data(dims[:-1]))]
+    source = tracer.of(call.inputs[0])
+    freeze(source.dims[-1].label, "real and imaginary parts")
+    return [Traced(source.dims[:-1], source.weight)]
 
 
 def as_real(tracer: Tracer, call: Call) -> Result:
+    source = tracer.of(call.inputs[0])
     parts = Dim(Label(2, "real and imaginary parts"))
-    return [Traced([*as_data(tracer.dims(call.inputs[0])), parts])]
+    return [Traced([*source.dims, parts], source.weight)]
 
 
 def restrided(tracer: Tracer, call: Call) -> Result:

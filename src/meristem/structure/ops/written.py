@@ -79,6 +79,12 @@ def _trail(tensor: Tensor) -> Trail | None:
     return found
 
 
+def shift_of(scale: Tensor) -> float:
+    """What was added to the parameter that a scale is."""
+    trail = _trail(scale)
+    return trail.shift if trail is not None and trail.stage == "shifted" else 0.0
+
+
 def _last(tracer: Tracer, tensor: Tensor) -> Label | None:
     dims = tracer.dims(tensor)
     return dims[-1].label.root if dims else None
