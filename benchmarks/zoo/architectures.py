@@ -128,6 +128,19 @@ def _whisper() -> Made:
     }
 
 
+def _xlnet() -> Made:
+    settings = {
+        "vocab_size": 40,
+        "d_model": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "d_inner": 48,
+        "num_labels": 5,
+    }
+    model = _built("XLNetForSequenceClassification", "XLNetConfig", settings)
+    return model, {**_ids(), "labels": torch.tensor([1, 4])}
+
+
 def _wav2vec2() -> Made:
     settings = {
         **TEXT,
@@ -234,7 +247,7 @@ ARCHITECTURES: dict[str, Callable[[], Made]] = {
     "ConvBert": partial(classifier, "ConvBert", embedding_size=32),
     "SqueezeBert": partial(classifier, "SqueezeBert", embedding_size=32),
     "BertLM": partial(masked, "Bert"),
-    "XLNet": partial(classifier, "XLNet", d_model=32, n_layer=2, n_head=4, d_inner=48),
+    "XLNet": _xlnet,
     "T5": partial(seq2seq, "T5", **_T5),
     "Bart": partial(seq2seq, "Bart", **_BART),
     "Pegasus": partial(seq2seq, "Pegasus", **_BART),

@@ -330,8 +330,7 @@ def narrow_(
 def _planned(structure: Structure, wishes: Mapping[str, Any]) -> Plan:
     if not wishes:
         raise GrowthRefused("no axis was named: pass {axis: count}")
-    for name in wishes:
-        structure.axes.named(name)
+    wishes = {structure.axes.named(name).name: wishes[name] for name in wishes}
     plan = resolve(structure, wishes)
     if plan.refusal is not None:
         # What does not follow alone may grow together with others.

@@ -415,6 +415,20 @@ def check_counts(owner: str, least: int = 1, **values: Any) -> None:
             )
 
 
+def check_places(owner: str, **values: Any) -> None:
+    """Raise unless every value is None, or places of blocks."""
+    for name, value in values.items():
+        if value is None:
+            continue
+        listed = list(value) if isinstance(value, (range, list, tuple)) else []
+        whole = all(type(place) is int and place >= 0 for place in listed)
+        if not listed or not whole:
+            raise ValueError(
+                f"{owner}({name}=...) names blocks by their places, as range(8, 24) or "
+                f"[3, 7]; got {value!r}"
+            )
+
+
 def check_flag(owner: str, **values: Any) -> None:
     """Raise unless every value is True or False."""
     for name, value in values.items():

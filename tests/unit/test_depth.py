@@ -854,8 +854,10 @@ def test_wrong_arguments_of_the_grower_are_named_at_once() -> None:
         )
     with pytest.raises(ms.GrowthRefused, match="unit 0 is named twice"):
         ms.narrow_(net, {"blocks": [0, 0]}, X)
-    with pytest.raises(ms.UnknownAxis, match=r"Did you mean '1\.blocks'"):
-        ms.grow_(nn.Sequential(nn.Linear(4, 4), net), {"blocks": 1}, X)
+    with pytest.raises(
+        ms.UnknownAxis, match=r"Did you mean '0\.blocks' or '2\.blocks'"
+    ):
+        ms.grow_(nn.Sequential(Net(), nn.Linear(2, 4), Net()), {"blocks": 1}, X)
 
 
 def test_a_model_that_insists_on_float32_grows_by_its_labels() -> None:
@@ -983,3 +985,30 @@ def test_a_grower_with_a_method_for_depth_grows_depth_and_refuses_at_once() -> N
             torch.optim.SGD(tapped.parameters(), lr=0.1),
             **given | {"amount": {"blocks": 1}},
         )
+
+
+def test_blocks_are_repeated_and_copied_where_they_are_named() -> None:
+    net = chain_of(Sandwiched, 5)
+    stacked = copy.deepcopy(net)
+    growth = ms.grow_(stacked, {"blocks": 3}, X, how=ms.how.Stack(blocks=[3, 1]))
+    assert growth.blocks["blocks"] == [4, 5, 6]
+    for place, parent in zip((4, 5, 6), (3, 1, 3), strict=True):
+        assert torch.equal(
+            stacked.blocks[place].up.weight, net.blocks[parent].up.weight
+        )
+    beside = copy.deepcopy(net)
+    how = ms.how.Interpose(zero=True, behind=[1, 3])
+    growth = ms.grow_(beside, {"blocks": 2}, X, how=how)
+    assert growth.blocks["blocks"] == [2, 5]
+    assert torch.equal(beside(X), net(X))
+    with pytest.raises(ms.GrowthRefused, match="names block 7"):
+        ms.grow_(net, {"blocks": 1}, X, how=ms.how.Stack(blocks=[7]))
+
+
+def test_the_end_of_a_name_is_enough_where_it_is_the_only_one() -> None:
+    net = nn.Sequential(chain_of(Sandwiched))
+    axes = ms.find_axes(net, X)
+    assert axes["blocks"].name == "0.blocks"
+    assert ms.grow_(net, {"blocks": 1}, X).after == {"0.blocks": 3}
+    with pytest.raises(ms.UnknownAxis, match=r"0\.blocks\.0\.up"):
+        ms.grow_(net, {"up": 1}, X)  # each block has one

@@ -197,7 +197,10 @@ def test_by_gain_grows_by_firefly_over_all_layers() -> None:
         lambda: ms.how.SENN(damping=0),
         lambda: ms.how.Interpose(zero="yes"),
         lambda: ms.how.Stack(part="end"),
-        lambda: ms.how.Stack(part=(3, 2)),
+        lambda: ms.how.Stack(blocks=range(3, 2)),
+        lambda: ms.how.Stack(part="last", blocks=[1]),
+        lambda: ms.how.Interpose(behind=[-1]),
+        lambda: ms.how.Interpose(behind=2),
         lambda: ms.when.Plateau(patience=0),
         lambda: ms.when.Plateau(of="accuracy"),
         lambda: ms.when.Plateau(mode="up"),
@@ -287,7 +290,6 @@ def test_a_metric_that_stands_still_grows_in_epoch() -> None:
         ("middle", 4, "ABCDCDCDEF"),
         ("first", 2, "ABABCDEF"),
         ("last", 3, "ABCDEFEFE"),
-        ((1, 3), 2, "ABCBCDEF"),
     ],
 )
 def test_a_part_of_a_run_is_repeated(part: Any, count: int, order: str) -> None:

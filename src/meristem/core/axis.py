@@ -102,12 +102,13 @@ class Axes(Mapping[str, Axis]):
         self.frozen = dict(frozen)
 
     def __getitem__(self, name: str) -> Axis:
-        if name not in self._axes:
+        full = self.full(name)
+        if full not in self._axes:
             raise self.unknown(name)
-        return self._axes[name]
+        return self._axes[full]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._axes
+        return isinstance(name, str) and self.full(name) in self._axes
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._axes)
@@ -117,7 +118,18 @@ class Axes(Mapping[str, Axis]):
 
     def named(self, name: str) -> Axis:
         """The axis or end called `name`."""
-        return self.ends[name] if name in self.ends else self[name]
+        full = self.full(name)
+        return self.ends[full] if full in self.ends else self[full]
+
+    def full(self, name: str) -> str:
+        """The whole name of an axis, where its end is enough: "layers" for
+        "model.layers", if no other axis ends so.
+        """
+        if name in self._axes or name in self.ends or name in self.frozen:
+            return name
+        known = [*self._axes, *self.ends]
+        ending = [other for other in known if other.endswith(f".{name}")]
+        return ending[0] if len(ending) == 1 else name
 
     def unknown(self, name: str) -> UnknownAxis:
         """The error for a name that is no axis, with its reason where it is frozen,

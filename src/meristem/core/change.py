@@ -139,6 +139,7 @@ class Plan:
         followed: Whether everything that follows the shapes has been looked at.
         stale: Numbers beside the traced forward that hold the old size, and may or may
             not mean it.
+        stopped: The module whose code did not follow, where all its numbers were tried.
     """
 
     before: Mapping[str, int]
@@ -158,6 +159,7 @@ class Plan:
     changes: Mapping[Any, Sources] = field(default_factory=dict)
     followed: bool = False
     stale: tuple[str, ...] = ()
+    stopped: str | None = None
 
     def __bool__(self) -> bool:
         return self.followed and self.refusal is None

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from meristem.core.axis import Axes, Axis, matches
 from meristem.core.errors import GrowthRefused, VerificationError
 from meristem.event.steps import Methods, method_for
-from meristem.structure import Structure, clash, resolve
+from meristem.structure import Structure, clash, factors, resolve
 from meristem.structure.kinds import apart
 from meristem.structure.ties import tie
 from meristem.structure.twin import submodule
@@ -52,6 +52,8 @@ class _Trial:
 
     def __init__(self, structure: Structure, axes: Mapping[str, Axis]) -> None:
         self._structure, self._axes = structure, axes
+        # The module in which the last trial stopped, where that is known.
+        self._stopped: str | None = None
         if "classes" not in structure.verdicts:
             # One axis of each kind of block stands for all of them.
             classes = structure.alike.classes(axes.values())
@@ -86,14 +88,23 @@ class _Trial:
     def _try(self, names: Sequence[str]) -> None:
         units, blocks = apart([self._axes[name] for name in names])
         self._verdicts = self._structure.verdicts
+        self._try_units(units)
+        self._try_blocks([axis.name for axis in blocks])
+
+    def _try_units(self, units: Sequence[Axis]) -> None:
         wide = [axis.name for axis in units]
-        self._halve(wide, "grows", self._follows)
+        for group in self._groups(wide):
+            self._halve(group, "grows", self._follows)
         # What does not follow alone may follow together with others.
-        refused = [n for n in wide if self._verdicts["grows", n] is not None]
+        refused = []
+        for axis in units:
+            if self._verdicts["grows", axis.name] is not None and axis.end is None:
+                refused.append(axis.name)
         for name, told in tie(self._structure, refused).items():
             self._verdicts["grows", name] = told
         left = [name for name in wide if self._verdicts["grows", name] is None]
-        self._halve(left, "grows", self._changes)
+        for group in self._groups(left):
+            self._halve(group, "grows", self._changes)
         for name in left:
             reason = self._verdicts["grows", name]
             if reason is None:
@@ -104,13 +115,49 @@ class _Trial:
                     self._verdicts["grows", other] = beside
         for axis in units:
             self._verdicts["exact", axis.name] = None
-        deep = [axis.name for axis in blocks]
-        self._halve(deep, "grows", self._follows_depth)
+
+    def _try_blocks(self, deep: Sequence[str]) -> None:
+        for group in self._levels(deep):
+            self._halve(group, "grows", self._follows_depth)
         for name in deep:
             if self._verdicts["grows", name] is None:
                 self._verdicts["grows", name] = self._unread(name)
         left = [name for name in deep if self._verdicts["grows", name] is None]
-        self._halve(left, "exact", self._changes_depth)
+        for group in self._levels(left):
+            self._halve(group, "exact", self._changes_depth)
+
+    def _levels(self, names: Sequence[str]) -> list[list[str]]:
+        """Depths that may grow together: none stands below the container of another,
+        whose blocks move.
+        """
+        paths = {name: self._structure.depths[name].path for name in names}
+        containers = {f"{path}." if path else "" for path in paths.values()}
+        levels: dict[int, list[str]] = {}
+        for name, path in paths.items():
+            above = [outer for outer in containers if path.startswith(outer)]
+            levels.setdefault(len(above), []).append(name)
+        return list(levels.values())
+
+    def _groups(self, names: Sequence[str]) -> list[list[str]]:
+        """Names that may pass together: no two multiply each other, and streams, which
+        touch everything, are tried by themselves.
+        """
+        barred: dict[str, set[str]] = {name: set() for name in names}
+        for first, second in factors(self._structure, names):
+            if first in barred and second in barred:
+                barred[first].add(second)
+                barred[second].add(first)
+        groups: list[list[str]] = []
+        streams: list[list[str]] = []
+        for name in names:
+            sort = streams if self._axes[name].streamed else groups
+            for group in sort:
+                if barred[name].isdisjoint(group):
+                    group.append(name)
+                    break
+            else:
+                sort.append([name])
+        return [*groups, *streams]
 
     def _halve(
         self, names: Sequence[str], what: str, tried: Callable[[Sequence[str]], Reason]
@@ -118,10 +165,20 @@ class _Trial:
         """Try names together, and the halves of what fails; keep what is said of each."""
         if not names:
             return
+        self._stopped = None
         reason = tried(names)
         if reason is None or len(names) == 1:
             for name in names:
                 self._verdicts[what, name] = reason
+            return
+        suspects: list[str] = []
+        if self._stopped:
+            suspects = self._within(self._stopped, names)
+        # Where the code stopped in a module of one of them alone, that one cannot grow.
+        if len(suspects) == 1:
+            self._verdicts[what, suspects[0]] = reason
+            rest = [name for name in names if name not in suspects]
+            self._halve(rest, what, tried)
             return
         # What fails together may still pass in parts; log n trials find the culprit.
         middle = len(names) // 2
@@ -145,13 +202,25 @@ class _Trial:
             return "some of them multiply each other"
         plan = resolve(self._structure, self._steps(names))
         if plan.refusal is not None:
+            self._stopped = plan.stopped
             return plan.refusal
         # An attribute of the user's own code may have changed for another axis' sake.
         for edit in plan.attributes:
             module = submodule(self._structure.model, edit.module)
-            if not type(module).__module__.startswith("torch.nn."):
+            is_torchs = type(module).__module__.startswith("torch.nn.")
+            if not is_torchs and len(self._within(edit.module, names)) > 1:
                 return "they share an attribute"
         return None
+
+    def _within(self, module: str, names: Sequence[str]) -> list[str]:
+        """Which of some axes have a tensor inside a module."""
+        prefix = f"{module}." if module else ""
+        found = []
+        for name in names:
+            slots = self._axes[name].slots
+            if any(slot.name.startswith(prefix) for slot in slots):
+                found.append(name)
+        return found
 
     def _changes(self, names: Sequence[str]) -> Reason:
         """Why a growth of widths changes the function, or None."""

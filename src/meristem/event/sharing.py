@@ -128,11 +128,18 @@ class Check:
     clock: Clock
     allowance: float
 
+    @property
+    def by_name(self) -> dict[str, int] | None:
+        """The amounts by axis, where they are named."""
+        if self.settings.by_name is None:
+            return None
+        named = self.structure.axes.named
+        return {named(name).name: n for name, n in self.settings.by_name.items()}
+
     def asked(self, axis: Axis, total: int) -> int:
         """For how many units of an axis its method is asked."""
-        by_name = self.settings.by_name
-        if by_name is not None:
-            return by_name[axis.name]
+        if self.by_name is not None:
+            return self.by_name[axis.name]
         return max(total // axis.multiple, 1) * axis.multiple
 
     def event(self, batches: Sequence[Any], allowance: float = math.inf) -> Event:
@@ -185,8 +192,8 @@ def find_growth(check: Check) -> Found:
     )
     event = check.event(batches, check.allowance / len(axes))
     offers: dict[str, Offer] = {}
-    if check.settings.by_name is not None:
-        share = Share(dict(check.settings.by_name))
+    if check.by_name is not None:
+        share = Share(check.by_name)
     else:
         if check.settings.where.reads_gains:
             offers = _offers(check, event, axes, total)
@@ -239,8 +246,8 @@ def _no_room(check: Check, total: int) -> str:
 def _what_may_grow(check: Check) -> tuple[list[Axis], int, str]:
     """The axes, the units to give away among them, and why there is nothing to do."""
     structure = check.structure
-    if check.settings.by_name is not None:
-        axes = [structure.axes.named(name) for name in check.settings.by_name]
+    if check.by_name is not None:
+        axes = [structure.axes.named(name) for name in check.by_name]
     else:
         axes = _open_axes(check)
     if not axes:
@@ -248,7 +255,7 @@ def _what_may_grow(check: Check) -> tuple[list[Axis], int, str]:
     total = total_units(check.settings.amount, axes, check.clock.growths)
     if total is None:
         return [], 0, "the list of amounts is used up"
-    if check.settings.by_name is not None:
+    if check.by_name is not None:
         return axes, total, ""
     if total < min(axis.multiple for axis in axes):
         return [], 0, f"an amount of {total} is less than one step of any axis"

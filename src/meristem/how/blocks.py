@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,21 @@ def only_runs(lab: Lab, axis: Axis, method: str) -> Depth:
             "has none. hint: how.ZeroBlock() inserts an identity layer there"
         )
     return depth
+
+
+def named_blocks(method: str, depth: Depth, places: Sequence[int]) -> Sequence[int]:
+    """The places of blocks that a user has named.
+
+    Raises:
+        GrowthRefused: One of them cannot be copied, or there is none.
+    """
+    wrong = [place for place in places if not depth.fixed <= place < depth.size]
+    if wrong:
+        raise GrowthRefused(
+            f"{method} names block {wrong[0]}, which {depth.name!r} cannot copy: it can "
+            f"those from {depth.fixed} to {depth.size - 1}"
+        )
+    return places
 
 
 def fresh_blocks(lab: Lab, insertion: Insertion) -> dict[tuple[int, str], Tensor]:

@@ -8,14 +8,14 @@ Costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from meristem.core.axis import Axis, Kind
 from meristem.core.offer import Blocks, Offer
-from meristem.how.blocks import only_runs, silenced, stirs
+from meristem.how.blocks import named_blocks, only_runs, silenced, stirs
 from meristem.lab.laboratory import Lab
-from meristem.methods import check_flag
+from meristem.methods import check_flag, check_places
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Interpose:
         zero: Silence what the copies add to the stream: the function is preserved, and
             the copies start with fresh optimizer state. Otherwise they take the state
             along, and the function changes.
+        behind: The places of the blocks that get copies; by default all of them.
 
     Examples:
         >>> import torch, meristem as ms
@@ -38,9 +39,11 @@ class Interpose:
     """
 
     zero: bool = False
+    behind: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         check_flag("Interpose", zero=self.zero)
+        check_places("Interpose", behind=self.behind)
 
     @property
     def kinds(self) -> Mapping[Kind, bool]:
@@ -57,13 +60,19 @@ class Interpose:
     def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
         """Copies; where they do not go round evenly, the first blocks get one more."""
         depth = only_runs(lab, axis, "Interpose")
-        free = depth.size - depth.fixed
-        blocks, new = list(range(depth.fixed)), [False] * depth.fixed
-        for i in range(free):
-            # The first blocks get one more where it does not go round evenly.
-            each = count // free + (i < count % free)
-            blocks += [depth.fixed + i] * (1 + each)
-            new += [False] + [True] * each
+        chosen: Sequence[int] = range(depth.fixed, depth.size)
+        if self.behind is not None:
+            chosen = sorted(set(named_blocks("Interpose", depth, self.behind)))
+        blocks: list[int] = []
+        new: list[bool] = []
+        for place in range(depth.size):
+            copies_of = 0
+            if place in chosen:
+                # The first blocks get one more where it does not go round evenly.
+                rest = chosen.index(place) < count % len(chosen)
+                copies_of = count // len(chosen) + rest
+            blocks += [place] * (1 + copies_of)
+            new += [False] + [True] * copies_of
         insertion = depth.with_blocks(blocks, new)
         copies = Blocks(insertion, inherits=not self.zero)
         if self.zero and stirs(lab, axis, copies):

@@ -8,15 +8,15 @@ BERT by Progressively Stacking", ICML 2019. Costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from meristem.core.axis import Axis, Kind
-from meristem.core.errors import GrowthRefused
 from meristem.core.offer import Blocks, Offer
-from meristem.how.blocks import only_runs
+from meristem.how.blocks import named_blocks, only_runs
 from meristem.lab.laboratory import Lab
+from meristem.methods import check_places
 from meristem.structure.depth import Depth
 
 Part = Literal["all", "first", "middle", "last"]
@@ -30,9 +30,11 @@ class Stack:
     Copies take the optimizer's state along.
 
     Args:
-        part: What is repeated, behind itself: "all"; the "first", "middle" or "last"
-            third of the run (A B C D E F becomes A B C D C D E F for "middle"); or the
-            places (from, to) of a slice. Round after round, where more are wanted.
+        part: What is repeated, behind itself: "all", or the "first", "middle" or "last"
+            third of the run (A B C D E F becomes A B C D C D E F for "middle"). Round
+            after round, where more are wanted.
+        blocks: The places of the blocks that are repeated, in this order, behind the
+            last one of them: `range(8, 24)`. In place of `part`.
 
     Examples:
         >>> import torch, meristem as ms
@@ -43,22 +45,18 @@ class Stack:
         (4, 4, True)
     """
 
-    part: Part | tuple[int, int] = "all"
+    part: Part = "all"
+    blocks: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.part, str):
-            if self.part not in get_args(Part):
-                raise ValueError(
-                    'Stack(part=...) is "all", "first", "middle", "last" or a slice '
-                    f"(from, to) of places; got {self.part!r}"
-                )
-            return
-        object.__setattr__(self, "part", tuple(self.part))
-        start, stop = self.part
-        if not 0 <= start < stop:
+        if self.part not in get_args(Part):
             raise ValueError(
-                f"Stack(part=(from, to)) needs 0 <= from < to; got {self.part!r}"
+                'Stack(part=...) is "all", "first", "middle" or "last"; got '
+                f"{self.part!r}. hint: blocks=range(8, 24) names any others"
             )
+        check_places("Stack", blocks=self.blocks)
+        if self.blocks is not None and self.part != "all":
+            raise ValueError("Stack takes part= or blocks=, not both")
 
     @property
     def kinds(self) -> Mapping[Kind, bool]:
@@ -75,31 +73,26 @@ class Stack:
     def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
         """Copies, round after round; blocks that lead into the run are not repeated."""
         depth = only_runs(lab, axis, "Stack")
-        start, stop = self._slice(depth)
-        # Round after round through the blocks of the part, behind its last one.
-        repeated = [start + i % (stop - start) for i in range(count)]
+        chosen = self._chosen(depth)
+        # Round after round through them, behind the last one.
+        stop = max(chosen) + 1
+        repeated = [chosen[i % len(chosen)] for i in range(count)]
         blocks = [*range(stop), *repeated, *range(stop, depth.size)]
         new = [False] * stop + [True] * count + [False] * (depth.size - stop)
         insertion = depth.with_blocks(blocks, new)
         return Offer(axis.name, count, blocks=Blocks(insertion, inherits=True))
 
-    def _slice(self, depth: Depth) -> tuple[int, int]:
-        """The places of the part that is repeated."""
+    def _chosen(self, depth: Depth) -> Sequence[int]:
+        """The places of the blocks that are repeated."""
         first, size = depth.fixed, depth.size
-        if not isinstance(self.part, str):
-            start, stop = self.part
-            if start < first or stop > size:
-                raise GrowthRefused(
-                    f"Stack(part={self.part}) names blocks that {depth.name!r} cannot "
-                    f"repeat: it can those from {first} to {size}"
-                )
-            return start, stop
+        if self.blocks is not None:
+            return named_blocks("Stack", depth, self.blocks)
         third = max(1, round((size - first) / 3))
         middle = first + (size - first - third) // 2
         slices = {
-            "all": (first, size),
-            "first": (first, first + third),
-            "middle": (middle, middle + third),
-            "last": (size - third, size),
+            "all": range(first, size),
+            "first": range(first, first + third),
+            "middle": range(middle, middle + third),
+            "last": range(size - third, size),
         }
         return slices[self.part]

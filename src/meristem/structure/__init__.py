@@ -4,6 +4,7 @@ from meristem.structure.discover import Structure, known_example, proved, struct
 from meristem.structure.kinds import apart, flops
 from meristem.structure.planning import (
     clash,
+    factors,
     products,
     resolve,
     sized,
@@ -15,6 +16,7 @@ __all__ = [
     "Structure",
     "apart",
     "clash",
+    "factors",
     "flops",
     "known_example",
     "products",

@@ -1,7 +1,7 @@
 """Blocks that are alike: what is proved of one holds for the others.
 
 Blocks are alike that stand in one run, are made of the same modules with the same
-numbers in them, hold tensors of the same shapes, and ran the same operations on the
+whole numbers in them, hold tensors of the same shapes, and ran the same operations on the
 same shapes. Numbers that count on from block to block (a position) may differ.
 """
 
@@ -137,9 +137,9 @@ def _numbers(block: nn.Module) -> dict[tuple[str, str], Any]:
     for name, module in block.named_modules():
         for attribute, value in vars(module).items():
             if not attribute.startswith("_") and isinstance(value, _PLAIN):
-                found[name, attribute] = (
-                    repr(value) if type(value) is not int else value
-                )
+                kept = value if type(value) is int else repr(value)
+                # No size is a fraction: rates of dropout rise from block to block.
+                found[name, attribute] = "" if type(value) is float else kept
     return found
 
 

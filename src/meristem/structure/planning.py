@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, combinations
 
 from torch import nn
 
@@ -24,7 +24,7 @@ from meristem.structure.discover import Structure
 from meristem.structure.kinds import KINDS, Amount, added_by, flops
 from meristem.structure.labels import Changes, Label, atoms, positions, size, sources
 from meristem.structure.mirrors import mirrors, told
-from meristem.structure.repair import Search, attributes_for
+from meristem.structure.repair import Search, with_attributes
 from meristem.structure.tracer import Norm
 from meristem.structure.twin import submodule
 
@@ -193,22 +193,22 @@ def _layouts(
 
 def _followed(structure: Structure, plan: Plan) -> Plan:
     """A sized plan with everything that follows its shapes, or the refusal."""
-    factors = clash(structure, list(plan.after))
-    if factors is not None:
-        first, second = factors
+    pair = clash(structure, list(plan.after))
+    if pair is not None:
+        first, second = pair
         return replace(
             plan,
             followed=True,
             refusal=f"{first} and {second} multiply each other; grow one after the other",
         )
     if plan.tensors:
-        edits, refusal = attributes_for(structure, plan)
+        plan = with_attributes(structure, plan)
         rescaled, constants, fixed = _renormalise(structure, plan)
         plan = replace(
             plan,
-            attributes=(*edits, *constants),
+            attributes=(*plan.attributes, *constants),
             rescaled=rescaled,
-            refusal=refusal or fixed,
+            refusal=plan.refusal or fixed,
         )
     plan = replace(plan, followed=True)
     return with_insertions(structure, plan, plan.insertions) if plan else plan
@@ -256,44 +256,41 @@ def with_insertions(
 
 def clash(structure: Structure, names: Sequence[str]) -> tuple[str, str] | None:
     """Two of the named axes that are factors of one dimension, or None."""
+    return next(factors(structure, names), None)
+
+
+def factors(structure: Structure, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The pairs of named axes that are factors of one dimension."""
     by_atom = {}
     together = [structure.together.get(name, (name,)) for name in names]
     for name in dict.fromkeys(chain.from_iterable(together)):
         if name in structure.atoms:
             by_atom[structure.atoms[name].root] = name
     if len(by_atom) < 2:
-        return None
+        return
     products = set()
     for labels in structure.labels.values():
         for label in labels:
             if not label.root.is_atom:
                 products.add(label.root)
     for label in products:
-        found = _two_factors(label, by_atom)
-        if found is not None:
-            return found
-    return None
+        yield from _pairs(label, by_atom)
 
 
-def _two_factors(label: Label, by_atom: Mapping[Label, str]) -> tuple[str, str] | None:
-    """Two named atoms in different factors of a product at or below a label."""
+def _pairs(label: Label, by_atom: Mapping[Label, str]) -> Iterator[tuple[str, str]]:
+    """Pairs of named atoms in different factors of a product at or below a label."""
     root = label.root
     inside: list[set[str]] = []
     for part in root.parts:
-        below = _two_factors(part, by_atom)
-        if below is not None:
-            return below
+        yield from _pairs(part, by_atom)
         # A set per factor: an atom in two of them is tied, not multiplied.
         inside.append({by_atom[atom] for atom in atoms(part) if atom in by_atom})
     if not root.is_product:
-        return None
-    for i, first in enumerate(inside):
-        for second in inside[i + 1 :]:
-            for one in sorted(first):
-                for other in sorted(second - first):
-                    if one not in second:
-                        return one, other
-    return None
+        return
+    for first, second in combinations(inside, 2):
+        for one in sorted(first - second):
+            for other in sorted(second - first):
+                yield one, other
 
 
 def _renormalise(

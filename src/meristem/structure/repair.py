@@ -89,20 +89,18 @@ class Attempt:
     names: frozenset[str] = frozenset()
 
 
-def attributes_for(
-    structure: Structure, plan: Plan
-) -> tuple[tuple[AttributeChange, ...], str | None]:
-    """The attribute changes that make a re-trace follow a sized plan.
-
-    Returns:
-        The changes and None; or what was tried, and the refusal.
+def with_attributes(structure: Structure, plan: Plan) -> Plan:
+    """A sized plan with the attribute changes that make a re-trace follow it, or the
+    refusal.
     """
-    edits, best, _ = farthest(structure, plan)
+    edits, best, spent = farthest(structure, plan)
+    plan = replace(plan, attributes=edits)
     if best.problem is None:
-        return edits, None
+        return plan
     place = best.running[-1] if best.running else ""
     problem = f"{place or 'the model'} does not follow the new size: {best.problem}"
-    return edits, problem
+    stopped = place if spent < TRIALS else None
+    return replace(plan, refusal=problem, stopped=stopped)
 
 
 def farthest(
@@ -130,7 +128,8 @@ class Search:
         self._structure, self._plan = structure, plan
         self._shapes = {change.name: change.after for change in plan.tensors}
         self._expected = _planned_shapes(structure, plan)
-        self._resized = _resized(structure, plan)
+        self._everywhere = _resized(_all_labels(structure), plan)
+        self._by_module: dict[str, dict[int, set[int]]] = {}
         self.left = TRIALS
 
     def improve(
@@ -231,7 +230,7 @@ class Search:
             for attribute, value in vars(module).items():
                 if attribute.startswith("_") or (name, attribute) in taken:
                     continue
-                for new in self._replacements(value):
+                for new in self._replacements(name, value):
                     yield AttributeChange(name, attribute, value, new)
                 # The code that ran reads the config of its own module.
                 if depth < _NEAR:
@@ -252,11 +251,27 @@ class Search:
                 continue
             if (name, path) in taken:
                 continue
-            for new in self._replacements(inner):
+            for new in self._replacements(name, inner):
                 yield AttributeChange(name, path, inner, new)
 
-    def _replacements(self, value: Any) -> Iterator[Any]:
-        resized = self._resized
+    def _inside_module(self, module: str) -> dict[int, set[int]]:
+        if module not in self._by_module:
+            prefix = f"{module}." if module else ""
+            labels: set[Label] = set()
+            for name, dims in self._structure.labels.items():
+                if name.startswith(prefix):
+                    labels.update(label.root for label in dims)
+            self._by_module[module] = _resized(labels, self._plan)
+        return self._by_module[module]
+
+    def _replacements(self, module: str, value: Any) -> Iterator[Any]:
+        """What a number of a module may become: what the sizes of its own tensors do,
+        else what any size of the model does.
+        """
+        near = self._inside_module(module)
+        held = value if _are_sizes(value) else [value]
+        known = any(type(entry) is int and entry in near for entry in held)
+        resized = near if known else self._everywhere
         if isinstance(value, int) and not isinstance(value, bool):
             yield from sorted(resized.get(value, ()))
         elif _are_sizes(value) and any(entry in resized for entry in value):
@@ -348,14 +363,19 @@ def leaf_attributes(structure: Structure, plan: Plan) -> Iterator[AttributeChang
                 yield AttributeChange(module_name, attribute, present, value)
 
 
-def _resized(structure: Structure, plan: Plan) -> dict[int, set[int]]:
-    """Old size -> new sizes, over every dimension that the trace saw change."""
+def _all_labels(structure: Structure) -> set[Label]:
+    """The labels of every dimension that the trace saw."""
     labels: set[Label] = set()
     for dims in structure.labels.values():
         labels.update(label.root for label in dims)
     for law in structure.trace.laws:
         for outputs in law.outputs:
             labels.update(label.root for label in outputs or ())
+    return labels
+
+
+def _resized(labels: set[Label], plan: Plan) -> dict[int, set[int]]:
+    """Old size -> new sizes, over the dimensions that change."""
     for label in list(labels):
         labels.update(part.root for part in label.parts)
     table: dict[int, set[int]] = {}

@@ -12,14 +12,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from meristem.structure.discover import Structure
-from meristem.structure.planning import sized
+from meristem.structure.labels import Label, atoms
+from meristem.structure.planning import clash, sized
 from meristem.structure.repair import Attempt, farthest
 
 _ALIGNED = re.compile(r"multiple of (\d+) bytes")
 # Re-traces that the search for ties may cost in one model.
-_MOST = 300
-# Others that are tried where one axis has stopped.
-_TRIED = 8
+_MOST = 200
 
 
 def tie(structure: Structure, refused: Sequence[str]) -> dict[str, str | None]:
@@ -109,7 +108,7 @@ class _Ties:
     ) -> tuple[list[str], Attempt] | None:
         """The group with the others with which a re-trace gets farthest."""
         improved, reached = None, best.reached
-        for others in self._candidates(group, best.running):
+        for others in self._candidates(group, best):
             if self.left <= 0:
                 return None
             joined = [*group, *others]
@@ -120,26 +119,21 @@ class _Ties:
                 improved, reached = (joined, result), result.reached
         return improved
 
-    def _candidates(
-        self, group: Sequence[str], running: Sequence[str]
-    ) -> Iterator[list[str]]:
-        """Axes of the modules that were running, innermost first; with each those that
-        are alike.
+    def _candidates(self, group: Sequence[str], best: Attempt) -> Iterator[list[str]]:
+        """Axes that the operation gives where the re-trace has stopped, or those beside
+        it; with each those that are alike.
         """
-        offered: set[str] = set()
-        for module in reversed(running):
-            for name in self._refused:
-                if name in group or name in offered or len(offered) >= _TRIED:
-                    continue
-                names = self._classes[name]
-                if any(self._inside(module, one) for one in names):
-                    offered.add(name)
-                    yield names
-
-    def _inside(self, module: str, name: str) -> bool:
-        prefix = f"{module}." if module else ""
-        slots = self._structure.axes[name].slots
-        return any(slot.name.startswith(prefix) for slot in slots)
+        structure = self._structure
+        near: set[Label] = set()
+        for law in structure.trace.laws[max(best.reached - 1, 0) : best.reached + 2]:
+            for labels in law.outputs:
+                for label in labels or ():
+                    near.update(atoms(label))
+        for name in self._refused:
+            names = self._classes[name]
+            close = any(structure.atoms[one].root in near for one in names)
+            if close and name not in group and clash(structure, [*group, name]) is None:
+                yield names
 
     def _attempt(self, group: Sequence[str]) -> Attempt:
         structure = self._structure
