@@ -17,7 +17,7 @@ from meristem.structure.insertion import insert
 from meristem.structure.repair import first_line
 from meristem.structure.runs import find_runs
 from meristem.structure.tracer import ModuleStack, Sums, with_lists
-from meristem.structure.twin import apply_edits, fake_mode, looking, submodule, table_of
+from meristem.structure.twin import apply_edits, looking, submodule, table_of
 
 TRIALS = 30
 """Largest number of re-traces that the search for one attribute may cost."""
@@ -100,7 +100,7 @@ class _Followers:
     ) -> tuple[list[AttributeChange], str | None]:
         """The edits with the positions that follow, and what stood in the way."""
         structure = self._structure
-        mode = fake_mode(structure.fake)
+        mode = structure.mode
         shapes = {change.name: change.after for change in self._plan.tensors}
         copied = structure.twin_of_shape(shapes, self._plan.attributes, mode).eval()
         try:

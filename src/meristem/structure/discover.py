@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -91,12 +92,18 @@ class Structure:
         self.silences: dict[str, Mapping[str, float]] = {}
         self.verdicts: dict[Any, str | None] = {}
         self.together: dict[str, Mapping[str, int]] = {}
+        self._fakes: dict[str, Tensor] = {}
         self._trace_with_fallback()
         widths = Widths(model, self.trace, self.labels)
         self.atoms, self.norms = widths.atoms, widths.norms
         deep = {name: depth.axis() for name, depth in self.depths.items()}
         frozen = widths.frozen | self._undeepened
         self.axes = Axes(widths.axes | deep, widths.ends, frozen)
+
+    @cached_property
+    def mode(self) -> FakeTensorMode | None:
+        """The mode of all re-traces; None where they run on real tensors."""
+        return fake_mode(self.fake)
 
     def inherit(self, before: Structure) -> None:
         """Take over the verdicts on the same axes of the model before it grew."""
@@ -303,7 +310,7 @@ class Structure:
                 return (
                     source.new_zeros(tuple(shapes[name])) if resized else source.clone()
                 )
-            fake: Tensor = mode.from_tensor(source)
+            fake = self._fake(name, tensor, mode)
             if name in shapes:  # data-free from the start: a plan may ask for any size
                 with mode:
                     fake = fake.new_empty(tuple(shapes[name]))
@@ -312,6 +319,18 @@ class Structure:
         copied = twin(self.model, convert)
         apply_edits(copied, edits)
         return copied
+
+    def _fake(self, name: str, tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+        """A tensor without data; those of re-traces, which keep nothing, are shared."""
+        if mode is not self.mode:
+            fake: Tensor = mode.from_tensor(tensor.detach())
+            return fake
+        if name not in self._fakes:
+            made: Tensor = mode.from_tensor(tensor.detach())
+            if isinstance(tensor, nn.Parameter):
+                made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+            self._fakes[name] = made
+        return self._fakes[name]
 
     def example_for(self, mode: FakeTensorMode | None) -> Example:
         """The example, copied; without data under a fake mode."""

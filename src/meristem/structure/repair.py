@@ -22,7 +22,7 @@ from meristem.structure.discover import Structure
 from meristem.structure.labels import Label, size
 from meristem.structure.layers import Shape, layer_of, weight_name
 from meristem.structure.tracer import ModuleStack
-from meristem.structure.twin import fake_mode, looking, submodule, table_of
+from meristem.structure.twin import looking, submodule, table_of
 
 TRIALS = 60
 """Largest number of re-traces that the search for one plan's attributes may cost."""
@@ -198,7 +198,7 @@ class Search:
     def attempt(self, edits: Sequence[AttributeChange]) -> Attempt:
         self.left -= 1
         structure = self._structure
-        mode = fake_mode(structure.fake)
+        mode = structure.mode
         copied = structure.twin_of_shape(self._shapes, edits, mode).eval()
         args, kwargs = structure.example_for(mode)
         stack = ModuleStack(copied)
