@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -68,6 +67,7 @@ class Structure:
         example: The arguments of the call that was traced.
         fake: Whether the copies hold no data; a model that needs values is run on real
             ones.
+        mode: Of all re-traces; None where they run on real tensors.
         axes: The axes by name, with `ends` and `frozen`.
         labels: One label for each dimension of the model's tensors.
         atoms: The label that an axis changes, by axis name.
@@ -93,17 +93,14 @@ class Structure:
         self.verdicts: dict[Any, str | None] = {}
         self.together: dict[str, Mapping[str, int]] = {}
         self._fakes: dict[str, Tensor] = {}
+        self.mode: FakeTensorMode | None = None
         self._trace_with_fallback()
+        self.mode = fake_mode(self.fake)
         widths = Widths(model, self.trace, self.labels)
         self.atoms, self.norms = widths.atoms, widths.norms
         deep = {name: depth.axis() for name, depth in self.depths.items()}
         frozen = widths.frozen | self._undeepened
         self.axes = Axes(widths.axes | deep, widths.ends, frozen)
-
-    @cached_property
-    def mode(self) -> FakeTensorMode | None:
-        """The mode of all re-traces; None where they run on real tensors."""
-        return fake_mode(self.fake)
 
     def inherit(self, before: Structure) -> None:
         """Take over the verdicts on the same axes of the model before it grew."""
