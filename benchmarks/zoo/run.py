@@ -165,6 +165,15 @@ def examine(name: str) -> dict[str, Any]:
             except Exception as error:
                 tried = {"error": f"{type(error).__name__}: {error}"[:300]}
             record["grown"][axis_name] = {"kind": kind, **tried}
+    for axis_name, reason in axes.frozen.items():
+        if "when its method is named" in reason:
+            record.setdefault("stacks", []).append(axis_name)
+    if record.get("stacks"):
+        model, example = made(name)
+        stack = ms.how.Stack()
+        record["stacked"] = ms.grow_(
+            model, {record["stacks"][0]: 1}, example, how=stack
+        ).added
     record["seconds"] = time.process_time() - started
     return record
 
@@ -221,6 +230,9 @@ def table() -> None:
 def row(source: str, records: list[dict[str, Any]]) -> str:
     ran = [record for record in records if "crash" not in record]
     kinds = Counter(kind for record in ran for kind in record["axes"])
+    kinds["depth"] += sum(
+        "stacked" in record and "depth" not in record["axes"] for record in ran
+    )
     grown = [one for record in ran for one in record["grown"].values()]
     wrong = sum(one.get("change", 0.0) > EXACT for one in grown)
     refused = sum("error" in one for one in grown)
@@ -248,6 +260,8 @@ def faults(record: dict[str, Any]) -> list[str]:
                 f"{axis} ({one['kind']}): changes {one['change']:.1e}, {one.get('round_trip')}"
             )
     missing = [kind for kind in ("hidden", "depth") if kind not in record["axes"]]
+    if "stacked" in record and "depth" in missing:
+        missing.remove("depth")
     told += [f"no {kind}" for kind in missing]
     if record["find_axes"] > 10:
         told.append(f"find_axes {record['find_axes']:.1f} s")

@@ -222,7 +222,9 @@ def test_a_rule_that_fails_costs_an_axis_and_not_the_model(
     )
     axes = ms.find_axes(net, torch.randn(3, 5))
     assert "2" in axes
-    assert "1: the rule for 'tanh' fails on this call (IndexError" in axes.frozen["0"]
+    told = axes.frozen["0"]
+    assert told.startswith("1 (test_any_model.py:")
+    assert "the rule for 'tanh' fails on this call (IndexError" in told
 
 
 def test_a_fault_of_ours_does_not_blame_the_example(
@@ -1276,3 +1278,31 @@ def test_blocks_in_a_dict_are_a_run() -> None:
     grows(net, "blocks", x, 2)
     assert len(net.blocks) == 5
     assert list(net.blocks)[:3] == ["layer0", "layer1", "layer2"]
+
+
+class GroupedQueries(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.kv = 6, 2
+        self.q, self.k, self.v = nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.o = nn.Linear(24, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q = self.q(x).view(batch, length, self.heads, 4).transpose(1, 2)
+        k = self.k(x).view(batch, length, self.kv, 4).transpose(1, 2)
+        v = self.v(x).view(batch, length, self.kv, 4).transpose(1, 2)
+        times = self.heads // self.kv
+        k, v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
+        scores = (q @ k.transpose(-1, -2)).softmax(-1)
+        return x + self.o((scores @ v).transpose(1, 2).reshape(batch, length, -1))
+
+
+def test_keys_and_the_queries_of_a_key_have_names_of_their_own() -> None:
+    net, x = GroupedQueries(), torch.randn(2, 5, 8)
+    axes = ms.find_axes(net, x)
+    assert (axes["q:kv_heads"].size, axes["q:heads"].size) == (2, 3)
+    grows(net, "q:kv_heads", x, 1)
+    assert (net.heads, net.kv) == (9, 3)
+    grows(net, "q:heads", x, 1)
+    assert (net.heads, net.kv) == (12, 3)

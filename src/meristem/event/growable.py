@@ -14,7 +14,7 @@ from meristem.structure.kinds import apart
 from meristem.structure.ties import tie
 from meristem.structure.twin import submodule
 from meristem.surgery.exchange import held_weakly
-from meristem.surgery.verify import check_edit, silence
+from meristem.surgery.verify import check_edit, one_probe, silence
 
 Reason = str | None
 
@@ -61,7 +61,8 @@ class _Trial:
                 for name in names:
                     structure.verdicts["first", name] = first
             structure.verdicts["classes"] = ""
-            self._try(list(classes))
+            with one_probe(structure):
+                self._try(list(classes))
         self._verdicts = structure.verdicts
 
     def reason(self, name: str, exact: bool) -> Reason:
@@ -239,7 +240,11 @@ class _Trial:
         return None
 
     def _follows_depth(self, names: Sequence[str]) -> Reason:
-        return resolve(self._structure, self._steps(names)).refusal
+        # No number of the code counts the layers at a place in a chain.
+        depths = self._structure.depths
+        runs = [name for name in names if depths[name].copied]
+        steps = dict.fromkeys(names, 1) | self._steps(runs)
+        return resolve(self._structure, steps).refusal
 
     def _unread(self, name: str) -> Reason:
         """Why nothing would read a new block, or None."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import linecache
 import re
+from dataclasses import dataclass
 from types import CodeType, TracebackType
 
 from meristem.structure.tracer import is_models
@@ -12,10 +13,22 @@ from meristem.structure.tracer import is_models
 _NAME = re.compile(r"[A-Za-z_]\w*")
 
 
-def names_in_line(error: BaseException) -> frozenset[str]:
-    """The names in the expression of the model's own code, the innermost one, in which
-    an error was raised; empty where its source is not at hand.
+@dataclass(frozen=True)
+class Line:
+    """A line of a model's own code.
+
+    Attributes:
+        place: As "model.py:12"; "" where none is known.
+        names: The names in the expression that failed; none where its source is not at
+            hand.
     """
+
+    place: str = ""
+    names: frozenset[str] = frozenset()
+
+
+def failing_line(error: BaseException) -> Line:
+    """The innermost line of the model's own code that an error went through."""
     found: TracebackType | None = None
     step = error.__traceback__
     while step is not None:
@@ -23,8 +36,11 @@ def names_in_line(error: BaseException) -> frozenset[str]:
             found = step
         step = step.tb_next
     if found is None:
-        return frozenset()
-    return frozenset(_NAME.findall(_expression(found.tb_frame.f_code, found.tb_lasti)))
+        return Line()
+    code = found.tb_frame.f_code
+    file = code.co_filename.rpartition("/")[2]
+    names = _NAME.findall(_expression(code, found.tb_lasti))
+    return Line(f"{file}:{found.tb_lineno}", frozenset(names))
 
 
 def _expression(code: CodeType, instruction: int) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import islice, product
 from typing import Any
@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from meristem.core.change import AttributeChange, Plan
-from meristem.structure.blame import names_in_line
+from meristem.structure.blame import Line, failing_line
 from meristem.structure.discover import Structure
 from meristem.structure.labels import Label, size
 from meristem.structure.layers import Shape, layer_of, weight_name
@@ -79,14 +79,14 @@ class _Checker(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Attempt:
-    """How far a re-trace got, what stopped it, the modules that were running, and what
-    the failing line names.
+    """How far a re-trace got, what stopped it, the modules that were running, and the
+    line of code.
     """
 
     reached: int
     problem: str | None
     running: tuple[str, ...] = ()
-    names: frozenset[str] = frozenset()
+    line: Line = field(default_factory=Line)
 
 
 def with_attributes(structure: Structure, plan: Plan) -> Plan:
@@ -98,9 +98,18 @@ def with_attributes(structure: Structure, plan: Plan) -> Plan:
     if best.problem is None:
         return plan
     place = best.running[-1] if best.running else ""
-    problem = f"{place or 'the model'} does not follow the new size: {best.problem}"
+    problem = _told(place, best)
     stopped = place if spent < TRIALS else None
     return replace(plan, refusal=problem, stopped=stopped)
+
+
+def _told(place: str, best: Attempt) -> str:
+    """What is said where the code of a module does not follow."""
+    at = f" at {best.line.place}" if best.line.place else ""
+    return (
+        f"{place or 'the model'} does not follow the new size{at}: {best.problem}. hint: "
+        "let that line read the size from a tensor, or from a number that the module holds"
+    )
 
 
 def farthest(
@@ -143,7 +152,7 @@ class Search:
         named: list[AttributeChange] = []
         others: list[AttributeChange] = []
         for edit in self._candidates(best.running, edits):
-            is_named = edit.attribute.rpartition(".")[2] in best.names
+            is_named = edit.attribute.rpartition(".")[2] in best.line.names
             (named if is_named else others).append(edit)
         for sets in (
             [[edit] for edit in named],
@@ -209,9 +218,8 @@ class Search:
             with looking(mode), checker:
                 copied(*args, **kwargs)
         except Exception as error:
-            named = names_in_line(error)
-            running = tuple(stack.running)
-            return Attempt(checker.reached, first_line(error), running, named)
+            running, line = tuple(stack.running), failing_line(error)
+            return Attempt(checker.reached, first_line(error), running, line)
         if checker.reached != len(self._expected):
             problem = "the grown model runs fewer operations"
             return Attempt(checker.reached, problem)

@@ -425,15 +425,15 @@ class Tracer(TorchDispatchMode):
         try:
             traced = operation.rule(self, call) if operation is not None else None
         except Conflict as conflict:
-            return self._freeze_all(call, f"{self.place()}: {conflict}")
+            return self._freeze_all(call, f"{self.where()}: {conflict}")
         except Exception as error:
             # A fault of ours, or a call that no rule foresees: it may cost an axis, not
             # the model.
             what = f"{type(error).__name__}: {error}"
             reason = f"the rule for {call.name!r} fails on this call ({what})"
-            return self._freeze_all(call, f"{self.place()}: {reason}")
+            return self._freeze_all(call, f"{self.where()}: {reason}")
         if traced is None:
-            reason = f"{self.place()}: no rule for the operation {call.name!r}"
+            reason = f"{self.where()}: no rule for the operation {call.name!r}"
             return self._freeze_all(call, reason)
         return traced
 
@@ -458,6 +458,11 @@ class Tracer(TorchDispatchMode):
 
     def place(self) -> str:
         return self.stack.innermost or "the model"
+
+    def where(self) -> str:
+        """The module that is running, and the line of code: "blocks.0 (model.py:12)"."""
+        line = self.line()
+        return f"{self.place()} ({line})" if line else self.place()
 
     def line(self) -> str:
         """The line of the model's own code that is running, as "model.py:12"."""

@@ -14,8 +14,12 @@ from meristem.structure.layers import weight_name
 from meristem.structure.tracer import Norm, Trace
 from meristem.structure.twin import named_tensors, submodule
 
-Part = Literal["", "heads", "head_dim", "groups", "in", "vocabulary"]
-"""What of a module's output an axis counts; "" counts the output units themselves."""
+Part = Literal["", "heads", "kv_heads", "head_dim", "groups", "in", "vocabulary"]
+"""What of a module's output an axis counts; "" counts the output units themselves.
+
+Where several queries share a key, "kv_heads" counts keys with all their queries, and
+"heads" the queries of each key.
+"""
 _SPATIAL = "a spatial dimension"
 
 
@@ -42,6 +46,7 @@ class Widths:
         self.atoms: dict[str, Label] = {}
         self.norms: dict[str, list[Norm]] = {}
         self._taken: set[str] = set()
+        self._places: dict[Label, list[Place]] = {}
         self._norms_of: dict[Label, list[Norm]] = {}
         for norm in trace.norms:
             for atom in dict.fromkeys(atoms(norm.label)):
@@ -67,6 +72,7 @@ class Widths:
             for d, label in enumerate(labels):
                 for atom in dict.fromkeys(atoms(label)):
                     found.setdefault(atom, []).append(Place(name, d))
+        self._places = found
         owners = {atom: self._owner(places) for atom, places in found.items()}
         for atom in sorted(found, key=lambda atom: self._when(owners[atom])):
             self._add(atom, owners[atom], found[atom])
@@ -119,7 +125,10 @@ class Widths:
             return "vocabulary"
         inside = list(atoms(label))
         if atom in self._heads:
-            return "heads"
+            beside = [other for other in inside if other in self._heads]
+            # Keys stand in the weights of keys, values and queries.
+            fewest = min(len(self._places[other]) for other in beside)
+            return "kv_heads" if len(self._places[atom]) > fewest else "heads"
         if any(other in self._heads for other in inside):
             return "head_dim"
         growable = {other for other in inside if self._reason(other, []) is None}
@@ -230,7 +239,7 @@ class Widths:
             norm = "batch_norm"
         return Axis(
             name,
-            "heads" if part == "heads" else "width",
+            "heads" if part in ("heads", "kv_heads") else "width",
             atom.size * multiple,
             multiple,
             slots,

@@ -6,7 +6,9 @@ initialisations) would hide a wrong edit; the second on the real ones.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -74,6 +76,9 @@ def probe_of(structure: Structure) -> Probe:
     Raises:
         VerificationError: None of them runs and gives floating-point numbers.
     """
+    kept = _KEPT.get(structure)
+    if kept:
+        return kept[0]
     reason = "its outputs hold no floating-point number"
     for probe in _ways(structure):
         try:
@@ -82,11 +87,28 @@ def probe_of(structure: Structure) -> Probe:
             reason = f"{type(error).__name__}: {error}"
             continue
         if comparable(before):
-            return replace(probe, before=before)
+            found = replace(probe, before=before)
+            if kept is not None:
+                kept.append(found)
+            return found
     raise VerificationError(
         f"what a growth of {type(structure.model).__name__} does to its outputs could "
         f"not be checked: {reason}; nothing was changed"
     )
+
+
+# The probe of a structure whose checks share it, once it has been made.
+_KEPT: weakref.WeakKeyDictionary[Structure, list[Probe]] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def one_probe(structure: Structure) -> Iterator[None]:
+    """Within, the ungrown model is run once for all checks; nothing may change it."""
+    _KEPT[structure] = []
+    try:
+        yield
+    finally:
+        del _KEPT[structure]
 
 
 def _ways(structure: Structure) -> Iterator[Probe]:

@@ -106,7 +106,7 @@ def squeeze(tracer: Tracer, call: Call) -> Result:
     kept = []
     for d, dim in enumerate(source.dims):
         if d in dropped:
-            freeze(dim.label, f"{tracer.place()} squeezes it")
+            freeze(dim.label, f"{tracer.where()} squeezes it")
         else:
             kept.append(dim)
     return [Traced(kept, source.weight)]
@@ -122,7 +122,7 @@ def expand(tracer: Tracer, call: Call) -> Result:
         if old == new:
             dims.append(dim)
         else:
-            freeze(dim.label, f"{tracer.place()} broadcasts it")
+            freeze(dim.label, f"{tracer.where()} broadcasts it")
             dims.append(Dim(fresh(new)))
     return [Traced(dims, source.weight)]
 
@@ -137,7 +137,7 @@ def repeat(tracer: Tracer, call: Call) -> Result:
     for dim, before, after in zip(inner, old, sizes, strict=True):
         if before == 1 and after > 1:
             # A single entry is repeated as a broadcast would be.
-            freeze(dim.label, f"{tracer.place()} repeats it")
+            freeze(dim.label, f"{tracer.where()} repeats it")
             dims.append(Dim(fresh(after)))
             continue
         # Copies lie one behind the other: the outer factor numbers them.
@@ -159,7 +159,7 @@ def slice_(tracer: Tracer, call: Call) -> Result:
     if start < 0:
         start = max(start + full, 0)
     if step != 1 or kept in (0, 1):
-        reason = f"{tracer.place()} picks entries of it by index"
+        reason = f"{tracer.where()} picks entries of it by index"
         if kept == 1:
             freeze_at(label, start, reason)
         else:
@@ -177,7 +177,7 @@ def slice_(tracer: Tracer, call: Call) -> Result:
 def select(tracer: Tracer, call: Call) -> Result:
     source, d = tracer.of(call.inputs[0]), call.dim()
     reason, label = (
-        f"{tracer.place()} picks entries of it by index",
+        f"{tracer.where()} picks entries of it by index",
         source.dims[d].label,
     )
     if "index" in call.arguments:
@@ -257,7 +257,7 @@ def constant_pad(tracer: Tracer, call: Call) -> Result:
         left, right = pad[2 * pair], pad[2 * pair + 1]
         d = len(dims) - 1 - pair
         if left < 0 or right < 0:
-            freeze(dims[d].label, f"{tracer.place()} crops it")
+            freeze(dims[d].label, f"{tracer.where()} crops it")
             dims[d] = Dim(fresh(call.outputs[0].shape[d], "cropped"))
         elif left or right:
             before, after = Label(left, "padding"), Label(right, "padding")
@@ -271,7 +271,7 @@ def ordered(tracer: Tracer, call: Call) -> Result:
     chosen = call.arguments.get("dims", call.arguments.get("dim", -1))
     if isinstance(chosen, int):
         chosen = [chosen]
-    reason = f"{tracer.place()}: {call.name} depends on the order of its entries"
+    reason = f"{tracer.where()}: {call.name} depends on the order of its entries"
     for d in list(chosen) or range(len(dims)):
         freeze(dims[d].label, reason)
     shape = call.inputs[0].shape
@@ -289,7 +289,7 @@ def index(tracer: Tracer, call: Call) -> Result:
     source, out = tracer.dims(call.inputs[0]), call.outputs[0]
     indices = call.arguments["indices"]
     at = [d for d, one in enumerate(indices) if one is not None]
-    reason = f"{tracer.place()} picks entries of it by index"
+    reason = f"{tracer.where()} picks entries of it by index"
     for d in at:
         written = getattr(indices[d], "constant", None)
         if written is not None and written.numel() == 1:  # x[..., [-2], :]
@@ -310,7 +310,7 @@ def index(tracer: Tracer, call: Call) -> Result:
 
 def gather(tracer: Tracer, call: Call) -> Result:
     source, chosen = tracer.dims(call.inputs[0]), call.dim()
-    freeze(source[chosen].label, f"{tracer.place()} picks entries of it by index")
+    freeze(source[chosen].label, f"{tracer.where()} picks entries of it by index")
     dims = unknown(call.outputs[0].shape)
     places = call.inputs[-1]
     for d, size in enumerate(call.inputs[0].shape):
@@ -331,7 +331,7 @@ def scatter(tracer: Tracer, call: Call) -> Result:
     """
     target, chosen = call.inputs[0], call.dim()
     dims = tracer.dims(target)
-    reason = f"{tracer.place()}: {call.name} picks entries of it by index"
+    reason = f"{tracer.where()}: {call.name} picks entries of it by index"
     freeze(dims[chosen].label, reason)
     for tensor in call.inputs[1:]:
         if tensor.dim() != target.dim():
@@ -351,7 +351,7 @@ def put(tracer: Tracer, call: Call) -> Result:
     if any(one is None or one.dtype == torch.bool for one in indices):
         return None
     for d in range(len(indices)):
-        freeze(dims[d].label, f"{tracer.place()} picks entries of it by index")
+        freeze(dims[d].label, f"{tracer.where()} picks entries of it by index")
     values = call.arguments["values"]
     for own, dim in zip(
         reversed(tracer.dims(values)), reversed(dims[len(indices) :]), strict=False
@@ -399,7 +399,7 @@ def fourier(tracer: Tracer, call: Call) -> Result:
     dims, out = tracer.dims(call.inputs[0]), call.outputs[0]
     result = as_data(dims)
     for d in call.arguments["dim"]:
-        freeze(dims[d].label, f"{tracer.place()}: a Fourier transform runs over it")
+        freeze(dims[d].label, f"{tracer.where()}: a Fourier transform runs over it")
         result[d] = unknown([out.shape[d]], "frequencies")[0]
     return [Traced(result)]
 
@@ -429,7 +429,7 @@ def written_to(tracer: Tracer, call: Call) -> Result:
     """A tensor some of whose entries along one dimension are others now."""
     target, d = call.inputs[0], call.dim()
     dims = tracer.dims(target)
-    freeze(dims[d].label, f"{tracer.place()}: {call.name} picks entries of it by index")
+    freeze(dims[d].label, f"{tracer.where()}: {call.name} picks entries of it by index")
     for source in call.inputs[1:]:
         own = tracer.dims(source)
         others = [*dims[:d], *dims[d + 1 :]]
@@ -446,7 +446,7 @@ def diagonal(tracer: Tracer, call: Call) -> Result:
     rank = len(source.dims)
     first, second = (call.arguments[key] % rank for key in ("dim1", "dim2"))
     for d in (first, second):
-        freeze(source.dims[d].label, f"{tracer.place()} takes its diagonal")
+        freeze(source.dims[d].label, f"{tracer.where()} takes its diagonal")
     kept = [dim for d, dim in enumerate(source.dims) if d not in (first, second)]
     return [Traced([*kept, *unknown(call.outputs[0].shape[-1:], _PICKED)])]
 
@@ -457,7 +457,7 @@ def turned(tracer: Tracer, call: Call) -> Result:
     first, second = call.arguments["dims"]
     for d in (first, second):
         freeze(
-            dims[d].label, f"{tracer.place()}: rot90 depends on the order of entries"
+            dims[d].label, f"{tracer.where()}: rot90 depends on the order of entries"
         )
     if call.arguments["k"] % 2:
         dims[first], dims[second] = dims[second], dims[first]
@@ -467,7 +467,7 @@ def turned(tracer: Tracer, call: Call) -> Result:
 def picked(tracer: Tracer, call: Call) -> Result:
     """The entry of a rank along one dimension."""
     dims, d = as_data(tracer.dims(call.inputs[0])), call.dim(default=-1)
-    freeze(dims[d].label, f"{tracer.place()}: {call.name} picks one of its entries")
+    freeze(dims[d].label, f"{tracer.where()}: {call.name} picks one of its entries")
     kept = [Dim(UNIT)] if call.arguments.get("keepdim", False) else []
     dims = [*dims[:d], *kept, *dims[d + 1 :]]
     return [Traced(list(dims)) for _ in call.outputs]
