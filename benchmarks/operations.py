@@ -26,7 +26,7 @@ EFFECTS = {
     "cuts or joins it": "slice_ split glu cat constant_pad from_channels into_channels channel_shuffle",
     "freezes the dimension that it picks from, turns or orders": "select index gather scatter put ordered picked turned fourier diagonal",
     "freezes positions, keeps channels": "spatial",
-    "makes units of a weight, or reads them": "embedding bag matmul grouped convolution attention",
+    "makes units of a weight, or reads them": "embedding bag matmul bilinear grouped convolution attention",
     "mixes the dimension that it runs over": "layer_norm group_norm batch_norm softmax class_loss reduce loss distances",
 }
 

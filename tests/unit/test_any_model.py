@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 import meristem as ms
-from meristem.structure import discover
+from meristem.structure import discover, resolve
 from meristem.structure.ops import OPERATIONS
 from meristem.structure.tracer import Operation
 from meristem.structure.twin import submodule
@@ -1280,6 +1280,32 @@ def test_blocks_in_a_dict_are_a_run() -> None:
     assert list(net.blocks)[:3] == ["layer0", "layer1", "layer2"]
 
 
+class ByKernel(nn.Module):
+    """Attention by one of the kernels that a GPU has."""
+
+    def __init__(self, kernel: str) -> None:
+        super().__init__()
+        self.kernel, self.heads = kernel, 4
+        self.qkv, self.out = nn.Linear(16, 96), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        fused = self.qkv(x).view(batch, length, 3, self.heads, 8)
+        attend = getattr(torch.ops.aten, f"_scaled_dot_product_{self.kernel}_attention")
+        more = () if self.kernel == "flash" else (None, True)
+        mixed = attend(*fused.permute(2, 0, 3, 1, 4), *more)[0]
+        return x + self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
+
+
+@pytest.mark.parametrize("kernel", ["flash", "efficient", "cudnn"])
+def test_heads_are_found_through_the_kernels_of_a_gpu(kernel: str) -> None:
+    """On tensors without data: none of them runs here."""
+    net = ByKernel(kernel)
+    structure = discover.Structure(net, torch.randn(2, 7, 16))
+    assert structure.fake
+    assert resolve(structure, {"qkv:heads": 1}).refusal is None
+
+
 class GroupedQueries(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -1306,3 +1332,21 @@ def test_keys_and_the_queries_of_a_key_have_names_of_their_own() -> None:
     assert (net.heads, net.kv) == (9, 3)
     grows(net, "q:heads", x, 1)
     assert (net.heads, net.kv) == (12, 3)
+
+
+class TwoSides(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 6), nn.Linear(4, 8)
+        self.meet, self.out = nn.Bilinear(6, 8, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.out(self.meet(self.left(x).relu(), self.right(y).relu()))
+
+
+def test_both_sides_of_a_bilinear_layer_grow() -> None:
+    net, example = TwoSides(), (torch.randn(4, 3), torch.randn(4, 4))
+    for axis in ("left", "right", "meet"):
+        grows(net, axis, example)
+    assert net.meet.weight.shape == (7, 8, 10)
+    assert (net.meet.in1_features, net.meet.in2_features) == (8, 10)

@@ -74,6 +74,22 @@ def matmul(tracer: Tracer, call: Call) -> Result:
     return [known]
 
 
+def bilinear(tracer: Tracer, call: Call) -> Result:
+    """(N, I) and (N, J) with a weight (O, I, J) -> (N, O), as nn.Bilinear has it."""
+    first, weight, second = call.inputs[:3]
+    if first.dim() != 2 or weight.dim() != 3 or second.dim() != 2:
+        return None
+    rows, left = tracer.dims(first)
+    others, right = tracer.dims(second)
+    made, reads_left, reads_right = tracer.dims(weight)
+    unify(rows.label, others.label)
+    tracer.contract(left, reads_left)
+    tracer.contract(right, reads_right)
+    tracer.produce([made])
+    tracer.count([rows.label, made.label, left.label, right.label])
+    return [Traced(as_data([rows, made]))]
+
+
 def grouped(tracer: Tracer, call: Call) -> Result:
     """Rows by experts, (T, K) and (E, K, N) -> (T, N): whose row it is, offsets say."""
     first, second = call.inputs[:2]
