@@ -42,9 +42,9 @@ SAMPLE = {"hidden": 3, "stream": 1, "heads": 2, "depth": 2, "end": 1}
 
 
 def kind_of(axis: ms.Axis) -> str:
-    """hidden, stream (a norm runs over it), heads, depth (a run of blocks), chain, end."""
+    """hidden, stream (a norm runs over it), heads, depth (a run of blocks), chain, end, input."""
     if axis.end:
-        return "end"
+        return "input" if axis.end == "input" else "end"
     if axis.kind == "depth":
         return "chain" if axis.size == 1 and axis.name.endswith(":depth") else "depth"
     if axis.kind == "heads":
@@ -149,7 +149,7 @@ def examine(name: str) -> dict[str, Any]:
     axes = ms.find_axes(model, example)
     record["find_axes"] = time.process_time() - started
     listed: dict[str, list[str]] = {}
-    for axis in (*axes.values(), *axes.ends.values()):
+    for axis in (*axes.values(), *axes.ends.values(), *axes.inputs.values()):
         listed.setdefault(kind_of(axis), []).append(axis.name)
     record["axes"] = listed
     record["frozen"] = axes.frozen

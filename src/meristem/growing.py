@@ -52,7 +52,8 @@ def find_axes(model: nn.Module, example: Any, axes: str | Sequence[str] = "*") -
     after the container of its blocks ("h"), a second run there "h:2". Where a layer
     fits into a chain, the depth is named after the layer that it would stand behind or,
     at the output, in front of ("fc1:depth"). `.frozen` maps what cannot grow to the
-    reason, `.ends` holds the model's classes and vocabulary.
+    reason; `.ends` holds the model's classes and vocabulary, `.inputs` the features that
+    it reads.
 
     Args:
         model: Any module that runs.

@@ -1350,3 +1350,75 @@ def test_both_sides_of_a_bilinear_layer_grow() -> None:
         grows(net, axis, example)
     assert net.meet.weight.shape == (7, 8, 10)
     assert (net.meet.in1_features, net.meet.in2_features) == (8, 10)
+
+
+# -- features as the third end
+
+
+FEATURES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
+    "mlp": (
+        lambda: nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2)),
+        lambda n: torch.randn(4, n),
+    ),
+    "convolutions": (
+        lambda: nn.Sequential(
+            nn.Conv2d(5, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(72, 2),
+        ),
+        lambda n: torch.randn(2, n, 5, 5),
+    ),
+    "batch_norm_first": (
+        lambda: nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 3)),
+        lambda n: torch.randn(4, n),
+    ),
+    "flattened": (
+        lambda: nn.Sequential(
+            nn.Flatten(), nn.Linear(15, 6), nn.Tanh(), nn.Linear(6, 2)
+        ),
+        lambda n: torch.randn(4, n, 3),
+    ),
+    "recurrent": (lambda: Last(), lambda n: torch.randn(2, 7, n)),
+}
+
+
+class Last(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.out = nn.LSTM(5, 6, batch_first=True), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.rnn(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_input_features_are_an_end_that_grows(name: str) -> None:
+    make_net, features = FEATURES[name]
+    net, x = make_net(), features(5)
+    before = outputs(net, x)
+    axes = ms.find_axes(net, x)
+    (end,) = [name for name, axis in axes.inputs.items() if axis.size == 5]
+    assert end not in axes
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    growth = ms.grow_(net, {end: 2}, x, optimizer=optimizer)
+    assert growth.after == {end: 7}
+    wide = features(7)
+    wide[:, :5] = x if name != "recurrent" else wide[:, :5]
+    if name == "recurrent":
+        wide[..., :5] = x
+    torch.testing.assert_close(outputs(net, wide), before, atol=1e-6, rtol=1e-5)
+    # The new features are read from the first step on.
+    net.train()(wide).square().mean().backward()
+    optimizer.step()
+    grows(net, next(iter(ms.find_axes(net, wide))), wide)
+    ms.narrow_(net, {end: 2}, wide)
+    net(x)
+
+
+def test_features_that_more_than_a_weight_reads_stay() -> None:
+    normed = nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 3))
+    axes = ms.find_axes(normed, torch.randn(4, 5))
+    assert not axes.inputs
+    assert "an input of the model" in axes.frozen.values()

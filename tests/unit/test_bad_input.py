@@ -74,9 +74,9 @@ def test_unknown_axis_names_the_nearest(net: Any) -> None:
     unchanged(
         model,
         opt,
-        lambda: ms.grow_(model, {"fc1:in": 3}, x, optimizer=opt),
+        lambda: ms.grow_(model, {"fc1:out": 3}, x, optimizer=opt),
         ms.UnknownAxis,
-        "an input of the model",
+        r"Did you mean 'fc1",
     )
     unchanged(
         model,

@@ -221,7 +221,7 @@ def test_fused_kernels_give_shapes_of_their_own_and_heads_still_grow(
         apply_edits(copied, edits)
         return copied
 
-    def example_on_cuda(self: Structure, mode: Any) -> Example:
+    def example_on_cuda(self: Structure, mode: Any, changes: Any = None) -> Example:
         with mode:
             return Example((torch.empty((2, 7, 12), device="cuda"),), {})
 

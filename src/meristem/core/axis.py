@@ -58,7 +58,8 @@ class Axis:
         slots: Every tensor dimension that follows it.
         norm: What normalises the units on their way: "batch_norm", "layer_norm",
             "rms_norm" or None.
-        end: "output" or "vocabulary" where the axis is an end of the model, else None.
+        end: "output", "vocabulary" or "input" where the axis is an end of the model, else
+            None.
         grain: How many units make one entry of a layout. Fewer than `multiple` where
             other axes grow with it.
     """
@@ -88,7 +89,7 @@ class Axes(Mapping[str, Axis]):
     """The axes of one model by name; prints as a table.
 
     `frozen` maps what cannot grow to the reason. `ends` holds the model's classes and
-    vocabulary, which grow only when they are named.
+    vocabulary, `inputs` the features that it reads: these grow only when they are named.
     """
 
     def __init__(
@@ -98,7 +99,10 @@ class Axes(Mapping[str, Axis]):
         frozen: Mapping[str, str],
     ) -> None:
         self._axes = dict(axes)
-        self.ends = dict(ends)
+        self.ends: dict[str, Axis] = {}
+        self.inputs: dict[str, Axis] = {}
+        for name, axis in ends.items():
+            (self.inputs if axis.end == "input" else self.ends)[name] = axis
         self.frozen = dict(frozen)
 
     def __getitem__(self, name: str) -> Axis:
@@ -116,18 +120,23 @@ class Axes(Mapping[str, Axis]):
     def __len__(self) -> int:
         return len(self._axes)
 
+    @property
+    def every_end(self) -> dict[str, Axis]:
+        """Classes, vocabulary and features."""
+        return self.ends | self.inputs
+
     def named(self, name: str) -> Axis:
         """The axis or end called `name`."""
-        full = self.full(name)
-        return self.ends[full] if full in self.ends else self[full]
+        full, ends = self.full(name), self.every_end
+        return ends[full] if full in ends else self[full]
 
     def full(self, name: str) -> str:
         """The whole name of an axis, where its end is enough: "layers" for
         "model.layers", if no other axis ends so.
         """
-        if name in self._axes or name in self.ends or name in self.frozen:
+        if name in self._axes or name in self.every_end or name in self.frozen:
             return name
-        known = [*self._axes, *self.ends]
+        known = [*self._axes, *self.every_end]
         ending = [other for other in known if other.endswith(f".{name}")]
         return ending[0] if len(ending) == 1 else name
 
@@ -137,7 +146,7 @@ class Axes(Mapping[str, Axis]):
         """
         if name in self.frozen:
             return UnknownAxis(f"axis {name!r} cannot grow: {self.frozen[name]}")
-        known = [*self._axes, *self.ends]
+        known = [*self._axes, *self.every_end]
         # "c_fc" for "h.0.mlp.c_fc": the end of a name is what people remember.
         ending = [other for other in known if other.rpartition(".")[2] == name]
         if ending:
@@ -157,7 +166,7 @@ class Axes(Mapping[str, Axis]):
             rows.append(
                 (axis.name, axis.kind, str(axis.size), str(axis.multiple), _slots(axis))
             )
-        for axis in self.ends.values():
+        for axis in self.every_end.values():
             rows.append(
                 (
                     axis.name,

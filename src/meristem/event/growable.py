@@ -28,9 +28,9 @@ def growable(
     what fails. Depths whose new blocks cannot preserve the function count where `how`
     names a method that does not claim to.
     """
-    trial = _Trial(structure, {**structure.axes, **structure.axes.ends})
+    trial = _Trial(structure, {**structure.axes, **structure.axes.every_end})
     found = structure.axes
-    candidates = {**found, **found.ends}
+    candidates = {**found, **found.every_end}
     refused = dict(found.frozen)
     held = held_weakly(structure.tensors, structure.model)
     for name, axis in candidates.items():
@@ -43,7 +43,8 @@ def growable(
     for name, axis in found.items():
         if name not in refused and matches(name, patterns):
             kept[name] = axis
-    ends = {name: axis for name, axis in found.ends.items() if name not in refused}
+    every = found.every_end
+    ends = {name: axis for name, axis in every.items() if name not in refused}
     return Axes(kept, ends, refused)
 
 

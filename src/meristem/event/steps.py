@@ -593,6 +593,8 @@ def _health(
     batches = [lab.cut(b, HEALTH_EXAMPLES) for b in lab.batches[:HEALTH_BATCHES]]
     figures: dict[str, Figures] = {}
     units, _ = apart(_axes(event, plan))
+    if any(axis.end == "input" for axis in units):
+        return health  # the batches have the old features
     if units and draft.settled is None:
         copied = grown_twin(event.structure, values, replace(plan, counts=()))
         new = {}

@@ -73,7 +73,9 @@ class Random:
             blocks = Blocks(insertion, fresh_blocks(lab, insertion))
             return Offer(axis.name, count, blocks=blocks)
         strips = neutral(lab, axis, count, self.zero, self.scale)
-        if self.zero != "fan_out" or not lab.measures:
+        # Batches have none of the features that an input end adds.
+        measures = lab.measures and axis.end != "input"
+        if self.zero != "fan_out" or not measures:
             return Offer(axis.name, count, strips)
         with counting() as counter:
             strips = awake(lab, axis, count, strips)

@@ -1,6 +1,12 @@
 """What can grow: labels for every tensor dimension of a traced model, axes, and plans."""
 
-from meristem.structure.discover import Structure, known_example, proved, structure_of
+from meristem.structure.discover import (
+    Structure,
+    known_example,
+    proved,
+    structure_of,
+    with_features,
+)
 from meristem.structure.kinds import apart, flops
 from meristem.structure.planning import (
     clash,
@@ -24,6 +30,7 @@ __all__ = [
     "resolve",
     "sized",
     "structure_of",
+    "with_features",
     "with_insertions",
     "with_mirrors",
 ]

@@ -111,7 +111,7 @@ class _Followers:
                 f"({error})"
             )
         stack = ModuleStack(copied)
-        args, kwargs = structure.example_for(mode)
+        args, kwargs = structure.example_for(mode, self._plan.changes)
         try:
             with looking(mode), Sums():
                 copied(*args, **kwargs)

@@ -7,17 +7,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meristem.core.axis import Axes, Place
-from meristem.core.change import AttributeChange, Plan, Sources
+from meristem.core.change import AttributeChange, Plan, Sources, index
 from meristem.core.errors import DiscoveryError, GrowthRefused
 from meristem.structure.alike import Alike, find_alike
 from meristem.structure.chains import activation_at, find_places
 from meristem.structure.depth import Depth
-from meristem.structure.labels import Label, atoms, mark_end, positions
+from meristem.structure.labels import (
+    Changes,
+    Label,
+    atoms,
+    mark_end,
+    positions,
+    sources,
+)
 from meristem.structure.layers import beside_weights, channel_of, contracts
 from meristem.structure.ops import operation_of
 from meristem.structure.ops.written import follow
@@ -72,7 +80,7 @@ class Structure:
         labels: One label for each dimension of the model's tensors.
         atoms: The label that an axis changes, by axis name.
         norms: The layer and RMS norms over an axis, by axis name.
-        outputs: Labels of the model's output tensors.
+        inputs, outputs: Labels of the tensors of the call, and of what it gives.
         losses: Which of these are the loss of a classification.
         depths: Where the blocks of each depth axis stand.
         alike: Which blocks are alike.
@@ -94,6 +102,7 @@ class Structure:
         self.together: dict[str, Mapping[str, int]] = {}
         self._fakes: dict[str, Tensor] = {}
         self.mode: FakeTensorMode | None = None
+        self.inputs: list[list[Label]] = []
         self._trace_with_fallback()
         self.mode = fake_mode(self.fake)
         widths = Widths(model, self.trace, self.labels)
@@ -105,7 +114,7 @@ class Structure:
     def inherit(self, before: Structure) -> None:
         """Take over the verdicts on the same axes of the model before it grew."""
         same = list(self.axes) == list(before.axes)
-        if same and list(self.axes.ends) == list(before.axes.ends):
+        if same and list(self.axes.every_end) == list(before.axes.every_end):
             self.verdicts = dict(before.verdicts)
             self.tie(before.together)
 
@@ -115,7 +124,7 @@ class Structure:
         for name, steps in groups.items():
             axes[name] = replace(axes[name], multiple=steps[name])
         self.together |= groups
-        self.axes = Axes(axes, self.axes.ends, self.axes.frozen)
+        self.axes = Axes(axes, self.axes.every_end, self.axes.frozen)
         # What was refused alone may grow now.
         self.plans.clear()
 
@@ -209,8 +218,11 @@ class Structure:
         self, copied: nn.Module, tracer: Tracer, mode: FakeTensorMode | None
     ) -> Any:
         args, kwargs = self.example_for(mode)
+        self.inputs = []
         for tensor in tensors((args, kwargs)):
-            tensor._meristem = _labelled_input(tensor)  # type: ignore[attr-defined]
+            known = _labelled_input(tensor)
+            tensor._meristem = known  # type: ignore[attr-defined]
+            self.inputs.append([dim.label for dim in known.dims])
         with looking(mode), tracer:
             return copied(*args, **kwargs)
 
@@ -329,16 +341,48 @@ class Structure:
             self._fakes[name] = made
         return self._fakes[name]
 
-    def example_for(self, mode: FakeTensorMode | None) -> Example:
-        """The example, copied; without data under a fake mode."""
+    def example_for(
+        self, mode: FakeTensorMode | None, changes: Changes | None = None
+    ) -> Example:
+        """The example, copied, with the features that a plan adds; without data under a
+        fake mode.
+        """
+        grown = with_features(self, self.example, changes or {})
 
         def convert(tensor: Tensor) -> Tensor:
             if mode is None:
                 return tensor.detach().clone()
             return mode.from_tensor(tensor.detach())
 
-        example: Example = map_tensors(self.example, convert)
+        example: Example = map_tensors(grown, convert)
         return example
+
+
+def with_features(structure: Structure, example: Example, changes: Changes) -> Example:
+    """A call with random values in the features that a plan adds to its tensors."""
+    if not changes:
+        return example
+    labels = iter(structure.inputs)
+    grown: Example = map_tensors(
+        example, lambda tensor: _widened(tensor, next(labels), changes)
+    )
+    return grown
+
+
+def _widened(tensor: Tensor, labels: Sequence[Label], changes: Changes) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    for d, label in enumerate(labels):
+        source = sources(label, changes)
+        if len(source) == tensor.shape[d] and bool((source >= 0).all()):
+            continue
+        kept = tensor.detach().index_select(
+            d, index(np.maximum(source, 0)).to(tensor.device)
+        )
+        shape = [-1 if i == d else 1 for i in range(tensor.dim())]
+        drawn = torch.randn(len(source), generator=generator).to(tensor).reshape(shape)
+        is_new = torch.from_numpy(source < 0).to(tensor.device).reshape(shape)
+        tensor = torch.where(is_new, drawn, kept)
+    return tensor
 
 
 def _labelled(copied: nn.Module) -> dict[str, list[Label]]:
@@ -369,6 +413,12 @@ def _labelled_input(tensor: Tensor) -> Traced:
     known = opaque(tensor, _INPUT)
     if tensor.dim() and len(tensor) == 1:
         known.dims[0] = Dim(Label(1, _INPUT))
+    # Features may come, where a weight alone reads them; numbers of tokens may not.
+    if tensor.is_floating_point():
+        for d, size in enumerate(tensor.shape):
+            if d and size > 1:
+                known.dims[d] = Dim(Label(size))
+                mark_end(known.dims[d].label, "input")
     return known
 
 
@@ -390,7 +440,7 @@ def _makes_output(one: Pass, copied: nn.Module, tracer: Tracer) -> bool:
         return False
     given = one.outputs[0]
     label = tracer.dims(given)[channel_of(module, given)].label
-    return any(atom.end is not None for atom in atoms(label))
+    return any(atom.end not in (None, "input") for atom in atoms(label))
 
 
 _STRUCTURES: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Structure]] = (

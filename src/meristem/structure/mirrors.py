@@ -154,7 +154,7 @@ def _meant(structure: Structure, held: _Held, numbering: set[Label]) -> list[Lab
                 of_heads = all(atom in numbering for atom in atoms(part))
                 if heads and of_heads and not _right_heads(structure, held, part):
                     continue
-                of_ends = any(atom.end is not None for atom in atoms(part))
+                of_ends = any(atom.end not in (None, "input") for atom in atoms(part))
                 fits = not of_heads and (outer or not of_ends)
                 if heads or ends:
                     fits = of_heads if heads else of_ends

@@ -107,7 +107,9 @@ def sized(structure: Structure, wishes: Wishes) -> Plan:
         added += more[0]
         spent += more[1]
     outputs: list[tuple[Sources, ...] | None] = []
-    ends = any(name in structure.axes.ends for name in asked)
+    ends = any(
+        structure.axes.named(name).end in ("output", "vocabulary") for name in asked
+    )
     for labels, is_loss in zip(structure.outputs, structure.losses, strict=True):
         kept = tuple(sources(label, changes) for label in labels)
         # More classes change the loss that a forward gives, and may.

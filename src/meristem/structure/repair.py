@@ -209,7 +209,7 @@ class Search:
         structure = self._structure
         mode = structure.mode
         copied = structure.twin_of_shape(self._shapes, edits, mode).eval()
-        args, kwargs = structure.example_for(mode)
+        args, kwargs = structure.example_for(mode, self._plan.changes)
         stack = ModuleStack(copied)
         # Only the names of the running modules are needed.
         stack.close()

@@ -21,6 +21,7 @@ Where several queries share a key, "kv_heads" counts keys with all their queries
 "heads" the queries of each key.
 """
 _SPATIAL = "a spatial dimension"
+_INPUT = "an input of the model"
 
 
 class Widths:
@@ -185,6 +186,8 @@ class Widths:
         """Why an atom cannot grow, or None. Without places, only the atom is judged."""
         if atom.frozen is not None:
             return atom.frozen
+        if atom.end == "input" and (not places or atom.mixes):
+            return _INPUT
         # More classes may change the loss that a forward gives, see `Trace.excused`.
         excused = self._trace.excused if atom.end is not None else set()
         mixes = atom.mixes - excused
@@ -203,6 +206,8 @@ class Widths:
         roles = {self._role(place) for place in places}
         if atom.end == "output" and roles == {"fan_out"}:
             return "an output that no parameter produces"
+        if atom.end == "input" and ("fan_in" in roles or "fan_out" not in roles):
+            return _INPUT
         if atom.end is not None:
             return None
         if "fan_out" not in roles:

@@ -22,7 +22,7 @@ from meristem.core.axis import Axis, Place, Slot
 from meristem.core.change import NO_CHANGE, Insertion, Plan, Sources, index
 from meristem.core.errors import GrowthRefused, VerificationError
 from meristem.core.offer import Blocks, Offer, Scaling
-from meristem.structure import Structure, resolve
+from meristem.structure import Structure, resolve, with_features
 from meristem.structure.insertion import insert
 from meristem.structure.tracer import tensors
 from meristem.structure.twin import (
@@ -518,6 +518,7 @@ def run(
     It holds `values`, and is grown by a plan; random layers are seeded alike.
     """
     copied = grown_twin(structure, values, plan, blocks).eval()
+    example = with_features(structure, example, plan.changes)
     # Tensors that are no parameters and no buffers stand in the model's own precision.
     with undisturbed(), looking(None), _InDouble():
         # Models that draw numbers in eval mode draw the same ones twice.
