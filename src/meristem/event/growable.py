@@ -279,5 +279,8 @@ def _why_inexact(axis: Axis, error: str) -> str:
         return error
     if axis.streamed and axis.norm is not None:
         norm = axis.norm.replace("_", " ")
-        return f"a {norm} normalises over it, and its producers do not feed it directly"
+        return (
+            f"a {norm} normalises over it, and its producers do not feed it directly. "
+            "hint: the stream of a pre-norm model grows, and any under RMS norms"
+        )
     return "the model's code depends on its size: the outputs would change"

@@ -467,7 +467,8 @@ class Tracer(TorchDispatchMode):
     def line(self) -> str:
         """The line of the model's own code that is running, as "model.py:12"."""
         frame: FrameType | None = sys._getframe()
-        while frame is not None:
+        # Outside of the traced call there is only who asked for it.
+        while frame is not None and frame.f_code.co_name != "_labelled_run":
             path = frame.f_code.co_filename
             if is_models(path):
                 return f"{path.rpartition('/')[2]}:{frame.f_lineno}"

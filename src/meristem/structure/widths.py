@@ -87,7 +87,7 @@ class Widths:
             # Kernel sizes are no units; nobody looks for them in the table.
             hidden = self._role(owner) == "fan_in" or atom.frozen != _SPATIAL
             if hidden and atom.size > 1:
-                self.frozen[name] = reason
+                self.frozen[name] = told(reason)
                 self._taken.add(name)
             return
         self._taken.add(name)
@@ -272,6 +272,34 @@ class Widths:
         if buffer:
             fill = self._fill_beside(place, fill)
         return Slot(place.name, place.dim, role, fill, buffer, self._tied(place))
+
+
+# What can be done about a reason, by what it says.
+_REMEDIES: tuple[tuple[str, str], ...] = (
+    ("attention scores sum over it", "the heads of that module may grow"),
+    ("multiplies two computed tensors", "other axes of that module may grow"),
+    ("is a buffer", "make it a parameter, or compute it in the forward"),
+    ("over the channels of a group", "whole groups may grow"),
+    (
+        "picks entries of it by index",
+        "what stands at no fixed place may grow beside it",
+    ),
+    ("numbers its experts", "the width of the experts may grow"),
+    ("an index of stacked parts", "what is stacked may grow"),
+    ("frequencies", "the channels beside them may grow"),
+    ("real and imaginary parts", "other axes of that module may grow"),
+    ("no rule for the operation", "report it, with the model"),
+    ("depends on the order", "other axes of that module may grow"),
+    ("not use it", "pass an example on which it is used"),
+)
+
+
+def told(reason: str) -> str:
+    """A reason with what can be done about it."""
+    for part, remedy in _REMEDIES:
+        if part in reason:
+            return f"{reason}. hint: {remedy}"
+    return reason
 
 
 def _all_atoms(labels: Sequence[Label]) -> set[Label]:
