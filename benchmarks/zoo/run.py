@@ -12,6 +12,7 @@ narrowing back, a step of AdamW, a round trip through a checkpoint, and CPU seco
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import os
@@ -107,10 +108,8 @@ def grow_one(name: str, axis: ms.Axis, round_trip: bool) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     train(model, example, optimizer)
     optimizer.zero_grad()
-    before, bits = (
-        call(model, example),
-        {k: v.clone() for k, v in model.state_dict().items()},
-    )
+    # With its metadata, which some models look for.
+    before, bits = call(model, example), copy.deepcopy(model.state_dict())
     started = time.process_time()
     count = 1 if axis.kind == "depth" else axis.multiple
     growth = ms.grow_(model, {axis.name: count}, example, optimizer=optimizer)

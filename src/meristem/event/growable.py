@@ -125,7 +125,11 @@ class _Trial:
             if self._verdicts["grows", name] is None:
                 self._verdicts["grows", name] = self._unread(name)
         left = [name for name in deep if self._verdicts["grows", name] is None]
-        for group in self._levels(left):
+        # Those that could not be silenced would fail the others.
+        loud = [name for name in left if name in self._structure.loud]
+        for name in loud:
+            self._halve([name], "exact", self._changes_depth)
+        for group in self._levels([name for name in left if name not in loud]):
             self._halve(group, "exact", self._changes_depth)
 
     def _levels(self, names: Sequence[str]) -> list[list[str]]:

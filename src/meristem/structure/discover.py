@@ -87,6 +87,7 @@ class Structure:
         plans: What has been resolved so far.
         silences: What tensors of a new block hold where it adds nothing, by depth axis,
             as far as that is known.
+        loud: Depth axes of which no new block was found that adds nothing.
         verdicts: Why an axis cannot grow, or None, as far as that has been tried.
         together: The steps of all axes that grow together with an axis, by its name.
     """
@@ -97,6 +98,7 @@ class Structure:
         self._model = weakref.ref(model)
         self.example: Example = as_example(example)
         self.plans: dict[Any, Plan] = {}
+        self.loud: set[str] = set()
         self.silences: dict[str, Mapping[str, float]] = {}
         self.verdicts: dict[Any, str | None] = {}
         self.together: dict[str, Mapping[str, int]] = {}

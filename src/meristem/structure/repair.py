@@ -28,6 +28,8 @@ TRIALS = 60
 """Largest number of re-traces that the search for one plan's attributes may cost."""
 # Innermost running modules whose configs are looked into.
 _NEAR = 2
+# Re-traces that one stop of the code may cost.
+_AT_ONE = 12
 # Readings of several numbers at once that are tried.
 _READINGS = 8
 # Characters of an error that are told on.
@@ -154,12 +156,12 @@ class Search:
         for edit in self._candidates(best.running, edits):
             is_named = edit.attribute.rpartition(".")[2] in best.line.names
             (named if is_named else others).append(edit)
-        for sets in (
-            [[edit] for edit in named],
-            _together(named),
-            [[e] for e in others],
-        ):
-            improved = self._farthest(edits, best, sets)
+        before = self.left
+        ways = ([[edit] for edit in named], _together(named), [[e] for e in others])
+        for sets in ways:
+            # Where the code holds a constant no number helps: not all are tried.
+            allowed = max(_AT_ONE - (before - self.left), 0)
+            improved = self._farthest(edits, best, islice(sets, allowed))
             if improved is not None:
                 return improved
         return None

@@ -18,7 +18,7 @@ from meristem.structure.repair import Attempt, farthest
 
 _ALIGNED = re.compile(r"multiple of (\d+) bytes")
 # Re-traces that the search for ties may cost in one model.
-_MOST = 200
+_MOST = 100
 
 
 def tie(structure: Structure, refused: Sequence[str]) -> dict[str, str | None]:

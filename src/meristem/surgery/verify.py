@@ -420,11 +420,13 @@ class _Silencing:
             if is_vector and f"{self._block}.{name}" in known:
                 vectors.append(name)
         steep = False
+        self._structure.loud.add(self._axis)
         for names in (list(labelled), vectors):
             if not names or self._moved(names) > self._probe.tolerance:
                 continue
             fewest = self._fewest(names)
             if self._moved(fewest, 0.01) <= _STEEP * whole:
+                self._structure.loud.discard(self._axis)
                 return tuple(fewest)
             steep = True
         if steep:
