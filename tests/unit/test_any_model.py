@@ -1415,6 +1415,13 @@ def test_input_features_are_an_end_that_grows(name: str) -> None:
     net(x)
 
 
+def test_features_grow_where_the_example_does_not_train() -> None:
+    """One row is too few for a batch norm in train mode."""
+    net, x = nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 3)), torch.randn(1, 5)
+    (end,) = ms.find_axes(net, x).inputs
+    assert ms.grow_(net, {end: 2}, x).after == {end: 7}
+
+
 def test_features_that_more_than_a_weight_reads_stay() -> None:
     normed = nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 3))
     axes = ms.find_axes(normed, torch.randn(4, 5))

@@ -54,9 +54,8 @@ from meristem.structure.twin import (
     twin,
 )
 from meristem.structure.undisturbed import undisturbed
-from meristem.structure.widths import Widths
+from meristem.structure.widths import INPUT, Widths
 
-_INPUT = "an input of the model"
 # Classes that wrap a model, and where they hold it.
 _WRAPPERS = {
     "DistributedDataParallel": "module",
@@ -220,11 +219,14 @@ class Structure:
         self, copied: nn.Module, tracer: Tracer, mode: FakeTensorMode | None
     ) -> Any:
         args, kwargs = self.example_for(mode)
-        self.inputs = []
+        inputs = []
         for tensor in tensors((args, kwargs)):
             known = _labelled_input(tensor)
             tensor._meristem = known  # type: ignore[attr-defined]
-            self.inputs.append([dim.label for dim in known.dims])
+            inputs.append([dim.label for dim in known.dims])
+        # A pass in train mode may end before it has read them.
+        if tracer.recording:
+            self.inputs = inputs
         with looking(mode), tracer:
             return copied(*args, **kwargs)
 
@@ -412,9 +414,9 @@ def _labelled_input(tensor: Tensor) -> Traced:
 
     A leading 1 of a parameter that meets it would be taken for an axis.
     """
-    known = opaque(tensor, _INPUT)
+    known = opaque(tensor, INPUT)
     if tensor.dim() and len(tensor) == 1:
-        known.dims[0] = Dim(Label(1, _INPUT))
+        known.dims[0] = Dim(Label(1, INPUT))
     # Features may come, where a weight alone reads them; numbers of tokens may not.
     if tensor.is_floating_point():
         for d, size in enumerate(tensor.shape):

@@ -21,7 +21,7 @@ Where several queries share a key, "kv_heads" counts keys with all their queries
 "heads" the queries of each key.
 """
 _SPATIAL = "a spatial dimension"
-_INPUT = "an input of the model"
+INPUT = "an input of the model"
 
 
 class Widths:
@@ -187,7 +187,7 @@ class Widths:
         if atom.frozen is not None:
             return atom.frozen
         if atom.end == "input" and (not places or atom.mixes):
-            return _INPUT
+            return INPUT
         # More classes may change the loss that a forward gives, see `Trace.excused`.
         excused = self._trace.excused if atom.end is not None else set()
         mixes = atom.mixes - excused
@@ -207,7 +207,7 @@ class Widths:
         if atom.end == "output" and roles == {"fan_out"}:
             return "an output that no parameter produces"
         if atom.end == "input" and ("fan_in" in roles or "fan_out" not in roles):
-            return _INPUT
+            return INPUT
         if atom.end is not None:
             return None
         if "fan_out" not in roles:
