@@ -281,7 +281,7 @@ class Lab:
         plan = self.plan(axis, count)
         held = live_values(self._origin)
         copied = grown_twin(self._origin, held, plan).eval()
-        beside = [self.axes.named(name) for name in plan.after if name != axis.name]
+        beside = _beside(self.axes, plan, [axis.name], held)
         return Widened(copied, loss, plan, axis, held, beside)
 
     def sandbox(self) -> Sandbox:
@@ -320,6 +320,26 @@ def _without_data(name: str, tensor: Tensor) -> Tensor:
     return one.expand(tensor.shape)
 
 
+def _beside(
+    axes: Axes, plan: Plan, offered: Sequence[str], values: Mapping[str, Tensor]
+) -> list[tuple[Axis, Offer]]:
+    """The other axes of a plan, with new units that compute nothing."""
+    found = []
+    for name in plan.after:
+        if name not in offered:
+            axis = axes.named(name)
+            found.append((axis, silent_units(plan, axis, values)))
+    return found
+
+
+def _joined(
+    axes: Sequence[Axis], offers: Sequence[Offer], beside: Sequence[tuple[Axis, Offer]]
+) -> tuple[list[Axis], list[Offer]]:
+    """Axes and what is offered for them, those beside them included."""
+    others, silent = [axis for axis, _ in beside], [offer for _, offer in beside]
+    return [*axes, *others], [*offers, *silent]
+
+
 @dataclass
 class Widened:
     """A widened copy of the model: weights of the new units go in, losses come out.
@@ -331,7 +351,7 @@ class Widened:
         model: The copy.
         plan: The plan that it was widened by.
         axis: The axis that is wider.
-        beside: Those that grow together with it; nothing reads their new units.
+        beside: The axes that grow together with it, with new units that compute nothing.
     """
 
     model: nn.Module
@@ -339,13 +359,12 @@ class Widened:
     plan: Plan
     axis: Axis
     held: Mapping[str, Tensor] = field(repr=False)
-    beside: Sequence[Axis] = ()
+    beside: Sequence[tuple[Axis, Offer]] = ()
 
     def loss(self, strips: Mapping[Place, Tensor], batch: Any) -> Tensor:
         """The loss on one batch, in eval mode, differentiable in the strips."""
         offer = Offer(self.axis.name, self.plan.added[self.axis.name], strips)
-        offers = [offer, *(silent_units(self.plan, a, self.held) for a in self.beside)]
-        axes = [self.axis, *self.beside]
+        axes, offers = _joined([self.axis], [offer], self.beside)
         grown = grown_tensors(self.held, self.plan, axes, offers, Scaling())
         with plain_attention():
             return evaluate(
@@ -427,10 +446,9 @@ class Sandbox:
         plan = resolve(structure, {offer.axis: offer.count for offer in offers})
         axes = [structure.axes.named(offer.axis) for offer in offers]
         held = live_values(structure)
-        offered = {offer.axis for offer in offers}
-        beside = [structure.axes.named(n) for n in plan.after if n not in offered]
-        whole = [*offers, *(silent_units(plan, axis, held) for axis in beside)]
-        new = grown_tensors(held, plan, [*axes, *beside], whole, Scaling())
+        offered = [offer.axis for offer in offers]
+        beside = _beside(structure.axes, plan, offered, held)
+        new = grown_tensors(held, plan, *_joined(axes, offers, beside), Scaling())
         # The structure has changed: a new one is traced when somebody asks.
         self._lab = None
         exchange(self.model, new, plan)
