@@ -34,8 +34,8 @@ from meristem.lab.losses import Loss, mean_loss
 from meristem.statistics.curvature import Factors, compensated, measure, removal
 from meristem.structure import Structure, apart, resolve
 from meristem.structure.undisturbed import undisturbed
+from meristem.surgery.probe import grown_twin, live_values
 from meristem.surgery.tensors import grown_tensors
-from meristem.surgery.verify import grown_twin, live_values
 
 # Growth batches; two thirds to weigh units and to compensate on, the others to see
 # what that costs.

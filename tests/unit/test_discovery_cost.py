@@ -13,7 +13,7 @@ from meristem.core.example import Example
 from meristem.experiments.models import GPT
 from meristem.structure import Structure, discover, repair, resolve, structure_of
 from meristem.structure.twin import apply_edits, twin
-from meristem.surgery import lazy, verify
+from meristem.surgery import lazy, probe, silence, verify
 
 
 def gpt(depth: int, width: int = 16) -> nn.Module:
@@ -39,7 +39,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     counting(discover.Structure, "_trace", "traces")
     counting(repair.Search, "attempt", "re-traces")
-    counting(verify, "run", "runs")
+    for module in (probe, silence, verify):
+        counting(module, "run", "runs")
     return counts
 
 
@@ -145,7 +146,7 @@ def test_the_reasons_of_alike_blocks_name_their_own_modules() -> None:
 def test_a_check_needs_no_copy_of_the_weights() -> None:
     """Large weights are factored: the check holds a small share of what they are."""
     model = nn.Sequential(nn.Linear(600, 700), nn.ReLU(), nn.Linear(700, 500))
-    values = verify.random_tensors(model, torch.float64)
+    values = probe.random_tensors(model, torch.float64)
     held = 0
     for value in values.values():
         parts = [value]

@@ -14,9 +14,16 @@ from meristem.structure.kinds import apart
 from meristem.structure.ties import tie
 from meristem.structure.twin import submodule
 from meristem.surgery.exchange import held_weakly
-from meristem.surgery.verify import check_edit, one_probe, silence
+from meristem.surgery.probe import one_probe
+from meristem.surgery.silence import silence
+from meristem.surgery.verify import check_edit
 
 Reason = str | None
+
+_LOUD = (
+    "no new block of it leaves the function as it is; it grows when its method is named, "
+    "as how.Stack()"
+)
 
 
 def growable(
@@ -125,10 +132,10 @@ class _Trial:
             if self._verdicts["grows", name] is None:
                 self._verdicts["grows", name] = self._unread(name)
         left = [name for name in deep if self._verdicts["grows", name] is None]
-        # Those that could not be silenced would fail the others.
+        # Those that could not be silenced are known to change the function.
         loud = [name for name in left if name in self._structure.loud]
         for name in loud:
-            self._halve([name], "exact", self._changes_depth)
+            self._verdicts["exact", name] = _LOUD
         for group in self._levels([name for name in left if name not in loud]):
             self._halve(group, "exact", self._changes_depth)
 
@@ -271,10 +278,7 @@ class _Trial:
         except VerificationError as error:
             if "could not be checked" in str(error):
                 return str(error)
-            return (
-                "no new block of it leaves the function as it is; it grows when its "
-                "method is named, as how.Stack()"
-            )
+            return _LOUD
         return None
 
 

@@ -51,15 +51,15 @@ from meristem.surgery.aftercare import begin, check_aftercare, follow
 from meristem.surgery.exchange import OptimizerChange, check_free, exchange
 from meristem.surgery.lineage import draws_of, note_draws
 from meristem.surgery.optimizers import check_ownership, check_separable, grown_state
-from meristem.surgery.tensors import carry, edits_of, grown_tensors
-from meristem.surgery.verify import (
-    check_edit,
+from meristem.surgery.probe import (
     grown_twin,
     live_values,
     relative_change,
     rounding_gap,
     run,
 )
+from meristem.surgery.tensors import carry, edits_of, grown_tensors
+from meristem.surgery.verify import check_edit
 
 Optimizers = Optimizer | Sequence[Optimizer] | None
 Methods = How | Sequence[How] | None

@@ -18,7 +18,8 @@ from meristem.structure.depth import Depth
 from meristem.structure.insertion import Made, insert
 from meristem.structure.twin import named_tensors
 from meristem.structure.undisturbed import undisturbed
-from meristem.surgery.verify import comparable, relative_change, silence
+from meristem.surgery.probe import comparable, relative_change
+from meristem.surgery.silence import silence
 
 
 def only_runs(lab: Lab, axis: Axis, method: str) -> Depth:

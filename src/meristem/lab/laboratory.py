@@ -33,8 +33,9 @@ from meristem.structure.insertion import Made, insert
 from meristem.structure.layers import channel_of, contracts
 from meristem.structure.twin import apply_edits, named_tensors, submodule, twin
 from meristem.surgery.exchange import exchange
+from meristem.surgery.probe import grown_twin, live_values, run
 from meristem.surgery.tensors import grown_tensors, new_units
-from meristem.surgery.verify import grown_twin, live_values, run, silent_units
+from meristem.surgery.verify import silent_units
 
 Progress = Callable[[str, int, int | None], None]
 """Told what is being done, how many steps of it are done, and of how many, where known.

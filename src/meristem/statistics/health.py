@@ -26,7 +26,7 @@ from meristem.structure import Structure, apart, structure_of
 from meristem.structure.tracer import tensors as tensors_in
 from meristem.structure.twin import named_tensors, submodule, twin
 from meristem.structure.undisturbed import undisturbed
-from meristem.surgery.verify import live_values
+from meristem.surgery.probe import live_values
 
 Figures = dict[str, float]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -87,6 +88,7 @@ class Structure:
         silences: What tensors of a new block hold where it adds nothing, by depth axis,
             as far as that is known.
         loud: Depth axes of which no new block was found that adds nothing.
+        stops: How often no number of the code helped a re-trace past a line.
         verdicts: Why an axis cannot grow, or None, as far as that has been tried.
         together: The steps of all axes that grow together with an axis, by its name.
     """
@@ -98,6 +100,7 @@ class Structure:
         self.example: Example = as_example(example)
         self.plans: dict[Any, Plan] = {}
         self.loud: set[str] = set()
+        self.stops: Counter[Any] = Counter()
         self.silences: dict[str, Mapping[str, float]] = {}
         self.verdicts: dict[Any, str | None] = {}
         self.together: dict[str, Mapping[str, int]] = {}

@@ -30,6 +30,8 @@ TRIALS = 60
 _NEAR = 2
 # Re-traces that one stop of the code may cost.
 _AT_ONE = 12
+# Stops at one line which no number helped, before others are taken to be hopeless too.
+_HOPELESS = 3
 # Readings of several numbers at once that are tried.
 _READINGS = 8
 # Characters of an error that are told on.
@@ -151,6 +153,13 @@ class Search:
         First what the failing line names, each by itself and all together; then the
         other numbers that may mirror a size.
         """
+        # Several axes at once may be stopped by any of them.
+        place = best.running[-1] if best.running else ""
+        kind = type(submodule(self._structure.model, place))
+        stop = (best.line.place, kind, len(self._plan.after) > 1)
+        stops = self._structure.stops
+        if best.line.place and stops[stop] >= _HOPELESS:
+            return None
         named: list[AttributeChange] = []
         others: list[AttributeChange] = []
         for edit in self._candidates(best.running, edits):
@@ -164,6 +173,7 @@ class Search:
             improved = self._farthest(edits, best, islice(sets, allowed))
             if improved is not None:
                 return improved
+        stops[stop] += 1
         return None
 
     def spread(

@@ -32,6 +32,7 @@ def tie(structure: Structure, refused: Sequence[str]) -> dict[str, str | None]:
         None for an axis that grows and takes others along, and what is said of these.
     """
     told: dict[str, str | None] = {}
+    structure.stops.clear()
     search = _Ties(structure, refused)
     for leader in refused:
         if leader in told or search.left <= 0:

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import logging
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -260,12 +261,13 @@ def _with_value(holder: Any, path: Sequence[str], value: Any) -> Any:
 def _copied(model: nn.Module, memo: dict[int, Any], own: bool = True) -> nn.Module:
     for module in model.modules():
         for value in vars(module).values():
-            if (
-                isinstance(value, Tensor)
-                and not value.is_leaf
-                and id(value) not in memo
-            ):
+            if id(value) in memo:
+                continue
+            if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
+            # A dozen empty tables in every module are most of what a copy costs.
+            elif type(value) in (dict, OrderedDict) and not value:
+                memo[id(value)] = type(value)()
     # A hook may hold all of a training: it is not copied, but built anew below.
     hooks = [entry for entry in _hooks(model) if not _belongs_to_torch(entry.hook)]
     for entry in hooks:
@@ -323,20 +325,22 @@ def fake_mode(fake: bool) -> FakeTensorMode | None:
 
 
 @contextlib.contextmanager
-def looking(mode: FakeTensorMode | None) -> Iterator[None]:
+def looking(mode: FakeTensorMode | None, fused: bool = False) -> Iterator[None]:
     """Run a twin without gradients, without fused attention kernels, under the fake
     mode if there is one.
+
+    Args:
+        mode: The fake mode, or None for real numbers.
+        fused: Whether fused kernels may run, where nobody looks at the operations.
     """
     # The fast path of torch.nn.MultiheadAttention is one opaque operation.
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     # So is a fused recurrent layer.
-    fused = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    onednn = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = onednn and fused  # type: ignore[assignment]
     # It reports every shape that does not fit, and such shapes are tried on purpose.
-    log = logging.getLogger(
-        "torch._subclasses.fake_tensor"
-    )  # tells of every shape that does not fit: we try those
+    log = logging.getLogger("torch._subclasses.fake_tensor")
     level = log.level
     log.setLevel(logging.CRITICAL)
     try:
@@ -344,7 +348,7 @@ def looking(mode: FakeTensorMode | None) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-        torch.backends.mkldnn.enabled = fused
+        torch.backends.mkldnn.enabled = onednn
         log.setLevel(level)
 
 
