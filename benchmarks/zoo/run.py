@@ -44,8 +44,11 @@ SAMPLE = {"hidden": 3, "stream": 1, "heads": 2, "depth": 2, "end": 1}
 
 def kind_of(axis: ms.Axis) -> str:
     """hidden, stream (a norm runs over it), heads, depth (a run of blocks), chain, end, input."""
-    if axis.end:
-        return "input" if axis.end == "input" else "end"
+    if axis.end == "input":
+        return "input"
+    # The stream of a base model is its output too.
+    if axis.end and not axis.streamed:
+        return "end"
     if axis.kind == "depth":
         return "chain" if axis.size == 1 and axis.name.endswith(":depth") else "depth"
     if axis.kind == "heads":

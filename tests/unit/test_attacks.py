@@ -61,7 +61,8 @@ class TrainOnlyMean(nn.Module):
 
 def test_what_mixes_only_while_training_is_seen() -> None:
     assert (
-        "mean over it" in ms.find_axes(TrainOnlyMean(), torch.randn(4, 6)).frozen["f"]
+        "mean runs over it"
+        in ms.find_axes(TrainOnlyMean(), torch.randn(4, 6)).frozen["f"]
     )
 
 

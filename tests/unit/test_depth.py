@@ -161,10 +161,10 @@ def test_tables_follow_the_order_of_the_blocks() -> None:
     ("kind", "words"),
     [
         (Picking, "picked by index or data"),
-        (Scaled, "the stream passes through something else"),
+        (Scaled, "does not read what"),
         (Shared, "one and the same module"),
         (lambda: Net(0), "holds no block"),
-        (Counting, "the stream passes through something else"),
+        (Counting, "does not read what"),
     ],
 )
 def test_what_is_no_run_says_why(kind: Any, words: str) -> None:

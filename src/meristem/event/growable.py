@@ -46,13 +46,29 @@ def growable(
         reason = kept_by[0] if kept_by else trial.reason(name, exact)
         if reason is not None:
             refused[name] = reason
-    kept = {}
-    for name, axis in found.items():
-        if name not in refused and matches(name, patterns):
-            kept[name] = axis
-    every = found.every_end
-    ends = {name: axis for name, axis in every.items() if name not in refused}
-    return Axes(kept, ends, refused)
+    grows = [name for name in candidates if name not in refused]
+    kept = {name: found[name] for name in found if name in grows}
+    ends = {name: found.every_end[name] for name in found.every_end if name in grows}
+    told = {name: _hinted(name, reason, grows) for name, reason in refused.items()}
+    wanted = {name: axis for name, axis in kept.items() if matches(name, patterns)}
+    return Axes(wanted, ends, told)
+
+
+def _hinted(name: str, reason: str, grows: Sequence[str]) -> str:
+    """A reason with an axis of the same module that does grow, where there is one."""
+    if any(known in reason for known in ("hint:", "grows together", "it grows when")):
+        return reason
+    path = name.partition(":")[0]
+    beside = path.rpartition(".")[0]
+    for prefix in (path, beside):
+        for other in grows:
+            if other.endswith((":depth", ":vocabulary")):
+                continue  # of another kind: no way round
+            if prefix and (
+                other == prefix or other.startswith((f"{prefix}.", f"{prefix}:"))
+            ):
+                return f"{reason}. hint: {other!r} grows"
+    return reason
 
 
 class _Trial:
@@ -286,9 +302,9 @@ def _why_inexact(axis: Axis, error: str) -> str:
     if "could not be checked" in error:
         return error
     if axis.streamed and axis.norm is not None:
-        norm = axis.norm.replace("_", " ")
+        kind = "an RMS norm" if axis.norm == "rms_norm" else "a layer norm"
         return (
-            f"a {norm} normalises over it, and its producers do not feed it directly. "
-            "hint: the stream of a pre-norm model grows, and any under RMS norms"
+            f"{kind} normalises over it, and neither zeros nor means of its old units "
+            "leave that as it is: they pass something else on their way there"
         )
     return "the model's code depends on its size: the outputs would change"

@@ -392,6 +392,13 @@ def _widened(tensor: Tensor, labels: Sequence[Label], changes: Changes) -> Tenso
     return tensor
 
 
+def _buffer(name: str, tensor: Tensor) -> str:
+    if not tensor.is_floating_point():
+        return f"{name} is a table of whole numbers"
+    hint = "hint: make it a parameter, or compute it in the forward"
+    return f"{name} is a buffer. {hint}"
+
+
 def _labelled(copied: nn.Module) -> dict[str, list[Label]]:
     """Give every tensor of a copy its labels; returns them by name."""
     following: set[int] = set()
@@ -401,7 +408,7 @@ def _labelled(copied: nn.Module) -> dict[str, list[Label]]:
     for name, tensor in named_tensors(copied).items():
         # Of other buffers nobody knows what a new entry should be.
         grows = isinstance(tensor, nn.Parameter) or id(tensor) in following
-        reason = None if grows else f"{name} is a buffer"
+        reason = None if grows else _buffer(name, tensor)
         labels = [Label(size, reason) for size in tensor.shape]
         dims = []
         for d, label in enumerate(labels):

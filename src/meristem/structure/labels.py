@@ -18,6 +18,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+# Reasons that several operations give.
+SPATIAL = "a spatial dimension"
+COMPLEX = "real and imaginary parts"
+STACKED = "it counts tensors that the code stacks"
+
 Sources = NDArray[np.int64]
 """For every entry of a resized dimension, the old index that it continues, or -1 where
 it is new.
@@ -241,7 +246,7 @@ def _split_sum_of_equal_rows(root: Label, inner: int) -> tuple[Label, Label]:
         unify(pairs[0][1], second)
     # Each term is one row: the outer index only numbers stacked parts.
     if all(term.size == inner for term in terms):
-        return Label(len(terms), "an index of stacked parts"), pairs[0][1]
+        return Label(len(terms), STACKED), pairs[0][1]
     return concatenation([first for first, _ in pairs]), pairs[0][1]
 
 

@@ -110,9 +110,12 @@ def with_attributes(structure: Structure, plan: Plan) -> Plan:
 def _told(place: str, best: Attempt) -> str:
     """What is said where the code of a module does not follow."""
     at = f" at {best.line.place}" if best.line.place else ""
+    said = f"{place or 'the model'} does not follow the new size{at}: {best.problem}"
+    if not best.line.place:
+        return said
     return (
-        f"{place or 'the model'} does not follow the new size{at}: {best.problem}. hint: "
-        "let that line read the size from a tensor, or from a number that the module holds"
+        f"{said}. hint: let that line read this size from a tensor, or from a number of "
+        "its own that the module holds"
     )
 
 

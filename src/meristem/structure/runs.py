@@ -139,7 +139,10 @@ def _runs_in(
         if problem is None:
             segments = _segments([calls.first(block) for block in group])
         if not segments and (len(group) > 1 or len(group) == len(children)):
-            reason = problem or "its blocks change the shape of the stream"
+            reason = (
+                problem
+                or "its blocks change the shape of the stream: no copy of one fits behind it"
+            )
         for fixed, offset, end in segments:
             taken = _blocks_of_runs(found)
             # ResNet stages begin with a block that changes the stream: it leads the
@@ -183,8 +186,8 @@ def _problem(group: Sequence[nn.Module], calls: _Calls) -> str | None:
         behind = stream_behind(before)
         if not any(_holds(after.inputs, tensor) for tensor in behind):
             return (
-                f"between {before.name} and {after.name} the stream passes through "
-                "something else"
+                f"{after.name} does not read what {before.name} gives, as it is: the "
+                "blocks do not follow one on another"
             )
     return None
 

@@ -434,7 +434,7 @@ class Tracer(TorchDispatchMode):
             return self._freeze_all(call, f"{self.where()}: {reason}")
         if traced is None:
             reason = f"{self.where()}: no rule for the operation {call.name!r}"
-            return self._freeze_all(call, reason)
+            return self._freeze_all(call, f"{reason}. hint: report it, with the model")
         return traced
 
     def _positive(self, operation: Operation, call: Call) -> bool:
@@ -465,7 +465,13 @@ class Tracer(TorchDispatchMode):
         return f"{self.place()} ({line})" if line else self.place()
 
     def line(self) -> str:
-        """The line of the model's own code that is running, as "model.py:12"."""
+        """The line of the model's own code that is running, as "model.py:12".
+
+        None inside a module of torch's own: the line that calls it is not to blame.
+        """
+        running = type(self.stack.modules[self.stack.innermost]).__module__
+        if running.startswith("torch.nn.modules.") and "container" not in running:
+            return ""
         frame: FrameType | None = sys._getframe()
         # Outside of the traced call there is only who asked for it.
         while frame is not None and frame.f_code.co_name != "_labelled_run":
@@ -494,7 +500,10 @@ class Tracer(TorchDispatchMode):
         unify(first.label, second.label)
         self.trace.consumed |= first.origin | second.origin
         if not first.origin and not second.origin:
-            mix(first.label, f"{self.place()} multiplies two computed tensors along it")
+            mix(
+                first.label,
+                f"{self.where()} multiplies two computed tensors and sums over it",
+            )
 
     def count(self, factors: list[Label]) -> None:
         """Record the multiply-adds of a contraction: the product of the factors' sizes."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from meristem.core.axis import Axis, Fill, Place, Role, Slot
 from meristem.structure.chains import CHAIN
-from meristem.structure.labels import Label, atoms
+from meristem.structure.labels import COMPLEX, SPATIAL, Label, atoms
 from meristem.structure.layers import weight_name
 from meristem.structure.tracer import Norm, Trace
 from meristem.structure.twin import named_tensors, submodule
@@ -20,7 +20,6 @@ Part = Literal["", "heads", "kv_heads", "head_dim", "groups", "in", "vocabulary"
 Where several queries share a key, "kv_heads" counts keys with all their queries, and
 "heads" the queries of each key.
 """
-_SPATIAL = "a spatial dimension"
 INPUT = "an input of the model"
 
 
@@ -84,10 +83,11 @@ class Widths:
         reason = self._reason(atom, places)
         name = self._name(part, owner)
         if reason is not None:
-            # Kernel sizes are no units; nobody looks for them in the table.
-            hidden = self._role(owner) == "fan_in" or atom.frozen != _SPATIAL
-            if hidden and atom.size > 1:
-                self.frozen[name] = told(reason)
+            # Kernel sizes and pairs of real and imaginary parts are no units; nobody
+            # looks for them in the table.
+            is_space = atom.frozen == SPATIAL and self._role(owner) != "fan_in"
+            if atom.size > 1 and not is_space and atom.frozen != COMPLEX:
+                self.frozen[name] = reason
                 self._taken.add(name)
             return
         self._taken.add(name)
@@ -130,7 +130,8 @@ class Widths:
             # Keys stand in the weights of keys, values and queries.
             fewest = min(len(self._places[other]) for other in beside)
             return "kv_heads" if len(self._places[atom]) > fewest else "heads"
-        if any(other in self._heads for other in inside):
+        # Queries, keys and values in one weight are picked by index; there are three.
+        if any(other in self._heads for other in inside) and atom.frozen is None:
             return "head_dim"
         growable = {other for other in inside if self._reason(other, []) is None}
         if len(growable) > 1 and atom in self._grouped:
@@ -214,7 +215,10 @@ class Widths:
             seen = any(place.name in self._trace.order for place in places)
             if seen:
                 return "nothing that grows reads it"
-            return "the forward on the example does not use it"
+            return (
+                "the forward on the example does not use it. hint: pass an example on "
+                "which it is used"
+            )
         if "fan_in" in roles:
             return None
         if not any(self._tied(place) for place in places):
@@ -272,34 +276,6 @@ class Widths:
         if buffer:
             fill = self._fill_beside(place, fill)
         return Slot(place.name, place.dim, role, fill, buffer, self._tied(place))
-
-
-# What can be done about a reason, by what it says.
-_REMEDIES: tuple[tuple[str, str], ...] = (
-    ("attention scores sum over it", "the heads of that module may grow"),
-    ("multiplies two computed tensors", "other axes of that module may grow"),
-    ("is a buffer", "make it a parameter, or compute it in the forward"),
-    ("over the channels of a group", "whole groups may grow"),
-    (
-        "picks entries of it by index",
-        "what stands at no fixed place may grow beside it",
-    ),
-    ("numbers its experts", "the width of the experts may grow"),
-    ("an index of stacked parts", "what is stacked may grow"),
-    ("frequencies", "the channels beside them may grow"),
-    ("real and imaginary parts", "other axes of that module may grow"),
-    ("no rule for the operation", "report it, with the model"),
-    ("depends on the order", "other axes of that module may grow"),
-    ("not use it", "pass an example on which it is used"),
-)
-
-
-def told(reason: str) -> str:
-    """A reason with what can be done about it."""
-    for part, remedy in _REMEDIES:
-        if part in reason:
-            return f"{reason}. hint: {remedy}"
-    return reason
 
 
 def _all_atoms(labels: Sequence[Label]) -> set[Label]:

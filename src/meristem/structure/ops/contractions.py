@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from meristem.structure.labels import (
+    SPATIAL,
     UNIT,
     Label,
     freeze,
@@ -14,7 +15,7 @@ from meristem.structure.labels import (
     split_product,
     unify,
 )
-from meristem.structure.ops.rules import SPATIAL, Result, as_data, auxiliary, unknown
+from meristem.structure.ops.rules import Result, as_data, auxiliary, unknown
 from meristem.structure.tracer import Call, Dim, Traced, Tracer
 
 
@@ -97,7 +98,7 @@ def grouped(tracer: Tracer, call: Call) -> Result:
         return None
     rows, inner = tracer.dims(first)
     experts, read, made = tracer.dims(second)
-    freeze(experts.label, f"{tracer.place()} numbers its experts by it")
+    freeze(experts.label, f"it counts the experts among which {tracer.place()} chooses")
     tracer.contract(inner, read)
     tracer.produce([made])
     tracer.count([rows.label, inner.label, made.label])
@@ -199,7 +200,7 @@ def attention(tracer: Tracer, call: Call) -> Result:
         query_heads, _ = split_product(query_heads, key_heads)
     unify(query_heads, k[1].label)
     unify(q[3].label, k[3].label)
-    mix(q[3].label, f"{tracer.place()}: attention scores sum over it")
+    mix(q[3].label, f"{tracer.place()} multiplies queries and keys and sums over it")
     mask = call.arguments.get("attn_mask", call.arguments.get("attn_bias"))
     if mask is not None:
         _follow_mask(tracer, mask, [k[2], q[2], q[1], q[0]])

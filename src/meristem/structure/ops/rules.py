@@ -12,7 +12,6 @@ from meristem.structure.tracer import Call, Dim, Traced, Tracer
 
 Result = list[Traced] | None
 """What is known of the outputs; None where a rule does not know the case."""
-SPATIAL = "a spatial dimension"
 
 
 def unknown(sizes: Sequence[int], reason: str | None = None) -> list[Dim]:
@@ -41,7 +40,7 @@ def reduced_over(tracer: Tracer, call: Call) -> str:
 
     A norm that the model writes out is excused by the same words, see `written`.
     """
-    return f"{tracer.place()}: {call.name} over it"
+    return f"{tracer.place()}: {call.name} runs over it"
 
 
 def carry_along(

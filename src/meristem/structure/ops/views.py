@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 
 from meristem.structure.labels import (
+    COMPLEX,
+    SPATIAL,
+    STACKED,
     UNIT,
     Label,
     concatenation,
@@ -17,7 +20,7 @@ from meristem.structure.labels import (
     split_sum,
     unify,
 )
-from meristem.structure.ops.rules import SPATIAL, Result, as_data, unknown
+from meristem.structure.ops.rules import Result, as_data, unknown
 from meristem.structure.tracer import Call, Dim, Origin, Traced, Tracer
 
 _PICKED = "picked by index"
@@ -246,7 +249,7 @@ def stack(tracer: Tracer, call: Call) -> Result:
     at = int(call.arguments.get("dim", 0)) % out.dim()
     known = tracer.broadcast(call.inputs, call.inputs[0])
     dims = list(known.dims)
-    dims.insert(at, Dim(fresh(out.shape[at], "an index of stacked parts")))
+    dims.insert(at, Dim(fresh(out.shape[at], STACKED)))
     return [Traced(dims, known.weight)]
 
 
@@ -271,7 +274,10 @@ def ordered(tracer: Tracer, call: Call) -> Result:
     chosen = call.arguments.get("dims", call.arguments.get("dim", -1))
     if isinstance(chosen, int):
         chosen = [chosen]
-    reason = f"{tracer.where()}: {call.name} depends on the order of its entries"
+    does = "depends on the order of its entries"
+    if call.name in ("topk", "kthvalue"):
+        does = "chooses among its entries"
+    reason = f"{tracer.where()}: {call.name} {does}"
     for d in list(chosen) or range(len(dims)):
         freeze(dims[d].label, reason)
     shape = call.inputs[0].shape
@@ -345,16 +351,19 @@ def scatter(tracer: Tracer, call: Call) -> Result:
 
 
 def put(tracer: Tracer, call: Call) -> Result:
-    """Values are put where the indices of the leading dimensions say."""
+    """Values are put where the indices of the leading dimensions say; a mask stands for
+    as many dimensions as it has.
+    """
     target, indices = call.inputs[0], call.arguments["indices"]
     dims, out = tracer.dims(target), call.outputs[0]
-    if any(one is None or one.dtype == torch.bool for one in indices):
+    if any(one is None for one in indices):
         return None
-    for d in range(len(indices)):
-        freeze(dims[d].label, f"{tracer.where()} picks entries of it by index")
+    covered = sum(one.dim() if one.dtype == torch.bool else 1 for one in indices)
+    for dim in dims[:covered]:
+        freeze(dim.label, f"{tracer.where()} picks entries of it by index")
     values = call.arguments["values"]
     for own, dim in zip(
-        reversed(tracer.dims(values)), reversed(dims[len(indices) :]), strict=False
+        reversed(tracer.dims(values)), reversed(dims[covered:]), strict=False
     ):
         if own.label is not UNIT:
             unify(dim.label, own.label)
@@ -398,21 +407,22 @@ def channel_shuffle(tracer: Tracer, call: Call) -> Result:
 def fourier(tracer: Tracer, call: Call) -> Result:
     dims, out = tracer.dims(call.inputs[0]), call.outputs[0]
     result = as_data(dims)
+    counted = f"it counts the frequencies of a Fourier transform, {tracer.where()}"
     for d in call.arguments["dim"]:
         freeze(dims[d].label, f"{tracer.where()}: a Fourier transform runs over it")
-        result[d] = unknown([out.shape[d]], "frequencies")[0]
+        result[d] = unknown([out.shape[d]], counted)[0]
     return [Traced(result)]
 
 
 def as_complex(tracer: Tracer, call: Call) -> Result:
     source = tracer.of(call.inputs[0])
-    freeze(source.dims[-1].label, "real and imaginary parts")
+    freeze(source.dims[-1].label, COMPLEX)
     return [Traced(source.dims[:-1], source.weight)]
 
 
 def as_real(tracer: Tracer, call: Call) -> Result:
     source = tracer.of(call.inputs[0])
-    parts = Dim(Label(2, "real and imaginary parts"))
+    parts = Dim(Label(2, COMPLEX))
     return [Traced([*source.dims, parts], source.weight)]
 
 
