@@ -48,9 +48,15 @@ from meristem.structure.kinds import apart
 from meristem.structure.twin import named_tensors, submodule
 from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.aftercare import begin, check_aftercare, follow
+from meristem.surgery.deferred import signals_deferred
 from meristem.surgery.exchange import OptimizerChange, check_free, exchange
 from meristem.surgery.lineage import draws_of, note_draws
-from meristem.surgery.optimizers import check_ownership, check_separable, grown_state
+from meristem.surgery.optimizers import (
+    Followed,
+    check_ownership,
+    check_separable,
+    grown_state,
+)
 from meristem.surgery.probe import (
     grown_twin,
     live_values,
@@ -357,8 +363,7 @@ def _check_owners(event: Event, draft: Draft) -> None:
     check_ownership(event.optimizers, trained)
     check_ownership(event.optimizers, followed(event.structure, draft.plan))
     check_aftercare(draft.treatment.after, event.optimizers)
-    if draft.plan.insertions:
-        check_separable(event.optimizers)
+    check_separable(event.optimizers)
     check_free(changing, event.model)
 
 
@@ -623,22 +628,24 @@ def _committed(event: Event, draft: Draft, started: float) -> Growth:
         edits = edits_of(change, plan, axes, offers)
         for optimizer in event.optimizers:
             if parameter in optimizer.state:
-                state = grown_state(optimizer, parameter, change, edits, treatment.warm)
-                states.append((optimizer, parameter, state))
+                new = draft.tensors[change.name]
+                of = Followed(parameter, new, change, edits, treatment.warm)
+                states.append((optimizer, parameter, grown_state(optimizer, of)))
     # Measuring may have left a graph alive, in the user's loss for example.
     check_free({name: live[name] for name in draft.tensors}, event.model)
     following = OptimizerChange(event.optimizers, states, treatment.reset)
     known = {id(parameter) for parameter in event.model.parameters()}
-    exchange(event.model, draft.tensors, plan, draft.blocks, following, _ones(axes))
-    if _GENERATORS.get(event.model) is event.lab.generator:
-        note_draws(event.model, event.lab.generator.get_state())
-    follow(event.model, plan)
-    # New blocks are other axes, or in other places; they are tried anew.
-    if not plan.insertions:
-        proved(event.structure, event.model)
-    if treatment.after:
-        new = _new_entries(event, plan, known)
-        begin(event.model, treatment.after, event.optimizers, new)
+    with signals_deferred():
+        exchange(event.model, draft.tensors, plan, draft.blocks, following, _ones(axes))
+        if _GENERATORS.get(event.model) is event.lab.generator:
+            note_draws(event.model, event.lab.generator.get_state())
+        follow(event.model, plan)
+        # New blocks are other axes, or in other places; they are tried anew.
+        if not plan.insertions:
+            proved(event.structure, event.model)
+        if treatment.after:
+            entries = _new_entries(event, plan, known)
+            begin(event.model, treatment.after, event.optimizers, entries)
     return Growth(
         added=plan.added,
         before=dict(plan.before),

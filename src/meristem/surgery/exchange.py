@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from meristem.core.change import Insertion, Plan
 from meristem.core.errors import GrowthRefused, PendingBackward
@@ -25,6 +26,7 @@ from meristem.structure.twin import (
     submodule,
 )
 from meristem.surgery.lineage import Names, record
+from meristem.surgery.optimizers import copied_state
 from meristem.surgery.swap import let_go, swap
 
 Undo = Callable[[], None]
@@ -212,11 +214,13 @@ class _Transaction:
                 continue
             self.undo.append(partial(_part, optimizer, held, new))
             held.insert(_place_in(held, new, followed, order), new)
-            if inherits and followed in optimizer.state:
-                state = {}
-                for key, value in optimizer.state[followed].items():
-                    state[key] = value.clone() if isinstance(value, Tensor) else value
-                optimizer.state[new] = state
+            if followed not in optimizer.state:
+                return
+            if inherits:
+                optimizer.state[new] = copied_state(optimizer, followed)
+            elif type(optimizer) is SGD and group.get("fused"):
+                # The fused kernel wants a buffer of all parameters, or of none.
+                optimizer.state[new] = {"momentum_buffer": torch.zeros_like(new)}
             return
 
     def _leave(

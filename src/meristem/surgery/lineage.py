@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from meristem.core.change import (
     Sources,
     insertion_from,
     sources_from,
+    spans,
     tensor_json,
 )
 from meristem.core.errors import CheckpointError
@@ -497,6 +499,33 @@ def _converted_entry(
     converted = {}
     for key, value in state.items():
         if isinstance(value, Tensor) and value.dim() and entry is not None:
-            value = _picked(value, entry) if back else carry(value, _sources(entry))
+            inside = _inside(key, tuple(value.shape), entry, back)
+            value = _picked(value, inside) if back else carry(value, _sources(inside))
         converted[key] = value
     return converted
+
+
+def _inside(
+    key: str, shape: tuple[int, ...], entry: Mapping[str, Any], back: bool
+) -> Mapping[str, Any]:
+    """What happens to a state that has its parameter's dimensions, but for one that it
+    is summed over: that has one entry, or is missing.
+    """
+    whole = tuple(entry["after" if back else "before"])
+    if shape == whole or len(whole) < 2:
+        return entry
+    summed = {"before": 1, "after": 1, "sources": spans(np.arange(1))}
+    # Rows and columns of a square are told apart by what the state is called.
+    for dim in (-2, -1) if "col" in key else (-1, -2):
+        one = {name: list(entry[name]) for name in summed}
+        missing = {name: list(entry[name]) for name in summed}
+        for name, value in summed.items():
+            one[name][dim] = value
+            del missing[name][dim]
+        for cut in (one, missing):
+            if shape == tuple(cut["after" if back else "before"]):
+                return {**entry, **cut}
+    raise CheckpointError(
+        f"the state {key!r} of {entry['name']} has shape {shape}, its parameter {whole}: "
+        "no rule says how it follows. hint: leave it out, so that it starts anew"
+    )
