@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from meristem.core.errors import CheckpointError
+from meristem.core.growth import LINEAGE
 from meristem.event.steps import Optimizers, optimizers, private_generator
 from meristem.grower import Grower
 from meristem.structure.twin import twin
 from meristem.surgery.aftercare import aftercare_state, load_aftercare
 from meristem.surgery.exchange import check_free
-from meristem.surgery.lineage import LINEAGE, rebuild, replay
+from meristem.surgery.host import inner, opened_host
+from meristem.surgery.lineage import rebuild, replay
 
 MANIFEST = "meristem.json"
 Model = TypeVar("Model", bound=nn.Module)
@@ -62,6 +64,7 @@ def save(
         >>> ms.load(folder, make())[0].out_features
         10
     """
+    model = inner(model)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     token = uuid4().hex[:12]
@@ -128,14 +131,23 @@ def load(
         CheckpointError: The folder holds no checkpoint, or the checkpoint does not fit
             the model or optimizer. The model is then unchanged.
     """
-    folder = Path(path)
+    with opened_host(model) as held:
+        _load(Path(path), held, optimizers(optimizer), grower)
+    return model
+
+
+def _load(
+    folder: Path,
+    model: nn.Module,
+    given: Sequence[Optimizer],
+    grower: Grower | None,
+) -> None:
     manifest = _manifest(folder)
     weights = load_file(folder / manifest["weights"])
     state = _training_state(folder, manifest)
     line = manifest["lineage"]
     targets = model.state_dict(keep_vars=True)
     growths = _missing(model, line, targets, weights)
-    given = optimizers(optimizer)
     _check(model, growths, weights, given, state, grower)
     # Nothing may hold the tensors that the growths will exchange.
     changing = {}
@@ -155,7 +167,6 @@ def load(
     load_aftercare(model, given, state["aftercare"])
     if grower is not None:
         grower.load_state_dict(state["grower"])
-    return model
 
 
 def _training_state(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:

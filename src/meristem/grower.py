@@ -30,17 +30,20 @@ from meristem.event.steps import (
 from meristem.lab.batches import check_reiterable, example_of, length
 from meristem.lab.laboratory import Progress
 from meristem.lab.losses import Loss
+from meristem.lab.ranks import replicas_of, shared
 from meristem.methods import Clock, When, Where, check_part, rations
 from meristem.pruning import prune_each
 from meristem.structure import Structure, structure_of
 from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.aftercare import aftercare_state, load_aftercare
+from meristem.surgery.host import inner, opened_host, ranks_of
 from meristem.when import TRIGGERS
 from meristem.where import Uniform
 
 _STATE = frozenset(
     [
         "clock",
+        "epoch_length",
         "history",
         "metrics",
         "done",
@@ -53,11 +56,20 @@ _STATE = frozenset(
 )
 
 
+def _steps(batches: int | None, accumulation: int) -> int | None:
+    """Optimizer steps of an epoch."""
+    if accumulation < 1:
+        raise ValueError(f"accumulation must be an int in [1, inf); got {accumulation}")
+    return None if batches is None else math.ceil(batches / accumulation)
+
+
 class Grower:
     """Grows `model` while you train it: call `step` after every optimizer step.
 
     Args:
-        model: Any module that runs.
+        model: Any module that runs, also in DistributedDataParallel, as Accelerate
+            prepared it, or compiled. Replicas on several processes grow alike: they
+            measure on the batches of all.
         optimizer: The optimizer, or all of them, whose state follows.
         loss: `loss(model, batch)`, a scalar, the mean over the batch.
         data: A DataLoader or any re-iterable of batches; read on the side.
@@ -74,6 +86,8 @@ class Grower:
         budget: Upper limits; a growth that would pass one grows what fits.
         axes: Glob patterns of the axes that may grow; a leading "!" excludes.
         round_to: Grown sizes are rounded down to a multiple of this.
+        accumulation: Batches per optimizer step, where gradients are accumulated: an
+            epoch is as many steps fewer.
         example: The example input; by default the model's first call inside `loss` on
             the first batch.
         generator: The source of randomness; by default a private one of the model.
@@ -86,7 +100,7 @@ class Grower:
         flops: Floating-point operations that all growths and checks cost together.
 
     Raises:
-        GrowthRefused: The model is wrapped, or nothing in it can grow.
+        GrowthRefused: Nothing in the model can grow, or it is sharded.
         DataError: `data` is empty, or can be read only once.
         OptimizerError: An optimizer does not hold the model's parameters.
 
@@ -125,15 +139,20 @@ class Grower:
         budget: Budget | None = None,
         axes: str | Sequence[str] = "*",
         round_to: int = 1,
+        accumulation: int = 1,
         example: Any = None,
         generator: torch.Generator | None = None,
         progress: Progress | None = None,
     ) -> None:
         check_reiterable(data)
         check_part("when", when, TRIGGERS)
+        self.host, self.model, self.when = model, inner(model), when
         if generator is None:
-            generator = private_generator(model)
-        self.model, self.when = model, when
+            generator = private_generator(self.model)
+        self.ranks = ranks_of(model)
+        if not self.ranks.several:
+            self.ranks = replicas_of(self.model)
+        data = shared(data, self.ranks)
         self.settings = Settings(
             loss=loss,
             data=data,
@@ -147,9 +166,10 @@ class Grower:
             budget=budget if budget is not None else Budget(),
             axes=axes,
             round_to=round_to,
+            ranks=self.ranks,
         )
-        self.clockwork = Clockwork(when, length(data))
-        self.calendar = Calendar(self.structure, loss, data, generator)
+        self.clockwork = Clockwork(when, _steps(length(data), accumulation))
+        self.calendar = Calendar(self.structure, loss, data, generator, self.ranks)
         self.done, self.reason = False, ""
         self._example = example
         self._step_cost: float | None = None
@@ -218,6 +238,9 @@ class Grower:
                 f"{tuple(loss.shape)}"
             )
         if loss is not None:
+            if self.ranks.several:
+                value = loss.item() if isinstance(loss, Tensor) else loss
+                loss = self.ranks.mean(value)
             self.calendar.losses.add(loss)
         # Only such a trigger weighs growth against training; others need no count.
         counted = self._rationed and not self.done
@@ -230,15 +253,17 @@ class Grower:
     def epoch(self, metric: float | None = None) -> Growth | None:
         """Record the end of an epoch and its metric.
 
-        Counts the epoch only where the length of `data` is unknown; grows where the
-        trigger watches the metric, and it is time.
+        Counts the epoch where `step` has not: the length of `data` is unknown, or the
+        steps of an epoch were others than `accumulation` said. Grows where the trigger
+        watches the metric, and it is time.
         """
         growth = None
         try:
             # step() has counted the epoch already, where its length is known.
-            if self.clockwork.epoch_length is None:
-                self.clockwork.end_epoch()
+            if self.clockwork.end_epoch():
                 growth = self._grow_if_due()
+            if metric is not None:
+                metric = self.ranks.mean(float(metric))
             if metric is not None and self.clockwork.measured(float(metric)):
                 growth = growth or self._grow_if_due()
         finally:
@@ -246,7 +271,7 @@ class Grower:
         return growth
 
     def _grow_if_due(self) -> Growth | None:
-        if self.done or not self.when.due(self.clock):
+        if self.done or not self.ranks.first(self.when.due(self.clock)):
             return None
         allowance = math.inf
         if self._rationed:
@@ -270,7 +295,10 @@ class Grower:
 
     def _check_and_grow(self, allowance: float) -> Growth | None:
         """Grow, if something is worth it, and finding out costs no more than allowed."""
-        with all_or_nothing(self.settings.generator):
+        ranks, generator = self.ranks, self.settings.generator
+        opened = opened_host(self.host)
+        with opened, ranks.together(), all_or_nothing(generator):
+            ranks.begin(self.model, generator)
             structure = self.structure()
             found = find_growth(Check(self.settings, structure, self.clock, allowance))
         self.clockwork.checked(found.clock, found.flops, found.growth is not None)
@@ -294,9 +322,9 @@ class Grower:
             What was done, one for every axis that has become smaller. They are not in
             `history`, nor do they count as growths.
         """
-        done = prune_each(
-            self.structure(), self.settings.axes, self.settings, tolerance
-        )
+        settings = self.settings
+        with opened_host(self.host), self.ranks.together():
+            done = prune_each(self.structure(), settings.axes, settings, tolerance)
         for growth in done:
             growth.step = self.clock.step
             self.clockwork.spent(growth.flops)

@@ -34,6 +34,7 @@ from meristem.event.steps import (
 from meristem.lab.batches import first_call, growth_batches
 from meristem.lab.laboratory import Loan, Progress
 from meristem.lab.losses import Loss
+from meristem.lab.ranks import shared
 from meristem.structure import (
     Structure,
     known_example,
@@ -42,6 +43,7 @@ from meristem.structure import (
     with_mirrors,
 )
 from meristem.structure.undisturbed import undisturbed
+from meristem.surgery.host import inner, opened_host, ranks_of
 
 
 def find_axes(model: nn.Module, example: Any, axes: str | Sequence[str] = "*") -> Axes:
@@ -62,7 +64,7 @@ def find_axes(model: nn.Module, example: Any, axes: str | Sequence[str] = "*") -
 
     Raises:
         DiscoveryError: The forward fails on the example.
-        GrowthRefused: The model is wrapped (DDP, torch.compile).
+        GrowthRefused: The model is sharded, or wrapped in what cannot be grown.
 
     Examples:
         >>> import torch
@@ -73,7 +75,7 @@ def find_axes(model: nn.Module, example: Any, axes: str | Sequence[str] = "*") -
         ['0', '0:depth', '2:depth']
     """
     with undisturbed():
-        return growable(structure_of(model, example), axes)
+        return growable(structure_of(inner(model), example), axes)
 
 
 def listed_sizes(structure: Structure) -> dict[str, int]:
@@ -120,7 +122,7 @@ def plan(model: nn.Module, counts: Mapping[str, int], example: Any) -> Plan:
         parameters: 58 -> 72; forward FLOPs: 288 -> 360
     """
     with undisturbed():
-        structure = structure_of(model, example)
+        structure = structure_of(inner(model), example)
         return with_mirrors(structure, _planned(structure, _counts(counts)))
 
 
@@ -182,18 +184,22 @@ def grow_(
         >>> growth.after, net[0].out_features
         ({'0': 10}, 10)
     """
-    generator = generator if generator is not None else private_generator(model)
     # Wrong arguments are told before anything is run.
     wish = counts if isinstance(counts, Plan) else _counts(counts)
     how, care = methods(how), cares(care, optimizer)
-    with all_or_nothing(generator):
+    ranks = ranks_of(model)
+    if generator is None:
+        generator = private_generator(inner(model))
+    with opened_host(model) as model, ranks.together(), all_or_nothing(generator):
+        ranks.begin(model, generator)
         batches: list[Any] = []
+        data = None if data is None else shared(data, ranks)
         if data is not None:
             # Read once: the example, the offers and the health use the same batches.
             batches = growth_batches(data, batches_for(how), generator)
         if example is None:
             example = _example(model, wish, loss, batches)
-        loan = Loan(generator, loss, batches, data, progress)
+        loan = Loan(generator, loss, batches, data, progress, ranks=ranks)
         event = prepare(model, example, loan, how, care, optimizer)
         if isinstance(wish, Plan):
             planned = _same(event.structure, wish)
@@ -285,7 +291,7 @@ def replay_(
     counting_steps = (FreshStatistics, YoungRate, Rewarm)
     care = [one for one in origin.care if given or not isinstance(one, counting_steps)]
     call = origin.plan.example if example is None else example
-    with undisturbed():
+    with opened_host(model) as model, undisturbed():
         loan = Loan(torch.Generator())
         event = prepare(model, call, loan, origin.how, care, given)
         plan = _same(event.structure, origin.plan)
@@ -322,7 +328,7 @@ def narrow_(
         >>> ms.narrow_(net, {"0": [3, 5]}, torch.randn(3, 4)).after
         {'0': 6}
     """
-    with undisturbed():
+    with opened_host(model) as model, undisturbed():
         loan = Loan(torch.Generator())
         event = prepare(model, example, loan, optimizer=optimizers(optimizer))
         return carry_out(event, accepted(_planned(event.structure, _drops(units))))

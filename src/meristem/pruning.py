@@ -31,9 +31,11 @@ from meristem.lab.batches import check_reiterable, first_call, growth_batches
 from meristem.lab.laboratory import Loan
 from meristem.lab.ledger import counting
 from meristem.lab.losses import Loss, mean_loss
+from meristem.lab.ranks import shared
 from meristem.statistics.curvature import Factors, compensated, measure, removal
 from meristem.structure import Structure, apart, resolve
 from meristem.structure.undisturbed import undisturbed
+from meristem.surgery.host import inner, opened_host, ranks_of
 from meristem.surgery.probe import grown_twin, live_values
 from meristem.surgery.tensors import grown_tensors
 
@@ -107,12 +109,17 @@ def prune_(
             f"{tolerance!r}"
         )
     check_reiterable(data)
-    generator = generator if generator is not None else private_generator(model)
-    with undisturbed(), counting() as counter:
+    if generator is None:
+        generator = private_generator(inner(model))
+    ranks = ranks_of(model)
+    data = shared(data, ranks)
+    opened = opened_host(model)
+    with opened as model, ranks.together(), undisturbed(), counting() as counter:
+        ranks.begin(model, generator)
         batches = growth_batches(data, _BATCHES, generator)
         if example is None:
             example = first_call(model, loss, batches[0])
-        loan = Loan(generator, loss, batches)
+        loan = Loan(generator, loss, batches, ranks=ranks)
         event = prepare(model, example, loan, optimizer=optimizers(optimizer))
         found = event.structure.axes.named(axis)
         if not found.slots:

@@ -190,44 +190,6 @@ def test_an_optimizer_of_another_model(net: Any) -> None:
     )
 
 
-def test_wrapped_models_are_refused(net: Any) -> None:
-    model, opt, (x, _) = net
-    wrapped = nn.DataParallel(model)
-    unchanged(
-        model,
-        opt,
-        lambda: ms.grow_(wrapped, {"module.fc1": 3}, x),
-        ms.GrowthRefused,
-        r"model\.module",
-    )
-    compiled = torch.compile(model, backend="eager")
-    unchanged(
-        model,
-        opt,
-        lambda: ms.find_axes(compiled, x),
-        ms.GrowthRefused,
-        r"model\._orig_mod",
-    )
-
-
-def test_ddp_is_refused(net: Any, tmp_path: Any) -> None:
-    model, opt, (x, _) = net
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        unchanged(
-            model,
-            opt,
-            lambda: ms.grow_(wrapped, {"module.fc1": 3}, x),
-            ms.GrowthRefused,
-            "DistributedDataParallel",
-        )
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 def test_a_pending_backward_is_refused_and_still_works(net: Any) -> None:
     model, opt, batch = net
     pending = loss(model, batch)

@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import nn
 
+LINEAGE = "_meristem_lineage"
+"""The attribute in which a model keeps its growths."""
+
 
 @dataclass
 class Growth:

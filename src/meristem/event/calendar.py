@@ -18,6 +18,7 @@ from meristem.event.steps import HEALTH_BATCHES
 from meristem.lab.batches import growth_batches
 from meristem.lab.ledger import counting
 from meristem.lab.losses import Loss
+from meristem.lab.ranks import ALONE, Ranks
 from meristem.statistics.health import look
 from meristem.structure import Structure
 from meristem.structure.undisturbed import undisturbed
@@ -100,11 +101,13 @@ class Calendar:
         loss: Loss,
         data: Iterable[Any],
         generator: torch.Generator,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.history: list[Growth] = []
         self.losses = LossRecord()
         self._structure, self._loss = structure, loss
         self._data, self._generator = data, generator
+        self._ranks = ranks
 
     def turn(self, step: int) -> None:
         """Complete the health of growths one of whose moments is now."""
@@ -126,7 +129,7 @@ class Calendar:
         """
         state = self._generator.get_state()
         try:
-            with undisturbed(), counting() as counter:
+            with undisturbed(), self._ranks.together(), counting() as counter:
                 growth.health[moment] = self._looked(growth)
         except Exception as error:
             growth.health[moment] = {"error": f"{type(error).__name__}: {error}"}

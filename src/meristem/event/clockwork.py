@@ -33,7 +33,7 @@ class Clockwork:
         if "loss" in self._watched:
             self._add(loss)
         step = self.clock.step + 1
-        # An epoch is len(data) steps, whatever the user's loop calls one.
+        # An epoch is len(data) steps, until the user's loop says otherwise.
         ended = self.epoch_length is not None and step % self.epoch_length == 0
         self.clock = replace(
             self.clock,
@@ -61,11 +61,19 @@ class Clockwork:
             self.clock = replace(self.clock, losses=losses)
         self._passing = (0.0, 0)
 
-    def end_epoch(self) -> None:
-        """Count an epoch whose length was not known."""
+    def end_epoch(self) -> bool:
+        """Note that the user's loop has ended an epoch; whether that was news.
+
+        Where its steps are no multiple of the length of the data (gradients are
+        accumulated, the last batch is dropped), the loop knows better from here on.
+        """
+        if self.epoch_length is not None and self.clock.step % self.epoch_length == 0:
+            return False
+        self.epoch_length = None
         now = self.clock.epoch + 1
         self.clock = replace(self.clock, epoch=now, epoch_ended=True)
         self._close_epoch()
+        return True
 
     def measured(self, metric: float) -> bool:
         """Note a metric; whether the trigger wants to know."""
@@ -102,6 +110,7 @@ class Clockwork:
     def state_dict(self) -> dict[str, Any]:
         return {
             "clock": vars(self.clock).copy(),
+            "epoch_length": self.epoch_length,
             "metrics": [list(entry) for entry in self.metrics],
             "passing": [float(self._passing[0]), self._passing[1]],
         }
@@ -111,6 +120,7 @@ class Clockwork:
         for name in ("losses", "metrics"):
             read[name] = tuple(read[name])
         self.clock = Clock(**read)
+        self.epoch_length = state["epoch_length"]
         self.metrics = [(int(step), float(value)) for step, value in state["metrics"]]
         total, number = state["passing"]
         self._passing = (float(total), int(number))

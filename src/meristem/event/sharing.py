@@ -32,6 +32,7 @@ from meristem.lab.batches import growth_batches, peeked
 from meristem.lab.laboratory import Lab, Loan, Progress
 from meristem.lab.ledger import batch_size, step_flops
 from meristem.lab.losses import Loss
+from meristem.lab.ranks import ALONE, Ranks
 from meristem.methods import Care, Choice, Clock, How, Where, check_part, is_thrifty
 from meristem.structure import Structure, apart, clash, sized
 from meristem.structure.undisturbed import undisturbed
@@ -57,6 +58,7 @@ class Settings:
     budget: Budget
     axes: str | Sequence[str]
     round_to: int
+    ranks: Ranks = ALONE
 
     @property
     def by_name(self) -> Mapping[str, int] | None:
@@ -145,7 +147,13 @@ class Check:
     def event(self, batches: Sequence[Any], allowance: float = math.inf) -> Event:
         told = self.settings
         loan = Loan(
-            told.generator, told.loss, batches, told.data, told.progress, allowance
+            told.generator,
+            told.loss,
+            batches,
+            told.data,
+            told.progress,
+            allowance,
+            told.ranks,
         )
         lab = Lab(self.structure, loan)
         return Event(self.structure, lab, told.how, told.care, told.optimizers)

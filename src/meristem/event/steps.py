@@ -50,6 +50,7 @@ from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.aftercare import begin, check_aftercare, follow
 from meristem.surgery.deferred import signals_deferred
 from meristem.surgery.exchange import OptimizerChange, check_free, exchange
+from meristem.surgery.host import check_optimizer, plain
 from meristem.surgery.lineage import draws_of, note_draws
 from meristem.surgery.optimizers import (
     Followed,
@@ -255,14 +256,9 @@ def optimizers(optimizer: Optimizers) -> tuple[Optimizer, ...]:
     """One optimizer, several or none as a tuple; checked."""
     if optimizer is None:
         return ()
-    listed = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
-    for one in listed:
-        if not isinstance(one, Optimizer):
-            raise TypeError(
-                "optimizer must be a torch.optim.Optimizer or a list of them; got "
-                f"{type(one).__name__}"
-            )
-    return listed
+    single = isinstance(plain(optimizer), Optimizer)
+    listed: Sequence[Any] = [optimizer] if single else tuple(optimizer)  # type: ignore[arg-type]
+    return tuple(check_optimizer(one) for one in listed)
 
 
 def accepted(plan: Plan) -> Plan:
@@ -616,11 +612,31 @@ def _health(
     return health
 
 
+def _agreed(event: Event, draft: Draft) -> Draft:
+    """The draft, which is the same on all processes now."""
+    blocks = {}
+    for number, one in enumerate(draft.blocks):
+        for (place, name), value in one.values.items():
+            blocks[f"block {number} {place} {name}"] = value
+    planned = f"{draft.plan.before} {draft.plan.after}"
+    agreed = event.lab.ranks.agree(planned, {**draft.tensors, **blocks})
+    same = []
+    for number, one in enumerate(draft.blocks):
+        values = {}
+        for place, name in one.values:
+            values[place, name] = agreed[f"block {number} {place} {name}"]
+        same.append(replace(one, values=values))
+    return replace(
+        draft, tensors={name: agreed[name] for name in draft.tensors}, blocks=same
+    )
+
+
 def _committed(event: Event, draft: Draft, started: float) -> Growth:
     """Surgery: the one step that changes the user's model and optimizers."""
     plan, treatment = draft.plan, draft.treatment
     axes = _axes(event, plan)
     offers = list(draft.offers.values())
+    draft = _agreed(event, draft)
     live = named_tensors(event.model)
     states = []
     for change in plan.tensors:
@@ -646,6 +662,7 @@ def _committed(event: Event, draft: Draft, started: float) -> Growth:
         if treatment.after:
             entries = _new_entries(event, plan, known)
             begin(event.model, treatment.after, event.optimizers, entries)
+    event.lab.ranks.check_alike(event.model)
     return Growth(
         added=plan.added,
         before=dict(plan.before),

@@ -14,12 +14,15 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from meristem.core.errors import DataError
 from meristem.lab.losses import Loss, called
+from meristem.lab.ranks import RankData
 from meristem.structure.twin import Example, twin
 from meristem.structure.undisturbed import undisturbed
 
 
 def check_reiterable(data: Iterable[Any]) -> None:
     """Raise where `data` can be read only once, or not at all."""
+    if isinstance(data, RankData):
+        data = data.data
     if isinstance(data, Iterator):
         raise DataError(
             f"data is a one-shot iterator ({type(data).__name__}): growth would eat "
@@ -90,6 +93,8 @@ def one_pass(
 
 
 def _own_loader(data: Iterable[Any]) -> Iterable[Any]:
+    if isinstance(data, RankData):
+        return data.ranks.joined(_own_loader(data.data))
     if not isinstance(data, DataLoader):
         return data
     if isinstance(data.dataset, IterableDataset):
@@ -118,7 +123,7 @@ def _borrowed(data: Any, seed: int) -> Iterator[None]:
     their state.
     """
     generators: dict[int, torch.Generator] = {}
-    holders = [data]
+    holders = [data.data if isinstance(data, RankData) else data]
     while holders:
         holder = holders.pop()
         found = getattr(holder, "generator", None)

@@ -27,6 +27,7 @@ from meristem.core.offer import Blocks, Offer, Scaling
 from meristem.lab.batches import cut, length, one_pass
 from meristem.lab.ledger import Meter, plain_attention
 from meristem.lab.losses import Loss, evaluate
+from meristem.lab.ranks import ALONE, Ranks
 from meristem.structure import Structure, resolve
 from meristem.structure.depth import Depth
 from meristem.structure.insertion import Made, insert
@@ -76,6 +77,7 @@ class Loan:
         batches: The growth batches; empty without data.
         progress: Told of every step of what trains on the side.
         allowance: Floating-point operations that a proposal may cost.
+        ranks: The processes that grow alike.
     """
 
     generator: torch.Generator
@@ -84,6 +86,7 @@ class Loan:
     data: Iterable[Any] | None = None
     progress: Progress | None = None
     allowance: float = math.inf
+    ranks: Ranks = ALONE
 
 
 class Lab:
@@ -106,6 +109,7 @@ class Lab:
         self.batches = loan.batches
         self.progress = loan.progress
         self.allowance = loan.allowance
+        self.ranks = loan.ranks
         self._parts: bool | None = None
 
     @cached_property

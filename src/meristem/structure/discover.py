@@ -57,15 +57,6 @@ from meristem.structure.twin import (
 from meristem.structure.undisturbed import undisturbed
 from meristem.structure.widths import INPUT, Widths
 
-# Classes that wrap a model, and where they hold it.
-_WRAPPERS = {
-    "DistributedDataParallel": "module",
-    "DataParallel": "module",
-    "FullyShardedDataParallel": "module",
-    "OptimizedModule": "_orig_mod",
-    "ScriptModule": "module",
-}
-
 
 class Structure:
     """What can grow in a model, found by running it once on data-free copies of its
@@ -94,7 +85,7 @@ class Structure:
     """
 
     def __init__(self, model: nn.Module, example: Any) -> None:
-        refuse_wrapped(model)
+        refuse_unready(model)
         # Structures are kept by model: one that held its model would keep it for ever.
         self._model = weakref.ref(model)
         self.example: Example = as_example(example)
@@ -473,7 +464,7 @@ def structure_of(model: nn.Module, example: Any) -> Structure:
     changed.
     """
     if not isinstance(model, nn.Module):
-        refuse_wrapped(model)
+        refuse_unready(model)
     call = as_example(example)
     key = _fingerprint(model, call)
     kept = _STRUCTURES.get(model)
@@ -543,20 +534,16 @@ def _plain_values(table: Mapping[str, Any]) -> Any:
     return tuple(values)
 
 
-def refuse_wrapped(model: nn.Module) -> None:
-    """Raise where a wrapper holds the model.
-
-    It would keep stale references to the tensors that change.
-    """
+def refuse_unready(model: nn.Module) -> None:
+    """Raise where a model has parameters that nothing can be said of here."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"a torch.nn.Module is needed; got {type(model).__name__}")
-    for kind in type(model).__mro__:
-        if kind.__name__ in _WRAPPERS:
-            raise GrowthRefused(
-                f"the model is wrapped in {kind.__name__}, which keeps references to "
-                "the old tensors. hint: grow the inner model "
-                f"(model.{_WRAPPERS[kind.__name__]}) and wrap it again"
-            )
+    if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
+        raise GrowthRefused(
+            "the model's parameters are sharded (DTensor, as of fully_shard or tensor "
+            "parallelism): this process holds only a part of each. hint: grow the model "
+            "before it is sharded, or from a checkpoint of the whole"
+        )
     lazy = nn.parameter.UninitializedParameter
     if any(isinstance(parameter, lazy) for parameter in model.parameters()):
         raise GrowthRefused(

@@ -26,6 +26,7 @@ from meristem.core.change import (
     tensor_json,
 )
 from meristem.core.errors import CheckpointError
+from meristem.core.growth import LINEAGE
 from meristem.structure.insertion import insert
 from meristem.structure.twin import (
     get_attribute,
@@ -34,10 +35,10 @@ from meristem.structure.twin import (
     set_attribute,
     stored_tensors,
 )
+from meristem.surgery.host import inner
 from meristem.surgery.swap import let_go, swap
 from meristem.surgery.tensors import carry
 
-LINEAGE = "_meristem_lineage"
 """The attribute of a grown model that lists its growths."""
 DRAWS = "_meristem_draws"
 """The attribute of a grown model that holds the state of its generator."""
@@ -72,7 +73,7 @@ def lineage(model: nn.Module) -> list[dict[str, Any]]:
         >>> [growth["after"] for growth in ms.lineage(net)]
         [{'0': 10}]
     """
-    return copy.deepcopy(getattr(model, LINEAGE, []))
+    return copy.deepcopy(getattr(inner(model), LINEAGE, []))
 
 
 def note_draws(model: nn.Module, state: Tensor) -> None:
