@@ -2,7 +2,7 @@
 
 from meristem import care, how, recipes, when, where
 from meristem.activations import PReLU, Rational
-from meristem.checkpoint import load, save
+from meristem.checkpoint import load, regrow_, save
 from meristem.core import VERSION
 from meristem.core.axis import Axes, Axis, Slot
 from meristem.core.budget import Budget
@@ -60,6 +60,7 @@ __all__ = [
     "plan",
     "prune_",
     "recipes",
+    "regrow_",
     "replay_",
     "save",
     "when",

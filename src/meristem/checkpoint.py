@@ -4,9 +4,10 @@ replaced atomically.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -16,17 +17,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from meristem.core.errors import CheckpointError
+from meristem.core.errors import CheckpointError, OptimizerError
 from meristem.core.growth import LINEAGE
 from meristem.event.steps import Optimizers, optimizers, private_generator
 from meristem.grower import Grower
-from meristem.structure.twin import twin
 from meristem.surgery.aftercare import aftercare_state, load_aftercare
 from meristem.surgery.exchange import check_free
 from meristem.surgery.host import inner, opened_host
-from meristem.surgery.lineage import rebuild, replay
+from meristem.surgery.lineage import Line, members, rebuild, replay
+from meristem.surgery.regrow import changing, left, missing, replayed
 
 MANIFEST = "meristem.json"
+FORMAT = 2
+"""Of checkpoints; another one is refused."""
+_FIELDS = {"class", "weights", "training", "sha256", "lineage"}
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -87,10 +91,11 @@ def save(
     }
     torch.save(state, folder / training)
     manifest = {
-        "format": 1,
+        "format": FORMAT,
         "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "weights": weights,
         "training": training,
+        "sha256": {name: _checksum(folder / name) for name in (weights, training)},
         "lineage": getattr(model, LINEAGE, []),
     }
     draft = folder / f"{MANIFEST}.{token}"
@@ -143,19 +148,15 @@ def _load(
     grower: Grower | None,
 ) -> None:
     manifest = _manifest(folder)
-    weights = load_file(folder / manifest["weights"])
+    _check_class(manifest, model)
+    weights = _read(folder, manifest, "weights", load_file)
     state = _training_state(folder, manifest)
     line = manifest["lineage"]
     targets = model.state_dict(keep_vars=True)
-    growths = _missing(model, line, targets, weights)
+    growths = missing(model, line, targets, weights)
     _check(model, growths, weights, given, state, grower)
     # Nothing may hold the tensors that the growths will exchange.
-    changing = {}
-    for growth in growths:
-        for entry in growth["tensors"]:
-            if entry["name"] in targets:
-                changing[entry["name"]] = targets[entry["name"]]
-    check_free(changing, model)
+    check_free(changing(growths, targets), model)
     rebuild(model, weights, growths, line)
     live = dict(model.named_parameters())
     for one, saved in zip(given, state["optimizers"], strict=False):
@@ -169,15 +170,107 @@ def _load(
         grower.load_state_dict(state["grower"])
 
 
+def regrow_(model: Model, line: Line, *, optimizer: Optimizers = None) -> Model:
+    """Give a freshly built model the shapes of a grown one, so that anybody's
+    `load_state_dict` fits it.
+
+    New entries are zero until weights are loaded. The parameters of new blocks join the
+    groups of those that they were made after, in the order of the model: the positional
+    state of an optimizer fits, too.
+
+    Args:
+        model: A model as it was built before it grew, or at its grown size.
+        line: `meristem.lineage` of the grown model.
+        optimizer: Optimizers over the model's parameters that have not stepped yet.
+
+    Returns:
+        `model`.
+
+    Raises:
+        CheckpointError: The lineage does not fit the model. Nothing has changed then.
+        OptimizerError: An optimizer has state already.
+
+    Examples:
+        >>> import torch, meristem as ms
+        >>> make = lambda: torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+        >>> net = make()
+        >>> _ = ms.grow_(net, {"0": 2}, torch.randn(3, 4))
+        >>> kept = {"model": net.state_dict(), "lineage": ms.lineage(net)}
+        >>> again = ms.regrow_(make(), kept["lineage"])
+        >>> again.load_state_dict(kept["model"])
+        <All keys matched successfully>
+    """
+    given = optimizers(optimizer)
+    for one in given:
+        if one.state:
+            raise OptimizerError(
+                f"the {type(one).__name__} has stepped already: regrow_ takes a fresh "
+                "one, whose state is loaded afterwards"
+            )
+    with opened_host(model) as held:
+        growths = left(held, line)
+        replayed(held, growths)
+        named = {id(p): name for name, p in held.named_parameters()}
+        targets = held.state_dict(keep_vars=True)
+        check_free(changing(growths, targets), held)
+        groups = []
+        for one in given:
+            for group in one.param_groups:
+                olds = [named[id(p)] for p in group["params"] if id(p) in named]
+                groups.append((group, members(olds, growths)))
+        replay(held, growths)
+        live = dict(held.named_parameters())
+        for group, names in groups:
+            group["params"][:] = [live[name] for name in names]
+        held.__dict__[LINEAGE] = json.loads(json.dumps(line))
+    return model
+
+
 def _training_state(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    path = folder / manifest["training"]
-    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    def read(path: Path) -> Any:
+        return torch.load(path, weights_only=True, map_location="cpu")
+
+    state: dict[str, Any] = _read(folder, manifest, "training", read)
     return state
+
+
+def _read(
+    folder: Path, manifest: dict[str, Any], what: str, read: Callable[[Path], Any]
+) -> Any:
+    """A file of a checkpoint, once it is known to be whole.
+
+    Raises:
+        CheckpointError: It is missing, or not what was written.
+    """
+    path = folder / manifest[what]
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing. hint: load an earlier checkpoint")
+    if _checksum(path) != manifest["sha256"].get(path.name):
+        raise CheckpointError(
+            f"{path} is damaged: its checksum is not the one that was written down. "
+            "hint: load an earlier checkpoint"
+        )
+    return read(path)
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_class(manifest: dict[str, Any], model: nn.Module) -> None:
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    # A script is another module each time that it is run or imported.
+    if manifest["class"].rpartition(".")[2] != kind.rpartition(".")[2]:
+        raise CheckpointError(
+            f"the checkpoint does not belong to this {type(model).__name__}: a "
+            f"{manifest['class']} was saved. hint: build the model by that class"
+        )
 
 
 def _check(
     model: nn.Module,
-    growths: list[Any],
+    growths: Line,
     weights: dict[str, Tensor],
     given: Sequence[Optimizer],
     state: dict[str, Any],
@@ -188,12 +281,7 @@ def _check(
     What the model will be like is tried on a copy without data.
     """
     kind = type(model).__name__
-    grown = twin(model, lambda _, tensor: tensor.detach().to("meta"))
-    followed = {}
-    pairs = zip(model.parameters(), grown.parameters(), strict=True)
-    for parameter, copied in pairs:
-        followed[id(parameter)] = copied
-    _replay(grown, growths, kind)
+    grown, followed = replayed(model, growths)
     have = grown.state_dict(keep_vars=True)
     _check_names(set(have), set(weights), kind)
     _check_shapes(have, weights, kind)
@@ -222,8 +310,18 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} holds no checkpoint ({MANIFEST} is missing)"
         ) from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise CheckpointError(f"{folder / MANIFEST} is not readable: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder / MANIFEST} is not of format {FORMAT}, the one that this version "
+            "reads. hint: load it with the version of Meristem that wrote it"
+        )
+    absent = _FIELDS - manifest.keys()
+    if absent:
+        raise CheckpointError(
+            f"{folder / MANIFEST} is damaged: {', '.join(sorted(absent))} is missing"
+        )
     return manifest
 
 
@@ -242,46 +340,6 @@ def _group_names(optimizer: Optimizer, model: nn.Module) -> list[list[str]]:
             "trains"
         )
     return [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
-
-
-def _missing(
-    model: nn.Module,
-    lineage: list[Any],
-    have: dict[str, Tensor],
-    saved: dict[str, Tensor],
-) -> list[Any]:
-    """The growths that a model has not had yet: none of its own, or the first ones of
-    the checkpoint's.
-
-    A model that was built at its grown size only lacks the attributes that no
-    constructor knows (an eps).
-    """
-    own = json.loads(json.dumps(getattr(model, LINEAGE, [])))
-    # A model that has had the first growths lacks only the later ones.
-    if own and own == lineage[: len(own)]:
-        return lineage[len(own) :]
-    if have.keys() != saved.keys() or any(
-        have[name].shape != saved[name].shape for name in have
-    ):
-        return lineage
-    held = {name for name, _ in model.named_modules()}
-    missing = []
-    for growth in lineage:
-        entry: dict[str, Any] = {"tensors": [], "insertions": []}
-        for key in ("attributes", "counts"):
-            entry[key] = [edit for edit in growth[key] if edit[0] in held]
-        missing.append(entry)
-    return missing
-
-
-def _replay(grown: nn.Module, growths: list[Any], kind: str) -> None:
-    try:
-        replay(grown, growths)
-    except (AttributeError, IndexError, KeyError, StopIteration) as error:
-        raise CheckpointError(
-            f"the checkpoint does not belong to this {kind}: its growths cannot be "
-            f"repeated on it ({error})"
-        ) from error
 
 
 def _check_shapes(have: dict[str, Tensor], saved: dict[str, Tensor], kind: str) -> None:

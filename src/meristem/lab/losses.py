@@ -61,10 +61,6 @@ def evaluate(
         GrowthRefused: The loss fails on the copy.
         DataError: It is no finite scalar.
     """
-    # Without this a cast that autocast has kept would outlive a step of the weights:
-    # our
-    # own context keeps its cache open.
-    torch.clear_autocast_cache()
     try:
         if tensors is None:
             value = called(loss, model, batch)
@@ -74,6 +70,10 @@ def evaluate(
             value = functional_call(_LossModule(model, loss), inner, (batch,))
     except Exception as error:
         raise _told(error, "train" if training else "eval") from error
+    finally:
+        # A cast that autocast has kept would outlive a step of the weights, and hold
+        # them: our own context keeps its cache open.
+        torch.clear_autocast_cache()
     if not isinstance(value, Tensor) or value.numel() != 1:
         is_tensor = isinstance(value, Tensor)
         received = tuple(value.shape) if is_tensor else type(value).__name__

@@ -25,7 +25,6 @@ from meristem.structure.twin import (
     stored_tensors,
     submodule,
 )
-from meristem.surgery.host import wrapper_around
 from meristem.surgery.lineage import Names, record
 from meristem.surgery.optimizers import copied_state
 from meristem.surgery.swap import let_go, swap
@@ -78,9 +77,6 @@ def check_free(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
         # A parameter that has been trained is held by its gradient accumulator, too.
         allowed = 2 if tensor.requires_grad and tensor.is_leaf else 1
         if references > allowed:
-            wrapped = wrapper_around(model)
-            if wrapped is not None:
-                raise GrowthRefused(wrapped)
             raise PendingBackward(
                 f"{name} is still held by a graph that waits for its backward pass. "
                 "hint: grow after optimizer.step(), when no loss is waiting for "

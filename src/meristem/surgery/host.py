@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
@@ -101,10 +102,24 @@ def plain(optimizer: Any) -> Any:
 
 def ranks_of(model: nn.Module) -> Ranks:
     """The processes that a wrapper keeps alike; this one alone without one."""
-    for wrapper in _wrappers(model):
-        if isinstance(wrapper, DistributedDataParallel):
-            return ranks_over(wrapper.process_group)
+    for wrapper in _around(inner(model)):
+        return ranks_over(wrapper.process_group)
     return ALONE
+
+
+def _around(model: nn.Module) -> list[DistributedDataParallel]:
+    """The living wrapper whose reducer holds a model's weights, whoever was named: a
+    trainer hands out the model inside.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return []
+    found = []
+    for one in gc.get_objects():
+        # Proxies answer isinstance for what they stand for.
+        if issubclass(type(one), DistributedDataParallel) and "module" in one._modules:
+            if inner(one) is model:
+                found.append(one)
+    return found
 
 
 @contextmanager
@@ -113,8 +128,7 @@ def opened_host(model: nn.Module) -> Iterator[nn.Module]:
 
     Afterwards, also after an error, every wrapper fits what the model has become.
     """
-    wrappers = list(_wrappers(model))
-    parallel = [one for one in wrappers if isinstance(one, DistributedDataParallel)]
+    parallel = _around(inner(model))
     for wrapper in parallel:
         _let_go(wrapper)
     grown = len(getattr(inner(model), LINEAGE, ()))
@@ -123,7 +137,7 @@ def opened_host(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for wrapper in reversed(parallel):
             _rebuild(wrapper)
-    if len(wrappers) > len(parallel):
+    if any(not isinstance(one, DistributedDataParallel) for one in _wrappers(model)):
         _tell_of_recompiles(inner(model), grown)
 
 
@@ -168,18 +182,6 @@ def _tell_of_recompiles(model: nn.Module, before: int) -> None:
             grown,
             limit,
         )
-
-
-def wrapper_around(model: nn.Module) -> str | None:
-    """What is said where a wrapper that nobody named holds a model's weights."""
-    for one in gc.get_objects():
-        # Proxies answer isinstance for what they stand for.
-        if issubclass(type(one), DistributedDataParallel) and inner(one) is model:
-            return (
-                "the DistributedDataParallel around this model holds its weights. hint: "
-                "pass the wrapper itself in place of the model inside"
-            )
-    return None
 
 
 def check_optimizer(optimizer: Any) -> Optimizer:

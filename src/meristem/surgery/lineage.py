@@ -214,10 +214,18 @@ def replay(model: nn.Module, growths: Line) -> None:
         for growth in growths:
             live = named_tensors(model)
             for entry in growth["tensors"]:
-                tensor, shape = live[entry["name"]], entry["after"]
+                tensor, shape = live[entry["name"]], list(entry["after"])
                 # A model built at its grown size has the shape already.
-                if list(tensor.shape) != list(shape):
-                    swap(tensor, tensor.detach().new_zeros(shape), None)
+                if list(tensor.shape) == shape:
+                    continue
+                if list(tensor.shape) != list(entry["before"]):
+                    raise CheckpointError(
+                        f"the lineage does not belong to this {type(model).__name__}: "
+                        f"{entry['name']} has the shape {tuple(tensor.shape)}, and its "
+                        f"growth starts from {tuple(entry['before'])}. hint: build the "
+                        "model as it was built before it grew"
+                    )
+                swap(tensor, tensor.detach().new_zeros(shape), None)
             _set_all(model, growth["attributes"])
             for entry in growth["insertions"]:
                 insert(model, insertion_from(entry))
@@ -227,9 +235,28 @@ def replay(model: nn.Module, growths: Line) -> None:
 def _set_all(model: nn.Module, attributes: Sequence[Any]) -> None:
     for module_name, attribute, value in attributes:
         old = get_attribute(model, module_name, attribute)
+        if not _is_size(old) or not _is_size(value):
+            raise CheckpointError(
+                f"the lineage sets {module_name}.{attribute}, which holds no size; it was "
+                "not written by Meristem, or was edited"
+            )
         if isinstance(old, (tuple, list)):  # JSON knows no tuples
             value = type(old)(value)
         set_attribute(model, module_name, attribute, value)
+
+
+def _is_size(value: Any) -> bool:
+    """Whether a value is what growths change: a number, or a few."""
+    entries = value if isinstance(value, (tuple, list)) else (value,)
+    return all(type(entry) in (int, float) for entry in entries)
+
+
+def members(names: Sequence[str], growths: Line) -> list[str]:
+    """The parameters that a group of an optimizer holds after some growths."""
+    for growth in growths:
+        end = growth["parameters_after"]
+        names = _members(names, growth, end, dict(growth["renamed"]), back=False)
+    return list(names)
 
 
 def rebuild(
