@@ -262,13 +262,23 @@ class Grower:
             # step() has counted the epoch already, where its length is known.
             if self.clockwork.end_epoch():
                 growth = self._grow_if_due()
-            if metric is not None:
-                metric = self.ranks.mean(float(metric))
-            if metric is not None and self.clockwork.measured(float(metric)):
+            if metric is not None and self._note(metric):
                 growth = growth or self._grow_if_due()
         finally:
             self.clockwork.settle()
         return growth
+
+    def measured(self, metric: float) -> Growth | None:
+        """Record a metric of an evaluation that ends no epoch; grow where the trigger
+        watches it, and it is time.
+        """
+        try:
+            return self._grow_if_due() if self._note(metric) else None
+        finally:
+            self.clockwork.settle()
+
+    def _note(self, metric: float) -> bool:
+        return self.clockwork.measured(self.ranks.mean(float(metric)))
 
     def _grow_if_due(self) -> Growth | None:
         if self.done or not self.ranks.first(self.when.due(self.clock)):

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from meristem.core.errors import GrowthRefused
 from meristem.core.growth import LINEAGE
@@ -84,7 +85,9 @@ def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _held(model: nn.Module) -> nn.Module:
-    if isinstance(model, (DistributedDataParallel, DataParallel)):
+    averages = ("ModelEmaV2", "ModelEmaV3")  # timm's
+    holds = isinstance(model, (DistributedDataParallel, DataParallel, AveragedModel))
+    if holds or type(model).__name__ in averages:
         module: nn.Module = model.module
         return module
     if type(model).__name__ == "OptimizedModule":
@@ -116,9 +119,9 @@ def _around(model: nn.Module) -> list[DistributedDataParallel]:
     found = []
     for one in gc.get_objects():
         # Proxies answer isinstance for what they stand for.
-        if issubclass(type(one), DistributedDataParallel) and "module" in one._modules:
-            if inner(one) is model:
-                found.append(one)
+        is_wrapper = issubclass(type(one), DistributedDataParallel)
+        if is_wrapper and "module" in one._modules and inner(one) is model:
+            found.append(one)
     return found
 
 

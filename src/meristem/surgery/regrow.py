@@ -57,14 +57,7 @@ def left(model: nn.Module, line: Line) -> Line:
     last = line[-1]["parameters_after"] if line else []
     names = [name for name, _ in model.named_parameters()]
     shapes = {name: list(t.shape) for name, t in named_tensors(model).items()}
-    # The last growth of every tensor says how large it has become.
-    ends: dict[str, list[int]] = {}
-    for growth in line:
-        renamed = growth["renamed"]
-        ends = {renamed.get(name, name): shape for name, shape in ends.items()}
-        for entry in growth["tensors"]:
-            name = entry["name"]
-            ends[renamed.get(name, name)] = list(entry["after"])
+    ends = ends_of(line)
     built = names == last and all(shapes.get(name) == end for name, end in ends.items())
     return _attributes_alone(model, line) if built else line
 
@@ -100,3 +93,15 @@ def replayed(
             f"repeated on it ({error})"
         ) from error
     return grown, followed
+
+
+def ends_of(line: Line) -> dict[str, list[int]]:
+    """The shapes that grown tensors have at the end of a lineage, by their names then."""
+    ends: dict[str, list[int]] = {}
+    for growth in line:
+        renamed = growth["renamed"]
+        ends = {renamed.get(name, name): shape for name, shape in ends.items()}
+        for entry in growth["tensors"]:
+            name = entry["name"]
+            ends[renamed.get(name, name)] = list(entry["after"])
+    return ends
