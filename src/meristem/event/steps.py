@@ -196,7 +196,16 @@ def prepare(
     care: Cares = (),
     optimizer: Optimizers = None,
 ) -> Event:
-    """The event of one growth of a model."""
+    """The event of one growth of a model.
+
+    Raises:
+        GrowthRefused: The model holds no data.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise GrowthRefused(
+            "the model stands on the meta device and holds no data that could grow. hint: "
+            "meristem.plan tells its new sizes; grow it once its weights are loaded"
+        )
     structure = structure_of(model, example)
     lab = Lab(structure, loan)
     return Event(

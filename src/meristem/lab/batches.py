@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, IterableDataset
 
 from meristem.core.errors import DataError
 from meristem.lab.losses import Loss, called
 from meristem.lab.ranks import RankData
+from meristem.structure.tracer import tensors
 from meristem.structure.twin import Example, twin
 from meristem.structure.undisturbed import undisturbed
 
@@ -185,6 +187,12 @@ def first_call(model: nn.Module, loss: Loss, batch: Any) -> Example:
             called(loss, copied, batch)
         except _Called as caught:
             args, kwargs = caught.args
+            if any(is_functorch_wrapped_tensor(t) for t in tensors((args, kwargs))):
+                raise DataError(
+                    "loss(model, batch) calls the model inside a functional transform "
+                    "(vmap, grad), where its input is none of its own. hint: pass "
+                    "example=, a call of the model as it stands"
+                ) from None
             return Example(args, kwargs)
     raise DataError(
         "loss(model, batch) never calls the model, so no example input is known. "

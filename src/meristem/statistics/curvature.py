@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from meristem.core.errors import DataError
 from meristem.lab.ledger import Meter
 from meristem.lab.losses import Loss, evaluate
 from meristem.structure.layers import channel_of, is_norm, is_plain, layer_of
@@ -572,6 +573,12 @@ def effective(matrix: Tensor, damping: float) -> float:
 
 
 def _root(matrix: Tensor) -> Tensor:
+    if not bool(torch.isfinite(matrix).all()):
+        raise DataError(
+            "the gradients or activations of a growth batch are not finite; nothing was "
+            "changed. hint: half precision overflows here; measure in float32, as loss= "
+            "under autocast does"
+        )
     root: Tensor = torch.linalg.cholesky(matrix)
     return root
 

@@ -67,6 +67,42 @@ def follow_hook(hook: Any, copies: Mapping[int, Any], own: bool, place: str) -> 
         ) from None
 
 
+def follow_forward(forward: Any, copies: Mapping[int, Any], place: str) -> Any:
+    """A forward that was put on a module itself, for a copy of the model: one that holds
+    the model ("lambda x: old(x) * 2") holds the copy there.
+
+    Raises:
+        DiscoveryError: It holds something else that is neither the model's nor a plain
+            value.
+    """
+    if not _reaches(forward, copies, set()):
+        return forward
+    try:
+        return _Rebinding(copies, own=True).value(forward)
+    except _Outside as outside:
+        raise DiscoveryError(
+            f"the forward that was put on {place or 'the model'} itself holds the model, "
+            f"and {outside}, so that it cannot run on a copy. hint: define it in the class"
+        ) from None
+
+
+def _reaches(held: Any, copies: Mapping[int, Any], seen: set[int]) -> bool:
+    """Whether what a function holds leads to a module of the model."""
+    if id(held) in seen:
+        return False
+    seen.add(id(held))
+    if isinstance(held, nn.Module):
+        return id(held) in copies
+    inside: list[Any] = []
+    if isinstance(held, types.MethodType):
+        inside = [held.__func__, held.__self__]
+    elif isinstance(held, functools.partial):
+        inside = [held.func, *held.args, *held.keywords.values()]
+    elif isinstance(held, types.FunctionType):
+        inside = _held(held)
+    return any(_reaches(one, copies, seen) for one in inside)
+
+
 def _function_of(hook: Any) -> Any:
     """The Python function behind a hook, or None."""
     while isinstance(hook, functools.partial):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import types
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from meristem.core.change import AttributeChange
 from meristem.core.errors import DiscoveryError
 from meristem.core.example import Example as Example
 from meristem.core.example import as_example as as_example
-from meristem.structure.hooks import follow_hook
+from meristem.structure.hooks import follow_forward, follow_hook
 
 # The models whose modules may be changed: twins, and what surgery has opened.
 _WRITABLE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -280,6 +281,15 @@ def _copied(model: nn.Module, memo: dict[int, Any], own: bool = True) -> nn.Modu
             f"{error}). Meristem looks at a copy, never at the model itself. hint: "
             "keep what cannot be copied (locks, files, generators) outside the module"
         ) from error
+    for place, module in model.named_modules():
+        if "forward" in vars(module):
+            present = _function_on(module)
+            forward = follow_forward(present, memo, place)
+            copy_of = memo[id(module)]
+            if forward is not present and present is not vars(module)["forward"]:
+                forward = types.MethodType(forward, copy_of)
+            if forward is not present:
+                copy_of.forward = forward
     for entry in hooks:
         memo.pop(id(entry.hook), None)
     for entry in hooks:
@@ -292,6 +302,16 @@ def _copied(model: nn.Module, memo: dict[int, Any], own: bool = True) -> nn.Modu
         else:
             table[entry.key] = kept
     return copied
+
+
+def _function_on(module: nn.Module) -> Any:
+    """A forward that was put on a module itself; without its module, where it is bound
+    to that.
+    """
+    forward = vars(module)["forward"]
+    if getattr(forward, "__self__", None) is module:
+        return forward.__func__
+    return forward
 
 
 class _Hook(NamedTuple):

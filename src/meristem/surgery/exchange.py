@@ -62,7 +62,8 @@ def held_weakly(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, st
         if len(weakref.getweakrefs(tensor)) > known:
             held[name] = (
                 f"{name} is held by a weak reference, which would keep the old tensor. "
-                "hint: let go of it while the model grows"
+                "hint: let go of it while the model grows; a compiled optimizer.step() "
+                "keeps one for good: compile the model, and not the step"
             )
     return held
 

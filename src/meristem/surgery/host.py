@@ -88,8 +88,7 @@ def _held(model: nn.Module) -> nn.Module:
     averages = ("ModelEmaV2", "ModelEmaV3")  # timm's
     holds = isinstance(model, (DistributedDataParallel, DataParallel, AveragedModel))
     if holds or type(model).__name__ in averages:
-        module: nn.Module = model.module
-        return module
+        return model.get_submodule("module")
     if type(model).__name__ == "OptimizedModule":
         original: nn.Module = model._orig_mod  # type: ignore[assignment]
         return original

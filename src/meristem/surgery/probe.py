@@ -141,11 +141,19 @@ def random_tensors(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Ten
     generator = torch.Generator().manual_seed(0)
     values = {}
     for name, tensor in named_tensors(model).items():
+        # A model without data is looked at on the CPU.
+        if tensor.is_meta:
+            tensor = _without_values(tensor)
         value = _random_tensor(tensor, dtype or tensor.dtype, generator)
         if name.rpartition(".")[2] == "running_var":
             value = value.abs() + 0.5
         values[name] = value
     return values
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    empty = torch.zeros_like(tensor, device="cpu")
+    return nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
 
 
 def _random_tensor(
@@ -165,10 +173,17 @@ def _random_tensor(
 
 
 def _cast(example: Example, dtype: torch.dtype) -> Example:
-    cast: Example = map_tensors(
-        example, lambda t: t.to(dtype) if t.is_floating_point() else t
-    )
-    return cast
+    """The call with floating-point numbers of a type; random ones where it has none."""
+
+    def cast(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor
+        if tensor.is_meta:
+            return torch.randn(tensor.shape, dtype=dtype)
+        return tensor.to(dtype)
+
+    with torch.random.fork_rng(devices=()):
+        return map_tensors(example, cast)  # type: ignore[no-any-return]
 
 
 def live_values(structure: Structure) -> dict[str, Tensor]:
