@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,3 +82,120 @@ def test_the_lineage_lists_the_growths(tmp_path: Path) -> None:
     ms.save(tmp_path, model)
     lineage = json.loads((tmp_path / MANIFEST).read_text())["lineage"]
     assert [entry["after"] for entry in lineage] == [{"fc1": 14}, {"fc2": 6}]
+
+
+def grown_folder(tmp_path: Path) -> tuple[Path, torch.nn.Module]:
+    model = MLP()
+    ms.grow_(model, {"fc1": 3}, torch.randn(2, 10))
+    ms.save(tmp_path, model)
+    return tmp_path, model
+
+
+def refuses(folder: Path, match: str, model: torch.nn.Module | None = None) -> None:
+    target = model if model is not None else MLP()
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    with pytest.raises(ms.CheckpointError, match=match):
+        ms.load(folder, target)
+    after = target.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("kind", ["weights", "training"])
+def test_flipped_bytes_are_found(tmp_path: Path, kind: str) -> None:
+    folder, _ = grown_folder(tmp_path)
+    (path,) = folder.glob(f"{kind}-*")
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(bytes(damaged))
+    refuses(folder, f"{path.name} is damaged")
+    path.unlink()
+    refuses(folder, f"{path.name} is missing")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"format": 77}, "is not of format"),
+        ({"lineage": None}, "is damaged: lineage is missing"),
+    ],
+)
+def test_other_manifests_are_refused(
+    tmp_path: Path, change: dict[str, Any], match: str
+) -> None:
+    folder, _ = grown_folder(tmp_path)
+    path = folder / "meristem.json"
+    manifest = json.loads(path.read_text()) | change
+    path.write_text(
+        json.dumps({key: value for key, value in manifest.items() if value is not None})
+    )
+    refuses(folder, match)
+
+
+def test_a_lineage_sets_nothing_but_sizes(tmp_path: Path) -> None:
+    folder, _ = grown_folder(tmp_path)
+    path = folder / "meristem.json"
+    manifest = json.loads(path.read_text())
+    manifest["lineage"][0]["attributes"].append(["fc1", "training", False])
+    path.write_text(json.dumps(manifest))
+    refuses(folder, "fc1.training, which holds no size")
+
+
+def test_a_model_of_another_input_width_is_refused(tmp_path: Path) -> None:
+    def make(features: int) -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Linear(features, 8), torch.nn.Linear(8, 2))
+
+    model = make(6)
+    ms.grow_(model, {"0": 3}, torch.randn(2, 6))
+    ms.save(tmp_path, model)
+    refuses(tmp_path, r"\(8, 7\), and its growth starts from \(8, 6\)", make(7))
+
+
+def test_shapes_are_regrown_for_a_foreign_state() -> None:
+    def make() -> torch.nn.Module:
+        torch.manual_seed(0)
+        layer = torch.nn.TransformerEncoderLayer(
+            8, 2, 16, dropout=0.0, batch_first=True, norm_first=True
+        )
+        return torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    x = torch.randn(2, 3, 8)
+    model = make()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def step(net: torch.nn.Module, one: torch.optim.Optimizer) -> None:
+        net(x).square().mean().backward()
+        one.step()
+        one.zero_grad()
+
+    for wish, how in (
+        ({"layers.0.linear1": 4}, None),
+        ({"layers": 1}, ms.how.Stack()),
+        ({"layers.1.linear1": 2}, None),
+    ):
+        step(model, optimizer)
+        ms.grow_(model, wish, x, how, optimizer=optimizer)
+    step(model, optimizer)
+    line = json.loads(json.dumps(ms.lineage(model)))
+    again = make()
+    other = torch.optim.AdamW(again.parameters(), fused=True)
+    assert ms.regrow_(again, line, optimizer=other) is again
+    again.load_state_dict(model.state_dict())
+    # torch takes the tensors of a state as they are: two optimizers would share them.
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for _ in range(3):
+        step(model, optimizer)
+        step(again, other)
+    for (name, first), second in zip(
+        model.named_parameters(), again.parameters(), strict=True
+    ):
+        assert torch.equal(first, second), name
+    # Once more is no growth; another model is refused, and stays as it is.
+    ms.regrow_(again, line)
+    wrong = torch.nn.TransformerEncoder(make().layers[0], 1, enable_nested_tensor=False)
+    shapes = [p.shape for p in wrong.parameters()]
+    with pytest.raises(ms.CheckpointError):
+        ms.regrow_(wrong, line)
+    assert [p.shape for p in wrong.parameters()] == shapes
+    with pytest.raises(ms.OptimizerError, match="takes a fresh one"):
+        ms.regrow_(make(), line, optimizer=optimizer)
