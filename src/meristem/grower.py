@@ -30,7 +30,7 @@ from meristem.event.steps import (
 from meristem.lab.batches import check_reiterable, example_of, length
 from meristem.lab.laboratory import Progress
 from meristem.lab.losses import Loss
-from meristem.lab.ranks import replicas_of, shared
+from meristem.lab.ranks import Ranks, replicas_of, shared
 from meristem.methods import Clock, When, Where, check_part, rations
 from meristem.pruning import prune_each
 from meristem.structure import Structure, structure_of
@@ -54,6 +54,27 @@ _STATE = frozenset(
         "aftercare",
     ]
 )
+
+
+def _over_ranks(loss: Tensor | float, ranks: Ranks) -> Tensor | float:
+    """The training loss, a mean over all ranks."""
+    if isinstance(loss, Tensor) and loss.numel() != 1:
+        raise ValueError(
+            "step(loss) takes the scalar training loss; got a tensor of shape "
+            f"{tuple(loss.shape)}"
+        )
+    # A number would wait for the device.
+    if not ranks.several:
+        return loss
+    return ranks.mean(loss.item() if isinstance(loss, Tensor) else loss)
+
+
+def _check_state(state: Mapping[str, Any]) -> None:
+    missing = _STATE - set(state)
+    if missing:
+        raise DataError(
+            f"this is not the state of a Grower: {', '.join(sorted(missing))} missing"
+        )
 
 
 def _steps(batches: int | None, accumulation: int) -> int | None:
@@ -232,15 +253,8 @@ class Grower:
             PendingBackward: A graph still holds the weights. Nothing has changed.
             DataError: The loss of a growth batch is not finite. Nothing has changed.
         """
-        if isinstance(loss, Tensor) and loss.numel() != 1:
-            raise ValueError(
-                "step(loss) takes the scalar training loss; got a tensor of shape "
-                f"{tuple(loss.shape)}"
-            )
         if loss is not None:
-            if self.ranks.several:
-                value = loss.item() if isinstance(loss, Tensor) else loss
-                loss = self.ranks.mean(value)
+            loss = _over_ranks(loss, self.ranks)
             self.calendar.losses.add(loss)
         # Only such a trigger weighs growth against training; others need no count.
         counted = self._rationed and not self.done
@@ -362,12 +376,7 @@ class Grower:
 
         Model and optimizer are loaded separately (see `meristem.load`).
         """
-        missing = _STATE - set(state)
-        if missing:
-            raise DataError(
-                f"this is not the state of a Grower: {', '.join(sorted(missing))} "
-                "missing"
-            )
+        _check_state(state)
         self.clockwork.load_state_dict(state)
         # The model and its optimizer are somebody else's to load.
         self.calendar.restore(state["history"], state["losses"])
