@@ -56,6 +56,12 @@ _STATE = frozenset(
 )
 
 
+def _ranks(model: nn.Module) -> Ranks:
+    """The processes that grow alike: those of a wrapper, else all with the same model."""
+    ranks = ranks_of(model)
+    return ranks if ranks.several else replicas_of(inner(model))
+
+
 def _over_ranks(loss: Tensor | float, ranks: Ranks) -> Tensor | float:
     """The training loss, a mean over all ranks."""
     if isinstance(loss, Tensor) and loss.numel() != 1:
@@ -165,14 +171,11 @@ class Grower:
         generator: torch.Generator | None = None,
         progress: Progress | None = None,
     ) -> None:
-        check_reiterable(data)
         check_part("when", when, TRIGGERS)
+        check_reiterable(data)
         self.host, self.model, self.when = model, inner(model), when
-        if generator is None:
-            generator = private_generator(self.model)
-        self.ranks = ranks_of(model)
-        if not self.ranks.several:
-            self.ranks = replicas_of(self.model)
+        generator = generator or private_generator(self.model)
+        self.ranks = _ranks(model)
         data = shared(data, self.ranks)
         self.settings = Settings(
             loss=loss,
