@@ -4,6 +4,7 @@ mistake, 130 for an interrupt.
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from functools import partial
@@ -78,7 +79,8 @@ def _bars() -> Progress:
         TextColumn("{task.fields[state]}"),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=_err)
+    speaks = os.environ.get("RANK", "0") == "0"
+    return Progress(*columns, console=_err, disable=not speaks)
 
 
 def _state(progress: RunProgress) -> str:
@@ -173,7 +175,9 @@ def run(
             file.stem,
             report,
         )
-    print(path)
+    # Under torchrun one of the processes speaks.
+    if os.environ.get("RANK", "0") == "0":
+        print(path)
 
 
 @app.command()

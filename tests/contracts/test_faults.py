@@ -59,8 +59,9 @@ class Interrupt:
         return self._line
 
 
-def interrupted(wish: str, at: int) -> int:
-    """Grow with a Ctrl-C in front of a line; how many lines there were.
+def interrupted(wish: str, at: int) -> tuple[int, bool]:
+    """Grow with a Ctrl-C in front of a line; how many lines there were, and whether it
+    was heard: Python drops one that comes inside of a finalizer.
 
     The model is then the old one to the last bit, or the grown one, and trains on.
     """
@@ -77,7 +78,6 @@ def interrupted(wish: str, at: int) -> int:
         came = True
     finally:
         sys.settrace(tracing)
-    assert came == (at <= interrupt.lines)
     after = model.state_dict()
     if {k: v.shape for k, v in after.items()} == {
         k: v.shape for k, v in before.items()
@@ -87,7 +87,7 @@ def interrupted(wish: str, at: int) -> int:
     assert [id(p) for p in held] == [id(p) for p in model.parameters()]
     model(X).square().mean().backward()
     optimizer.step()
-    return interrupt.lines
+    return interrupt.lines, came
 
 
 @pytest.mark.parametrize("wish", WISHES)
@@ -95,9 +95,12 @@ def interrupted(wish: str, at: int) -> int:
     "count", [10, pytest.param(700, marks=pytest.mark.slow)], ids=["some", "many"]
 )
 def test_ctrl_c_leaves_the_old_model_or_the_grown_one(wish: str, count: int) -> None:
-    lines = interrupted(wish, at=10**9)
+    lines, _ = interrupted(wish, at=10**9)
+    heard = 0
     for at in random.Random(0).sample(range(1, lines), count):
-        interrupted(wish, at)
+        _, came = interrupted(wish, at)
+        heard += came
+    assert heard > 0.9 * count
 
 
 class OutOfMemory(TorchDispatchMode):

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from meristem import checkpoint
@@ -47,6 +49,7 @@ from meristem.grower import Grower
 from meristem.growing import listed_sizes
 from meristem.how import METHODS
 from meristem.lab.ledger import step_flops
+from meristem.lab.ranks import ALONE, ranks_over
 from meristem.stages import ByHand, Stages
 from meristem.statistics.health import health
 from meristem.structure import structure_of
@@ -84,6 +87,31 @@ class Progress:
     beside: str = ""
 
 
+def _check_shares(experiment: Experiment, processes: int) -> None:
+    if experiment.stages is not None:
+        raise ConfigError(
+            "stages are trained by one process; hint: start the run without torchrun or "
+            "accelerate launch"
+        )
+    if experiment.train.batch_size < processes:
+        raise ConfigError(
+            f"train.batch_size must be at least the number of processes, {processes}"
+        )
+
+
+class Shares:
+    """Of every batch the part that this process trains on."""
+
+    def __init__(self, batches: Batches, share: Callable[[Any], Any]) -> None:
+        self._batches, self._share = batches, share
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._share, self._batches)
+
+
 class Run:
     """One experiment in progress."""
 
@@ -91,12 +119,16 @@ class Run:
         self, experiment: Experiment, report: Report = lambda progress: None
     ) -> None:
         self.experiment, self.report = experiment, report
-        self.accelerator = Accelerator(mixed_precision=experiment.train.precision)
+        self.accelerator = Accelerator(
+            mixed_precision=experiment.train.precision,
+            # Else several processes without an accelerator would not know each other.
+            cpu=not torch.accelerator.is_available(),
+        )
+        # Under torchrun or accelerate launch every process trains on its share.
+        self.ranks = ALONE
         if self.accelerator.num_processes > 1:
-            raise ConfigError(
-                "a run takes one process so far; hint: start it without torchrun or "
-                "accelerate launch"
-            )
+            self.ranks = ranks_over(dist.group.WORLD)
+            _check_shares(experiment, self.accelerator.num_processes)
         name, options = experiment.data_options
         self.data = datasets.prepared(name, **options.model_dump())
         self.example = self.data.x_train[: min(8, len(self.data.x_train))]
@@ -108,6 +140,9 @@ class Run:
         )
         self.example = self.example.to(self.accelerator.device)
         self.optimizer = _optimizer(experiment, self.model.parameters())
+        self.host: nn.Module = self.model
+        if self.ranks.several:
+            self.host = DistributedDataParallel(self.model)
         self.batches = self.data.batches(experiment.train.batch_size)
         self.progress = Progress(sizes=self._sizes())
         self.first_sizes = dict(self.progress.sizes)
@@ -127,12 +162,20 @@ class Run:
         with self.accelerator.autocast():
             return self.data.loss(model(x), y)
 
+    def _share(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """What this process trains on."""
+        mine = slice(
+            self.accelerator.process_index, None, self.accelerator.num_processes
+        )
+        x, y = batch
+        return x[mine], y[mine]
+
     def _grower(self, grow: Grow) -> Grower:
         return Grower(
-            self.model,
+            self.host,
             self.optimizer,
             loss=self.loss,
-            data=self.batches,
+            data=Shares(self.batches, self._share),
             when=trigger(grow.when, self.progress.steps),
             how=[
                 built(one, METHODS, "how")
@@ -252,7 +295,12 @@ class Run:
 
     def _save_if_due(self) -> None:
         self.progress.seconds = time.perf_counter() - self._started
-        if self.stopping or time.perf_counter() - self._saved > SAVE_SECONDS:
+        is_due = time.perf_counter() - self._saved > SAVE_SECONDS
+        if self.ranks.several:
+            told = self.ranks.gather((self.stopping, is_due))
+            self.stopping = any(stops for stops, _ in told)
+            is_due = told[0][1]
+        if self.stopping or is_due:
             self._save(self._folder)
             self._saved = time.perf_counter()
         if self.stopping:
@@ -303,9 +351,12 @@ class Run:
                 self.experiment, progress.step / progress.steps
             )
         self.model.train()
-        loss = self.loss(self.model, batch)
+        share = self._share(batch)
+        loss = self.loss(self.host, share)
+        # The mean over the ranks is that over the batch, however it is shared out.
+        weight = len(share[0]) * self.accelerator.num_processes / len(batch[0])
         self.optimizer.zero_grad()
-        self.accelerator.backward(loss)
+        self.accelerator.backward(loss * weight)
         if self.experiment.train.clip is not None:
             self.accelerator.clip_grad_norm_(
                 self.model.parameters(), self.experiment.train.clip
@@ -366,9 +417,11 @@ class Run:
         if self.stages is not None:
             extra["stages"] = self.stages.state_dict()
         optimizer = self.stages.optimizer if self.stages is not None else self.optimizer
-        checkpoint.save(
-            folder, self.model, optimizer=optimizer, grower=self.grower, extra=extra
-        )
+        if self.accelerator.is_main_process:
+            checkpoint.save(
+                folder, self.model, optimizer=optimizer, grower=self.grower, extra=extra
+            )
+        self.accelerator.wait_for_everyone()
 
     def _resume(self, folder: Path) -> None:
         extra = checkpoint.load_extra(folder)
@@ -377,7 +430,7 @@ class Run:
         if self.stages is not None:
             self.stages.load_state_dict(extra["stages"])
         optimizer = self.stages.optimizer if self.stages is not None else self.optimizer
-        checkpoint.load(folder, self.model, optimizer=optimizer, grower=self.grower)
+        checkpoint.load(folder, self.host, optimizer=optimizer, grower=self.grower)
         self.progress = Progress(**extra["progress"])
         torch.set_rng_state(extra["rng"])
         self.flops_per_example = self._flops_per_example()
@@ -437,6 +490,7 @@ def result_of(run: Run) -> dict[str, Any]:
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
+        "processes": run.accelerator.num_processes,
         "hardware": {
             "device": str(run.accelerator.device),
             "name": torch.cuda.get_device_name() if cuda else processor,
@@ -460,11 +514,14 @@ def run(
     folder = out / "checkpoints" / f"{name}_seed{experiment.seed}"
     running = Run(experiment, report)
     running.train(folder)
-    out.mkdir(parents=True, exist_ok=True)
-    draft = result.with_suffix(".json.part")
-    draft.write_text(json.dumps(result_of(running), indent=1) + "\n")
-    os.replace(draft, result)
-    shutil.rmtree(folder, ignore_errors=True)
+    found = result_of(running)
+    if running.accelerator.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        draft = result.with_suffix(".json.part")
+        draft.write_text(json.dumps(found, indent=1) + "\n")
+        os.replace(draft, result)
+        shutil.rmtree(folder, ignore_errors=True)
+    running.accelerator.wait_for_everyone()
     return result
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -212,11 +213,15 @@ def shared(data: Iterable[Any], ranks: Ranks) -> Iterable[Any]:
 
 def ranks_over(group: Any) -> Ranks:
     """The processes of a group, which talk on the CPU."""
-    if dist.get_world_size(group) == 1:
-        return ALONE
+    return ALONE if dist.get_world_size(group) == 1 else Ranks(_on_cpu(group))
+
+
+@cache
+def _on_cpu(group: Any) -> Any:
+    """The same processes as a group whose messages need no accelerator."""
     if dist.get_backend(group) == "gloo":
-        return Ranks(group)
-    return Ranks(dist.new_group(dist.get_process_group_ranks(group), backend="gloo"))
+        return group
+    return dist.new_group(dist.get_process_group_ranks(group), backend="gloo")
 
 
 def replicas_of(model: nn.Module) -> Ranks:

@@ -1,0 +1,48 @@
+"""`meristem run` under torchrun: the same file, the same figures."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+EXPERIMENT = """
+model = { mlp = { hidden = [12, 12] } }
+data = "digits"
+[train]
+steps = 24
+batch_size = 63
+evaluate = 12
+optimizer = { adamw = { lr = 3e-3 } }
+[grow]
+when = { every = "8 steps" }
+how = "gradmax"
+where = "by_gain"
+amount = 8
+budget = { growths = 2 }
+"""
+
+
+def result(folder: Path, *launcher: str) -> dict[str, Any]:
+    file = folder / "experiment.toml"
+    file.write_text(EXPERIMENT)
+    out = folder / "-".join(["out", *launcher]).replace("/", "_")
+    command = [sys.executable, *launcher, "-m", "meristem.cli", "run", str(file)]
+    done = subprocess.run(
+        [*command, "--out", str(out)], capture_output=True, text=True, check=True
+    )
+    # One process speaks.
+    (line,) = done.stdout.split()
+    found: dict[str, Any] = json.loads(Path(line).read_text())
+    return found
+
+
+def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
+    one = result(tmp_path)
+    two = result(tmp_path, "-m", "torch.distributed.run", "--nproc-per-node=2")
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert [g["after"] for g in one["growths"]] == [g["after"] for g in two["growths"]]
+    assert len(one["growths"]) == 2
+    assert abs(one["loss"] - two["loss"]) < 1e-3 * one["loss"]
