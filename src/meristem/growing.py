@@ -230,7 +230,7 @@ def _same(structure: Structure, stored: Plan) -> Plan:
     shapes = [(c.name, c.before, c.after) for c in planned.tensors]
     if (
         shapes != [(c.name, c.before, c.after) for c in stored.tensors]
-        or planned.insertions != stored.insertions
+        or _places(planned) != _places(stored)
         or (planned.before, planned.after) != (stored.before, stored.after)
     ):
         raise GrowthRefused(
@@ -238,6 +238,14 @@ def _same(structure: Structure, stored: Plan) -> Plan:
             "was edited. hint: make it anew with meristem.plan"
         )
     return planned
+
+
+def _places(plan: Plan) -> list[tuple[str, str, int, int]]:
+    """Where blocks come in, and how many; which of them are new, the method says."""
+    places = []
+    for one in plan.insertions:
+        places.append((one.axis, one.path, one.size, len(one.blocks)))
+    return places
 
 
 def replay_(
