@@ -6,7 +6,7 @@ import copy
 import random
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -90,6 +90,15 @@ def interrupted(wish: str, at: int) -> tuple[int, bool]:
     return interrupt.lines, came
 
 
+@pytest.fixture
+def listening() -> Iterator[None]:
+    """A Ctrl-C is heard, also where a shell in the background turns it off."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("listening")
 @pytest.mark.parametrize("wish", WISHES)
 @pytest.mark.parametrize(
     "count", [10, pytest.param(700, marks=pytest.mark.slow)], ids=["some", "many"]

@@ -35,7 +35,8 @@ def signals_deferred() -> Iterator[None]:
                 signal.signal(number, wait)
         yield
     finally:
-        for known, handler in handlers.items():
-            signal.signal(known, handler)
+        # The one that is likely to come is given back last.
+        for known in reversed(handlers):
+            signal.signal(known, handlers[known])
     for arrived, frame in came:
         handlers[arrived](arrived, frame)
