@@ -30,7 +30,11 @@ HOWS = {"random": ms.how.Random, "GradMax": ms.how.GradMax, "SWE": ms.how.SWE}
 def net() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
+        nn.Linear(256, 128),
+        nn.ReLU(),
+        nn.Linear(128, 128),
+        nn.ReLU(),
+        nn.Linear(128, 10),
     )
 
 
@@ -99,7 +103,9 @@ def main() -> None:
         )
         print(rows[-1])
     path = Path(__file__).parent / "results" / "ranks.json"
-    path.write_text(json.dumps({"ranks": RANKS, "batch": BATCH, "rows": rows}, indent=1))
+    path.write_text(
+        json.dumps({"ranks": RANKS, "batch": BATCH, "rows": rows}, indent=1)
+    )
 
 
 if __name__ == "__main__":

@@ -199,3 +199,30 @@ def test_shapes_are_regrown_for_a_foreign_state() -> None:
     assert [p.shape for p in wrong.parameters()] == shapes
     with pytest.raises(ms.OptimizerError, match="takes a fresh one"):
         ms.regrow_(make(), line, optimizer=optimizer)
+
+
+class Typed(torch.nn.Module):
+    """Holds a word for every block, as the configs of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds = ["full", "sliding"]
+        layer = torch.nn.TransformerEncoderLayer(
+            8, 2, 16, dropout=0.0, batch_first=True, norm_first=True
+        )
+        self.layers = torch.nn.TransformerEncoder(layer, 2, None, False).layers
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for number, layer in enumerate(self.layers):
+            assert self.kinds[number] in ("full", "sliding")
+            x = layer(x)
+        return x
+
+
+def test_words_that_count_blocks_are_rebuilt(tmp_path: Path) -> None:
+    model = Typed()
+    ms.grow_(model, {"layers": 2}, torch.randn(2, 3, 8))
+    assert len(model.kinds) == 4
+    ms.save(tmp_path, model)
+    again = ms.load(tmp_path, Typed())
+    assert again.kinds == model.kinds

@@ -129,16 +129,20 @@ class Calendar:
         """
         state = self._generator.get_state()
         try:
-            with undisturbed(), self._ranks.together(), counting() as counter:
-                growth.health[moment] = self._looked(growth)
+            with undisturbed(), self._ranks.together():
+                # To find out what can grow may cost a trace, in a run that goes on.
+                structure = self._structure()
+                with counting() as counter:
+                    growth.health[moment] = self._looked(growth, structure)
+                growth.health_flops += counter.get_total_flops()
         except Exception as error:
             growth.health[moment] = {"error": f"{type(error).__name__}: {error}"}
         finally:
             self._generator.set_state(state)
-        growth.health_flops += counter.get_total_flops()
 
-    def _looked(self, growth: Growth) -> dict[str, dict[str, float]]:
-        structure = self._structure()
+    def _looked(
+        self, growth: Growth, structure: Structure
+    ) -> dict[str, dict[str, float]]:
         axes = [structure.axes.named(name) for name in growth.added]
         for axis in axes:
             # Indices would name other units now.

@@ -235,7 +235,7 @@ def replay(model: nn.Module, growths: Line) -> None:
 def _set_all(model: nn.Module, attributes: Sequence[Any]) -> None:
     for module_name, attribute, value in attributes:
         old = get_attribute(model, module_name, attribute)
-        if not _is_size(old) or not _is_size(value):
+        if not _may_become(old, value):
             raise CheckpointError(
                 f"the lineage sets {module_name}.{attribute}, which holds no size; it was "
                 "not written by Meristem, or was edited"
@@ -245,10 +245,15 @@ def _set_all(model: nn.Module, attributes: Sequence[Any]) -> None:
         set_attribute(model, module_name, attribute, value)
 
 
-def _is_size(value: Any) -> bool:
-    """Whether a value is what growths change: a number, or a few."""
-    entries = value if isinstance(value, (tuple, list)) else (value,)
-    return all(type(entry) in (int, float) for entry in entries)
+def _may_become(old: Any, new: Any) -> bool:
+    """Whether a growth may make one value of the other: numbers, or a list with a word
+    for every block ("layer_types"), longer or shorter.
+    """
+    if not isinstance(old, (tuple, list)):
+        old, new = [old], [new]
+    if all(type(entry) in (int, float) for entry in (*old, *new)):
+        return True
+    return isinstance(new, (tuple, list)) and bool(new) and set(new) <= set(old)
 
 
 def members(names: Sequence[str], growths: Line) -> list[str]:
