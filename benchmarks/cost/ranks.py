@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 import meristem as ms
 
 RANKS, BATCH, GROWTHS = 2, 256, 5
-HOWS = {"random": ms.how.Random, "GradMax": ms.how.GradMax, "SWE": ms.how.SWE}
+HOWS = {"random": ms.how.Random(), "GradMax": ms.how.GradMax(), "SWE": ms.how.SWE()}
 
 
 def net() -> nn.Module:
@@ -55,7 +55,7 @@ def seconds(model: nn.Module, how: Any, data: list[Any]) -> tuple[float, int]:
     """CPU seconds of a growth, and bytes that this process gave to the others."""
     optimizer = torch.optim.AdamW(model.parameters())
     grower = ms.Grower(
-        model, optimizer, loss=loss, data=data, when=ms.when.Every(steps=1), how=how(),
+        model, optimizer, loss=loss, data=data, when=ms.when.Every(steps=1), how=how,
         amount={"0": 8, "2": 8},
     )  # fmt: skip
     taken = []

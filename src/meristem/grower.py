@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from meristem.core.budget import Budget
 from meristem.core.errors import DataError
 from meristem.core.growth import Growth
+from meristem.core.ranks import Ranks, replicas_of, shared
 from meristem.event.amounts import Amount
 from meristem.event.calendar import Calendar
 from meristem.event.clockwork import Clockwork
@@ -30,7 +31,6 @@ from meristem.event.steps import (
 from meristem.lab.batches import check_reiterable, example_of, length
 from meristem.lab.laboratory import Progress
 from meristem.lab.losses import Loss
-from meristem.lab.ranks import Ranks, replicas_of, shared
 from meristem.methods import Clock, When, Where, check_part, rations
 from meristem.pruning import prune_each
 from meristem.structure import Structure, structure_of

@@ -15,6 +15,7 @@ from meristem.core.axis import Axes
 from meristem.core.change import Plan
 from meristem.core.errors import DataError, GrowthRefused
 from meristem.core.growth import Growth
+from meristem.core.ranks import shared
 from meristem.event.growable import growable
 from meristem.event.steps import (
     Cares,
@@ -34,7 +35,6 @@ from meristem.event.steps import (
 from meristem.lab.batches import first_call, growth_batches
 from meristem.lab.laboratory import Loan, Progress
 from meristem.lab.losses import Loss
-from meristem.lab.ranks import shared
 from meristem.structure import (
     Structure,
     known_example,

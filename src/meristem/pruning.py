@@ -15,6 +15,7 @@ from meristem.core.change import NO_CHANGE, Plan, index
 from meristem.core.errors import GrowthRefused
 from meristem.core.growth import Growth
 from meristem.core.offer import Scaling
+from meristem.core.ranks import shared
 from meristem.event.growable import growable
 from meristem.event.sharing import Settings
 from meristem.event.steps import (
@@ -31,7 +32,6 @@ from meristem.lab.batches import check_reiterable, first_call, growth_batches
 from meristem.lab.laboratory import Loan
 from meristem.lab.ledger import counting
 from meristem.lab.losses import Loss, mean_loss
-from meristem.lab.ranks import shared
 from meristem.statistics.curvature import Factors, compensated, measure, removal
 from meristem.structure import Structure, apart, resolve
 from meristem.structure.undisturbed import undisturbed

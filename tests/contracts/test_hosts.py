@@ -131,8 +131,11 @@ def test_a_wrapper_that_keeps_flat_copies_is_refused() -> None:
         ms.grow_(kind(net()), {"module.0": 2}, X)
 
 
-def test_accelerate() -> None:
+def test_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
     accelerate = pytest.importorskip("accelerate")
+    # Accelerate keeps the precision of the process: other tests have their own.
+    for kind in (accelerate.state.AcceleratorState, accelerate.state.PartialState):
+        monkeypatch.setattr(kind, "_shared_state", {})
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     model, optimizer = accelerator.prepare(net(), torch.optim.AdamW(net().parameters()))
     optimizer = accelerator.prepare(torch.optim.AdamW(model.parameters()))

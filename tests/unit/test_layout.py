@@ -21,7 +21,7 @@ LEVELS = [
     ["growing", "pruning"],
     ["grower"],
     ["stages", "checkpoint"],
-    ["recipes", "sklearn", "testing"],
+    ["integrations", "recipes", "sklearn", "testing"],
     ["experiments"],
     ["cli"],
 ]

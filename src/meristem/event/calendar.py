@@ -14,11 +14,11 @@ from torch import Tensor
 
 from meristem.core.errors import GrowthRefused
 from meristem.core.growth import Growth
+from meristem.core.ranks import ALONE, Ranks
 from meristem.event.steps import HEALTH_BATCHES
 from meristem.lab.batches import growth_batches
 from meristem.lab.ledger import counting
 from meristem.lab.losses import Loss
-from meristem.lab.ranks import ALONE, Ranks
 from meristem.statistics.health import look
 from meristem.structure import Structure
 from meristem.structure.undisturbed import undisturbed

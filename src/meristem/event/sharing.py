@@ -18,6 +18,7 @@ from meristem.core.change import Plan
 from meristem.core.errors import DataError, GrowthRefused
 from meristem.core.growth import Growth
 from meristem.core.offer import Offer, Share
+from meristem.core.ranks import ALONE, Ranks
 from meristem.event.amounts import (
     Amount,
     allows,
@@ -32,7 +33,6 @@ from meristem.lab.batches import growth_batches, peeked
 from meristem.lab.laboratory import Lab, Loan, Progress
 from meristem.lab.ledger import batch_size, step_flops
 from meristem.lab.losses import Loss
-from meristem.lab.ranks import ALONE, Ranks
 from meristem.methods import Care, Choice, Clock, How, Where, check_part, is_thrifty
 from meristem.structure import Structure, apart, clash, sized
 from meristem.structure.undisturbed import undisturbed

@@ -30,6 +30,7 @@ from meristem import checkpoint
 from meristem.care import CARES
 from meristem.core import VERSION
 from meristem.core.budget import Budget
+from meristem.core.ranks import ALONE, ranks_over
 from meristem.event.growable import growable
 from meristem.experiments import data as datasets
 from meristem.experiments import models
@@ -44,12 +45,11 @@ from meristem.experiments.config import (
     named,
     trigger,
 )
-from meristem.experiments.data import Batches
+from meristem.experiments.data import Batches, Data
 from meristem.grower import Grower
 from meristem.growing import listed_sizes
 from meristem.how import METHODS
 from meristem.lab.ledger import step_flops
-from meristem.lab.ranks import ALONE, ranks_over
 from meristem.stages import ByHand, Stages
 from meristem.statistics.health import health
 from meristem.structure import structure_of
@@ -144,17 +144,16 @@ class Run:
         if self.ranks.several:
             self.host = DistributedDataParallel(self.model)
         self.batches = self.data.batches(experiment.train.batch_size)
-        self.progress = Progress(sizes=self._sizes())
+        self.progress = Progress(sizes=_sizes(self.model, self.example))
         self.first_sizes = dict(self.progress.sizes)
         self.stopping = False
         self.flops_per_example = self._flops_per_example()
-        self.progress.steps = self._steps()
-        self.grower = (
-            self._grower(experiment.grow) if experiment.grow is not None else None
+        self.progress.steps = _steps(
+            experiment, self.flops_per_example, len(self.batches), self.data
         )
-        self.stages = (
-            self._stages(experiment.stages) if experiment.stages is not None else None
-        )
+        grow, stages = experiment.grow, experiment.stages
+        self.grower = self._grower(grow) if grow is not None else None
+        self.stages = self._stages(stages) if stages is not None else None
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The mean loss of a batch, on the model's device."""
@@ -239,29 +238,6 @@ class Run:
         return step_flops(
             self.model, self.loss, (self.data.x_train[:8], self.data.y_train[:8])
         )
-
-    def _sizes(self) -> dict[str, int]:
-        with undisturbed():
-            return listed_sizes(structure_of(self.model, self.example))
-
-    def _steps(self) -> int:
-        """Steps of the whole run; with stages, the most that it can take."""
-        train = self.experiment.train
-        if self.experiment.stages is not None:
-            return (
-                (len(self.experiment.stages.amount) + 1)
-                * self.experiment.stages.epochs
-                * len(self.batches)
-            )
-        if train.epochs is not None:
-            return train.epochs * len(self.batches)
-        if train.steps is not None:
-            return train.steps
-        assert train.flops is not None
-        epochs, rest = divmod(
-            train.flops / self.flops_per_example, len(self.data.x_train)
-        )
-        return max(1, int(epochs) * len(self.batches) + round(rest / train.batch_size))
 
     def train(self, folder: Path) -> None:
         """Train to the end, saving to `folder` on the way; resumes from it if it holds
@@ -533,6 +509,28 @@ def _same(config: Any, experiment: Experiment) -> bool:
         return Experiment.model_validate(config) == experiment
     except ValidationError:
         return False
+
+
+def _sizes(model: nn.Module, example: Tensor) -> dict[str, int]:
+    with undisturbed():
+        return listed_sizes(structure_of(model, example))
+
+
+def _steps(
+    experiment: Experiment, flops_per_example: float, batches: int, data: Data
+) -> int:
+    """Steps of the whole run; with stages, the most that it can take."""
+    train = experiment.train
+    if experiment.stages is not None:
+        stages = len(experiment.stages.amount) + 1
+        return stages * experiment.stages.epochs * batches
+    if train.epochs is not None:
+        return train.epochs * batches
+    if train.steps is not None:
+        return train.steps
+    assert train.flops is not None
+    epochs, rest = divmod(train.flops / flops_per_example, len(data.x_train))
+    return max(1, int(epochs) * batches + round(rest / train.batch_size))
 
 
 def rate(experiment: Experiment, progress: float) -> float:

@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, IterableDataset
 
 from meristem.core.errors import DataError
+from meristem.core.ranks import RankData
 from meristem.lab.losses import Loss, called
-from meristem.lab.ranks import RankData
 from meristem.structure.tracer import tensors
 from meristem.structure.twin import Example, twin
 from meristem.structure.undisturbed import undisturbed

@@ -24,10 +24,10 @@ from meristem.core.axis import Axes, Axis, Place, Slot
 from meristem.core.change import NO_CHANGE, Plan, Sources, by_unit, index
 from meristem.core.errors import DataError, MeristemError
 from meristem.core.offer import Blocks, Offer, Scaling
+from meristem.core.ranks import ALONE, Ranks
 from meristem.lab.batches import cut, length, one_pass
 from meristem.lab.ledger import Meter, plain_attention
 from meristem.lab.losses import Loss, evaluate
-from meristem.lab.ranks import ALONE, Ranks
 from meristem.structure import Structure, resolve
 from meristem.structure.depth import Depth
 from meristem.structure.insertion import Made, insert

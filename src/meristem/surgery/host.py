@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from meristem.core.errors import GrowthRefused
 from meristem.core.growth import LINEAGE
-from meristem.lab.ranks import ALONE, Ranks, ranks_over
+from meristem.core.ranks import ALONE, Ranks, ranks_over
 
 _LOG = logging.getLogger(__name__)
 # Wrappers that can only be refused: what they keep of the weights, and what to do.
