@@ -104,18 +104,22 @@ def plain(optimizer: Any) -> Any:
 
 def ranks_of(model: nn.Module) -> Ranks:
     """The processes that a wrapper keeps alike; this one alone without one."""
-    for wrapper in _around(inner(model)):
+    for wrapper in _around(model):
         return ranks_over(wrapper.process_group)
     return ALONE
 
 
 def _around(model: nn.Module) -> list[DistributedDataParallel]:
-    """The living wrapper whose reducer holds a model's weights, whoever was named: a
-    trainer hands out the model inside.
+    """The living wrappers whose reducers hold a model's weights: those that were named,
+    else those around the model, which is what trainers hand out.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return []
-    found = []
+    chain = _wrappers(model)
+    found = [one for one in chain if isinstance(one, DistributedDataParallel)]
+    if found:
+        return found
+    model = inner(model)
     for one in gc.get_objects():
         # Proxies answer isinstance for what they stand for.
         is_wrapper = issubclass(type(one), DistributedDataParallel)
@@ -130,7 +134,7 @@ def opened_host(model: nn.Module) -> Iterator[nn.Module]:
 
     Afterwards, also after an error, every wrapper fits what the model has become.
     """
-    parallel = _around(inner(model))
+    parallel = _around(model)
     for wrapper in parallel:
         _let_go(wrapper)
     grown = len(getattr(inner(model), LINEAGE, ()))
