@@ -115,7 +115,7 @@ def main() -> None:
                 command(asked.ranks, file, out), start_new_session=True, **quiet
             )
             try:
-                process.wait(timeout=drawn.uniform(0.3, 1.0) * whole)
+                process.wait(timeout=drawn.uniform(0.3, 0.9) * whole)
                 break
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
