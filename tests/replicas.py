@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import meristem as ms
+from meristem.event import steps
 
 
 class Net(nn.Module):
@@ -149,6 +150,30 @@ def fails_alone(rank: int) -> str:
     return said
 
 
+def runs_out_of_memory(rank: int) -> str:
+    """One rank fails while it carries out what all have agreed on."""
+    torch.manual_seed(0)
+    model = DDP(Net())
+    kept = steps.exchange
+
+    def exchange(*args: Any, **kwargs: Any) -> None:
+        if rank == 1:
+            raise MemoryError("no room")
+        kept(*args, **kwargs)
+
+    steps.exchange = exchange
+    try:
+        ms.grow_(model, {"stem.0": 2}, torch.randn(4, 6))
+        said = "grown"
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    finally:
+        steps.exchange = kept
+    assert model.module.stem[0].out_features == 8
+    loss(model, batches(rank)[0]).backward()
+    return said
+
+
 class _Broken:
     def __iter__(self) -> Any:
         raise OSError("the disk is gone")
@@ -200,6 +225,7 @@ def work(rank: int, world: int, port: int, hows: list[str], results: Any) -> Non
     dist.init_process_group("gloo", rank=rank, world_size=world)
     told: dict[str, Any] = {how: train(rank, how) for how in hows}
     told["fails"] = fails_alone(rank)
+    told["memory"] = runs_out_of_memory(rank)
     told["double"] = joined_equals_double(rank)
     results[rank] = told
     dist.destroy_process_group()

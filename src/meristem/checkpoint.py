@@ -201,8 +201,10 @@ def regrow_(model: Model, line: Line, *, optimizer: Optimizers = None) -> Model:
         <All keys matched successfully>
     """
     given = optimizers(optimizer)
+    if not left(inner(model), line):
+        return model
     for one in given:
-        if one.state:
+        if any(float(state.get("step", 1)) > 0 for state in one.state.values()):
             raise OptimizerError(
                 f"the {type(one).__name__} has stepped already: regrow_ takes a fresh "
                 "one, whose state is loaded afterwards"
@@ -214,14 +216,22 @@ def regrow_(model: Model, line: Line, *, optimizer: Optimizers = None) -> Model:
         targets = held.state_dict(keep_vars=True)
         check_free(changing(growths, targets), held)
         groups = []
+        others: dict[str, nn.Parameter] = {}
         for one in given:
             for group in one.param_groups:
-                olds = [named[id(p)] for p in group["params"] if id(p) in named]
+                olds = []
+                for p in group["params"]:
+                    # What is not the model's stays where it is.
+                    name = named.get(id(p), f"beside {id(p)}")
+                    olds.append(name)
+                    others[name] = p
                 groups.append((group, members(olds, growths)))
         replay(held, growths)
         live = dict(held.named_parameters())
         for group, names in groups:
-            group["params"][:] = [live[name] for name in names]
+            group["params"][:] = [live.get(name, others.get(name)) for name in names]
+            if "param_names" in group:
+                group["param_names"] = names
         held.__dict__[LINEAGE] = json.loads(json.dumps(line))
     return model
 

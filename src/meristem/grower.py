@@ -350,8 +350,7 @@ class Grower:
             `history`, nor do they count as growths.
         """
         settings = self.settings
-        with opened_host(self.host), self.ranks.together():
-            done = prune_each(self.structure(), settings.axes, settings, tolerance)
+        done = prune_each(self.structure(), settings.axes, settings, tolerance)
         for growth in done:
             growth.step = self.clock.step
             self.clockwork.spent(growth.flops)

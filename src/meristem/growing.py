@@ -299,8 +299,9 @@ def replay_(
     counting_steps = (FreshStatistics, YoungRate, Rewarm)
     care = [one for one in origin.care if given or not isinstance(one, counting_steps)]
     call = origin.plan.example if example is None else example
-    with opened_host(model) as model, undisturbed():
-        loan = Loan(torch.Generator())
+    ranks = ranks_of(model)
+    with opened_host(model) as model, ranks.together(), undisturbed():
+        loan = Loan(torch.Generator(), ranks=ranks)
         event = prepare(model, call, loan, origin.how, care, given)
         plan = _same(event.structure, origin.plan)
         return carry_out(event, accepted(plan), origin.offers)
@@ -336,8 +337,9 @@ def narrow_(
         >>> ms.narrow_(net, {"0": [3, 5]}, torch.randn(3, 4)).after
         {'0': 6}
     """
-    with opened_host(model) as model, undisturbed():
-        loan = Loan(torch.Generator())
+    ranks = ranks_of(model)
+    with opened_host(model) as model, ranks.together(), undisturbed():
+        loan = Loan(torch.Generator(), ranks=ranks)
         event = prepare(model, example, loan, optimizer=optimizers(optimizer))
         return carry_out(event, accepted(_planned(event.structure, _drops(units))))
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import meristem as ms
+from meristem.surgery.deferred import signals_deferred
 
 WISHES: dict[str, tuple[dict[str, int], Any]] = {
     "width": ({"layers.0.linear1": 4}, None),
@@ -143,3 +144,10 @@ def test_no_memory_in_the_middle_changes_nothing() -> None:
         now = optimizer.param_groups[0]["params"]
         assert [id(p) for p in now] == [id(p) for p in held]
         assert len(optimizer.state) == states
+
+
+@pytest.mark.usefixtures("listening")
+def test_a_signal_that_came_before_an_error_is_heard() -> None:
+    with pytest.raises(KeyboardInterrupt), signals_deferred():
+        signal.raise_signal(signal.SIGINT)
+        raise MemoryError

@@ -164,6 +164,10 @@ def check_replicas(told: dict[int, Any], hows: list[str]) -> None:
     # One that fails tells the others, and no model has changed.
     assert told[1]["fails"] == "OSError: the disk is gone"
     assert told[0]["fails"].startswith("RankFailed: rank 1 could not grow (OSError")
+    assert told[1]["memory"] == "MemoryError: no room"
+    assert told[0]["memory"].startswith(
+        "RankFailed: rank 1 could not grow (MemoryError"
+    )
     # Two ranks are one with the doubled batch.
     assert told[0]["double"] < 1e-6
 
@@ -179,3 +183,34 @@ def test_replicas_grow_alike_whatever_their_data_seeds_and_clocks() -> None:
 def test_replicas_grow_alike_by_every_method() -> None:
     hows = list(replicas.HOWS)
     check_replicas(told_by_two(hows), hows)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_grower_prunes_inside_a_wrapper() -> None:
+    model = DistributedDataParallel(net())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = [(X, torch.tensor([0, 1, 2, 0]))] * 3
+    grower = ms.Grower(
+        model,
+        optimizer,
+        loss=replicas.loss,
+        data=data,
+        when=ms.when.Every(steps=1),
+        how=ms.how.Random(),
+        amount={"0": 4},
+    )
+    grower.step()
+    grower.prune(tolerance=10.0)
+    assert model.module[0].out_features < 12
+    step(model, optimizer)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_wrapper_that_cannot_be_made_again_is_refused() -> None:
+    inside = net()
+    model = DistributedDataParallel(inside)
+    inside.requires_grad_(False)
+    with pytest.raises(ms.GrowthRefused, match="nothing to train"):
+        ms.grow_(model, {"0": 2}, X)
+    inside.requires_grad_(True)
+    model(X).sum().backward()

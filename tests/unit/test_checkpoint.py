@@ -226,3 +226,35 @@ def test_words_that_count_blocks_are_rebuilt(tmp_path: Path) -> None:
     ms.save(tmp_path, model)
     again = ms.load(tmp_path, Typed())
     assert again.kinds == model.kinds
+
+
+def test_groups_are_regrown_in_their_own_order() -> None:
+    def make() -> tuple[torch.nn.Module, torch.optim.Optimizer, torch.Tensor]:
+        torch.manual_seed(0)
+        model = Typed()
+        beside = torch.nn.Parameter(torch.ones(2))
+        listed = [*model.parameters()][::-1]
+        return model, torch.optim.Adagrad([*listed, beside], lr=0.1), beside
+
+    x = torch.randn(2, 3, 8)
+
+    def step(model: torch.nn.Module, one: torch.optim.Optimizer, beside: Any) -> None:
+        (model(x).square().mean() + beside.square().sum()).backward()
+        one.step()
+        one.zero_grad()
+
+    model, optimizer, beside = make()
+    step(model, optimizer, beside)
+    for wish in ({"layers.0.linear1": 3}, {"layers": 1}):
+        ms.grow_(model, wish, x, optimizer=optimizer)
+    again, other, alone = make()
+    ms.regrow_(again, ms.lineage(model), optimizer=other)
+    again.load_state_dict(model.state_dict())
+    alone.data = beside.detach().clone()
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for _ in range(2):
+        step(model, optimizer, beside)
+        step(again, other, alone)
+    for first, second in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(first, second)
+    assert torch.equal(beside, alone)

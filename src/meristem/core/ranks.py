@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -43,6 +43,10 @@ class Ranks:
     @property
     def several(self) -> bool:
         return self.group is not None
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank(self.group) if self.several else 0
 
     def gather(self, value: Value) -> list[Value]:
         """A value of every process, in the order of their ranks.
@@ -139,6 +143,9 @@ class Ranks:
         waiting = iter(batches)
         while True:
             batch = next(waiting, _END)
+            # Batches of tokenizers are mappings of a class of their own.
+            if isinstance(batch, Mapping) and type(batch) is not dict:
+                batch = dict(batch)
             parts = self.gather(pytree.tree_map(_to_cpu, batch))
             if any(part == _END for part in map(_kind, parts)):
                 return
@@ -160,20 +167,16 @@ def _to_cpu(leaf: Any) -> Any:
 def _joined(parts: Sequence[Any], own: Any) -> Iterator[Any]:
     """One batch of several; one after the other where they cannot be joined."""
     leaves, spec = zip(*(pytree.tree_flatten(part) for part in parts), strict=True)
-    devices = [
-        leaf.device if isinstance(leaf, Tensor) else None
-        for leaf in pytree.tree_leaves(own)
-    ]
+    devices = []
+    for leaf in pytree.tree_leaves(own):
+        devices.append(leaf.device if isinstance(leaf, Tensor) else None)
     joinable = all(one == spec[0] for one in spec) and all(
-        _has_examples(column) for column in zip(*leaves, strict=True)
+        _has_examples(column) for column in zip(*leaves, strict=False)
     )
     if not joinable:
-        for part in leaves:
-            moved = [
-                leaf.to(device) if device is not None else leaf
-                for leaf, device in zip(part, devices, strict=True)
-            ]
-            yield pytree.tree_unflatten(moved, spec[0])
+        device = next((one for one in devices if one is not None), None)
+        for part in parts:
+            yield pytree.tree_map(partial(_moved, device=device), part)
         return
     columns = []
     for column, device in zip(zip(*leaves, strict=True), devices, strict=True):
@@ -184,9 +187,14 @@ def _joined(parts: Sequence[Any], own: Any) -> Iterator[Any]:
     yield pytree.tree_unflatten(columns, spec[0])
 
 
+def _moved(leaf: Any, device: torch.device | None) -> Any:
+    return leaf.to(device) if isinstance(leaf, Tensor) else leaf
+
+
 def _has_examples(column: Sequence[Any]) -> bool:
     if not any(isinstance(leaf, Tensor) for leaf in column):
-        return all(leaf == column[0] for leaf in column)
+        plain = all(isinstance(leaf, (int, float, str, type(None))) for leaf in column)
+        return plain and len(set(column)) == 1
     shapes = [tuple(leaf.shape[1:]) for leaf in column if isinstance(leaf, Tensor)]
     return all(leaf.dim() > 0 for leaf in column) and len(set(shapes)) == 1
 
@@ -208,6 +216,8 @@ class RankData:
 
 def shared(data: Iterable[Any], ranks: Ranks) -> Iterable[Any]:
     """The data of all processes."""
+    if isinstance(data, RankData):
+        return data
     return RankData(data, ranks) if ranks.several else data
 
 
@@ -221,17 +231,20 @@ def _on_cpu(group: Any) -> Any:
     """The same processes as a group whose messages need no accelerator."""
     if dist.get_backend(group) == "gloo":
         return group
-    return dist.new_group(dist.get_process_group_ranks(group), backend="gloo")
+    members = dist.get_process_group_ranks(group)
+    return dist.new_group(members, backend="gloo", use_local_synchronization=True)
 
 
 def replicas_of(model: nn.Module) -> Ranks:
-    """The processes that hold a model of the same shapes, in a distributed program whose
-    model is not wrapped; a collective call.
+    """The processes that hold the same weights, in a distributed program whose model is
+    not wrapped; a collective call.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return ALONE
     ranks = ranks_over(dist.group.WORLD)
-    return ranks if _alike(ranks.gather(_shapes(model))) else ALONE
+    held = dict(model.named_parameters())
+    mine = (_shapes(model), _fingerprint(held))
+    return ranks if _alike(ranks.gather(mine)) else ALONE
 
 
 def _alike(shapes: Sequence[Any]) -> bool:

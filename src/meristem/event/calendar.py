@@ -135,6 +135,8 @@ class Calendar:
                 with counting() as counter:
                     growth.health[moment] = self._looked(growth, structure)
                 growth.health_flops += counter.get_total_flops()
+                # One that failed is heard of here, and not in the middle of a step.
+                self._ranks.gather(True)
         except Exception as error:
             growth.health[moment] = {"error": f"{type(error).__name__}: {error}"}
         finally:

@@ -640,28 +640,47 @@ def _agreed(event: Event, draft: Draft) -> Draft:
     )
 
 
+def _states(
+    event: Event, draft: Draft, axes: Sequence[Axis]
+) -> list[tuple[Optimizer, Tensor, dict[str, Any]]]:
+    """The optimizers' states of all changed parameters, at their new sizes."""
+    live = named_tensors(event.model)
+    offers = list(draft.offers.values())
+    states = []
+    for change in draft.plan.tensors:
+        parameter = live[change.name]
+        edits = edits_of(change, draft.plan, axes, offers)
+        for optimizer in event.optimizers:
+            if parameter in optimizer.state:
+                new = draft.tensors[change.name]
+                of = Followed(parameter, new, change, edits, draft.treatment.warm)
+                states.append((optimizer, parameter, grown_state(optimizer, of)))
+    return states
+
+
 def _committed(event: Event, draft: Draft, started: float) -> Growth:
     """Surgery: the one step that changes the user's model and optimizers."""
     plan, treatment = draft.plan, draft.treatment
     axes = _axes(event, plan)
-    offers = list(draft.offers.values())
-    draft = _agreed(event, draft)
+    states = _states(event, draft, axes)
     live = named_tensors(event.model)
-    states = []
-    for change in plan.tensors:
-        parameter = live[change.name]
-        edits = edits_of(change, plan, axes, offers)
-        for optimizer in event.optimizers:
-            if parameter in optimizer.state:
-                new = draft.tensors[change.name]
-                of = Followed(parameter, new, change, edits, treatment.warm)
-                states.append((optimizer, parameter, grown_state(optimizer, of)))
     # Measuring may have left a graph alive, in the user's loss for example.
     check_free({name: live[name] for name in draft.tensors}, event.model)
+    # What may fail on one rank alone has been done.
+    draft = _agreed(event, draft)
+    ranks = event.lab.ranks
     following = OptimizerChange(event.optimizers, states, treatment.reset)
     known = {id(parameter) for parameter in event.model.parameters()}
     with signals_deferred():
-        exchange(event.model, draft.tensors, plan, draft.blocks, following, _ones(axes))
+        exchange(
+            event.model,
+            draft.tensors,
+            plan,
+            draft.blocks,
+            following,
+            _ones(axes),
+            confirm=lambda: ranks.gather(True),
+        )
         if _GENERATORS.get(event.model) is event.lab.generator:
             note_draws(event.model, event.lab.generator.get_state())
         follow(event.model, plan)
@@ -671,7 +690,7 @@ def _committed(event: Event, draft: Draft, started: float) -> Growth:
         if treatment.after:
             entries = _new_entries(event, plan, known)
             begin(event.model, treatment.after, event.optimizers, entries)
-    event.lab.ranks.check_alike(event.model)
+    ranks.check_alike(event.model)
     return Growth(
         added=plan.added,
         before=dict(plan.before),

@@ -39,9 +39,8 @@ def figures(growth: Growth) -> dict[str, float]:
 
 def write_lineage(folder: str | Path, model: nn.Module) -> None:
     """Write a model's growths beside somebody else's checkpoint of it."""
-    line = lineage(model)
-    if line:
-        Path(folder, LINEAGE_FILE).write_text(json.dumps(line))
+    # An empty one, too: the folder may have been used before.
+    Path(folder, LINEAGE_FILE).write_text(json.dumps(lineage(model)))
 
 
 def read_lineage(folder: str | Path) -> Line:

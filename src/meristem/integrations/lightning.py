@@ -37,6 +37,7 @@ class GrowthCallback(Callback):
     Args:
         loss: `loss(module, batch)`, a scalar; by default what `training_step` returns.
         data: A re-iterable of batches; by default the Trainer's training data.
+        monitor: The logged metric that triggers watch, taken after every validation.
         **options: What `meristem.Grower` takes: when, how, where, amount, budget, ...
 
     Attributes:
@@ -55,8 +56,10 @@ class GrowthCallback(Callback):
         *,
         loss: Loss | None = None,
         data: Iterable[Any] | None = None,
+        monitor: str = "val_loss",
         **options: Any,
     ) -> None:
+        self._monitor = monitor
         self.grower: Grower | None = None
         self._loss, self._data, self._options = loss, data, options
         self._state: Mapping[str, Any] | None = None
@@ -90,6 +93,7 @@ class GrowthCallback(Callback):
             )
             if self._state is not None:
                 self.grower.load_state_dict(self._state)
+                self._state = None
         self._steps = trainer.global_step
 
     def on_train_batch_end(
@@ -113,6 +117,15 @@ class GrowthCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with _without_trainer(pl_module):
             growth = self._running().epoch()
+        self._told(growth, trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        value = trainer.callback_metrics.get(self._monitor)
+        # The sanity check comes before training.
+        if self.grower is None or value is None or trainer.sanity_checking:
+            return
+        with _without_trainer(pl_module):
+            growth = self.grower.measured(float(value))
         self._told(growth, trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:

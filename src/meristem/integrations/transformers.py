@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from meristem.checkpoint import regrow_
+from meristem.core.errors import DataError
 from meristem.grower import Grower
 from meristem.integrations.following import (
     LINEAGE_FILE,
@@ -19,6 +20,7 @@ from meristem.integrations.following import (
     write_lineage,
 )
 from meristem.lab.losses import Loss
+from meristem.methods import watched
 from meristem.surgery.regrow import ends_of
 
 try:
@@ -60,9 +62,13 @@ class GrowthTrainerCallback(TrainerCallback):
         data: Iterable[Any] | None = None,
         **options: Any,
     ) -> None:
+        if "loss" in watched(options["when"]):
+            raise DataError(
+                "the Trainer tells nobody the loss of a step, which this trigger watches. "
+                "hint: let it watch the evaluation, as when.Plateau(of='metric')"
+            )
         self.grower: Grower | None = None
         self._loss, self._data, self._options = loss, data, options
-        self._resumed: Path | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Let the model take the shapes of a checkpoint that it is about to load."""

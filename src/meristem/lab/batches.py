@@ -68,6 +68,9 @@ def growth_batches(
     check_reiterable(data)
     # One number of the generator decides the order of all batches.
     seed = int(torch.randint(2**62, (), generator=generator))
+    if isinstance(data, RankData) and isinstance(data.data, DataLoader):
+        # Loaders that are shuffled alike would give every rank the same examples.
+        seed += data.ranks.rank
     with undisturbed(), _borrowed(data, seed):
         torch.manual_seed(seed)
         batches = list(itertools.islice(_own_loader(data), count))

@@ -38,5 +38,5 @@ def signals_deferred() -> Iterator[None]:
         # The one that is likely to come is given back last.
         for known in reversed(handlers):
             signal.signal(known, handlers[known])
-    for arrived, frame in came:
-        handlers[arrived](arrived, frame)
+        for arrived, frame in came:
+            handlers[arrived](arrived, frame)

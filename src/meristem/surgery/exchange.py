@@ -104,6 +104,7 @@ def exchange(
     blocks: Sequence[Blocks] = (),
     optimizers: OptimizerChange = OptimizerChange(),
     ones: Sequence[str] = (),
+    confirm: Callable[[], Any] = lambda: None,
 ) -> None:
     """Swap in `new` values, grown gradients and states, put blocks into their places.
 
@@ -118,6 +119,7 @@ def exchange(
         blocks: The new blocks of every insertion.
         optimizers: What happens to them.
         ones: Tensors whose new entries start at one, for the lineage.
+        confirm: Called at the end; what it raises undoes all.
     """
     with opened(model), let_go(model):
         transaction = _Transaction(model)
@@ -130,6 +132,7 @@ def exchange(
             # After the blocks: their modules are named as they are then.
             transaction.edit(plan.counts)
             transaction.check(plan)
+            confirm()
             record(model, plan, transaction.names(), ones)
         # An interrupt, too, must not leave half a growth.
         except BaseException:

@@ -136,6 +136,8 @@ def opened_host(model: nn.Module) -> Iterator[nn.Module]:
     """
     parallel = _around(model)
     for wrapper in parallel:
+        _check_rebuilt(wrapper)
+    for wrapper in parallel:
         _let_go(wrapper)
     grown = len(getattr(inner(model), LINEAGE, ()))
     try:
@@ -143,8 +145,21 @@ def opened_host(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for wrapper in reversed(parallel):
             _rebuild(wrapper)
-    if any(not isinstance(one, DistributedDataParallel) for one in _wrappers(model)):
+    if any(type(one).__name__ == "OptimizedModule" for one in _wrappers(model)):
         _tell_of_recompiles(inner(model), grown)
+
+
+def _check_rebuilt(wrapper: DistributedDataParallel) -> None:
+    """Raise where a wrapper could not be made again as it is."""
+    reason = ""
+    if getattr(wrapper, "mixed_precision", None) is not None:
+        reason = "has mixed_precision, whose hooks cannot be moved. hint: use autocast"
+    if getattr(wrapper, "_delay_all_reduce_params", None):
+        reason = "delays the reduction of named parameters. hint: wrap it without that"
+    if not any(p.requires_grad for p in wrapper.module.parameters()):
+        reason = "has nothing to train. hint: take the model out of it"
+    if reason:
+        raise GrowthRefused(f"the DistributedDataParallel around the model {reason}")
 
 
 def _let_go(wrapper: DistributedDataParallel) -> None:
@@ -158,6 +173,10 @@ def _rebuild(wrapper: DistributedDataParallel) -> None:
     kept = {key: vars(wrapper)[key] for key in _OF_MODULES if key in vars(wrapper)}
     hooks = list(wrapper._comm_hooks)
     cap = wrapper.bucket_bytes_cap / (1024 * 1024)
+    # Newer versions of torch have another name for it.
+    synced = "forward_sync_buffers"
+    if not hasattr(wrapper, synced):
+        synced = "broadcast_buffers"
     DistributedDataParallel.__init__(
         wrapper,
         wrapper.module,
@@ -169,8 +188,7 @@ def _rebuild(wrapper: DistributedDataParallel) -> None:
         find_unused_parameters=wrapper.find_unused_parameters,
         gradient_as_bucket_view=wrapper.gradient_as_bucket_view,
         static_graph=wrapper.static_graph,
-        mixed_precision=wrapper.mixed_precision,
-        forward_sync_buffers=wrapper.forward_sync_buffers,
+        **{synced: getattr(wrapper, synced)},
     )
     vars(wrapper).update(kept)
     for hook, state in hooks:

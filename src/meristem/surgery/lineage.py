@@ -7,6 +7,7 @@ state dict of an old shape is mapped to the new one.
 from __future__ import annotations
 
 import copy
+from bisect import bisect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -498,15 +499,25 @@ def _members(
     renamed: Mapping[str, str | None],
     back: bool,
 ) -> list[str]:
-    """The parameters of a group after a growth, new ones in the order of the model."""
-    kept = [renamed.get(name, name) for name in olds]
-    inside = {name for name in kept if name is not None}
-    if not back:
-        for name, made in growth["made"].items():
-            if made["parent"] in olds:
-                inside.add(name)
-    # The order of the model, not the order of arrival: positional states fit it.
-    return [name for name in end if name in inside]
+    """The parameters of a group after a growth, as surgery lets new ones join it."""
+    moved = [renamed.get(name, name) for name in olds]
+    kept = [name for name in moved if name is not None]
+    if back:
+        return kept
+    place = {name: number for number, name in enumerate(end)}
+    for name in end:
+        made = growth["made"].get(name)
+        if made is None or made["parent"] not in olds:
+            continue
+        order = [place.get(one, -1) for one in kept]
+        if order == sorted(order):
+            # The order of the model, not that of arrival: positional states fit it.
+            kept.insert(bisect(order, place[name]), name)
+        else:
+            # A group in an order of its own: behind the one that it follows.
+            parent = renamed.get(made["parent"], made["parent"])
+            kept.insert(kept.index(str(parent)) + 1, name)
+    return kept
 
 
 def _new_names(growth: Mapping[str, Any], back: bool) -> dict[str, str | None]:

@@ -100,7 +100,8 @@ def ends_of(line: Line) -> dict[str, list[int]]:
     ends: dict[str, list[int]] = {}
     for growth in line:
         renamed = growth["renamed"]
-        ends = {renamed.get(name, name): shape for name, shape in ends.items()}
+        moved = {renamed.get(name, name): shape for name, shape in ends.items()}
+        ends = {name: shape for name, shape in moved.items() if name is not None}
         for entry in growth["tensors"]:
             name = entry["name"]
             ends[renamed.get(name, name)] = list(entry["after"])
