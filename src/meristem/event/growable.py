@@ -94,21 +94,13 @@ class _Trial:
         first = self._verdicts["first", name]
         assert first is not None
         reason = self._verdicts["grows", first]
-        # Exactness of depths is tried only when a method claims it.
+        # Exactness of depths counts only where a method claims it.
         if reason is None and exact:
-            reason = self._exact(first)
+            reason = self._verdicts["exact", first]
         if reason is None:
             return None
         axes = self._axes
         return self._structure.alike.told_of(reason, axes[first], axes[name])
-
-    def _exact(self, name: str) -> Reason:
-        """Why no new block of a depth keeps the function, or None; tried when asked."""
-        if ("exact", name) not in self._verdicts:
-            _, blocks = apart([self._axes[name]])
-            names = [axis.name for axis in blocks]
-            self._halve(names, "exact", self._changes_depth)
-        return self._verdicts.get(("exact", name))
 
     def _try(self, names: Sequence[str]) -> None:
         units, blocks = apart([self._axes[name] for name in names])

@@ -93,9 +93,10 @@ def _check_shares(experiment: Experiment, processes: int) -> None:
             "stages are trained by one process; hint: start the run without torchrun or "
             "accelerate launch"
         )
-    if experiment.train.batch_size < processes:
+    # Batches are of one size within one example: none may leave a process without any.
+    if experiment.train.batch_size <= processes:
         raise ConfigError(
-            f"train.batch_size must be at least the number of processes, {processes}"
+            f"train.batch_size must be greater than the number of processes, {processes}"
         )
 
 

@@ -40,7 +40,6 @@ from meristem.surgery.host import inner
 from meristem.surgery.swap import let_go, swap
 from meristem.surgery.tensors import carry
 
-"""The attribute of a grown model that lists its growths."""
 DRAWS = "_meristem_draws"
 """The attribute of a grown model that holds the state of its generator."""
 
