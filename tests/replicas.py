@@ -10,40 +10,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
+from zoo import Residual
 
 import meristem as ms
 from meristem.event import steps
 
 
-class Net(nn.Module):
+def net() -> Residual:
     """Widths, a batch norm whose statistics every process follows by itself, blocks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(
-            nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8)
-        )
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x)
-        out: Tensor = self.head(x)
-        return out
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(8)
-        self.up = nn.Linear(8, 12)
-        self.down = nn.Linear(12, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        update: Tensor = self.down(torch.relu(self.up(self.norm(x))))
-        return x + update
+    return Residual(
+        nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8))
+    )
 
 
 def loss(model: nn.Module, batch: Any) -> Tensor:
@@ -86,7 +63,7 @@ def prints(model: nn.Module, optimizer: Any, grower: Any) -> list[Any]:
 def train(rank: int, how: str) -> dict[str, Any]:
     """A short run of one replica."""
     torch.manual_seed(0)
-    model = DDP(Net())
+    model = DDP(net())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     method, where = HOWS[how]
     data = batches(rank)
@@ -126,7 +103,7 @@ def train(rank: int, how: str) -> dict[str, Any]:
 def fails_alone(rank: int) -> str:
     """One rank cannot grow; the others are told, and nothing has changed."""
     torch.manual_seed(0)
-    model = DDP(Net())
+    model = DDP(net())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     data = batches(rank)
     grower = ms.Grower(
@@ -142,7 +119,7 @@ def fails_alone(rank: int) -> str:
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
     assert sum(p.numel() for p in model.parameters()) == sum(
-        p.numel() for p in Net().parameters()
+        p.numel() for p in net().parameters()
     )
     # The wrapper still reduces.
     loss(model, batches(rank)[0]).backward()
@@ -153,7 +130,7 @@ def fails_alone(rank: int) -> str:
 def runs_out_of_memory(rank: int) -> str:
     """One rank fails while it carries out what all have agreed on."""
     torch.manual_seed(0)
-    model = DDP(Net())
+    model = DDP(net())
     kept = steps.exchange
 
     def exchange(*args: Any, **kwargs: Any) -> None:
@@ -195,14 +172,14 @@ def joined_equals_double(rank: int) -> float:
         return model
 
     torch.manual_seed(0)
-    two = grown(DDP(Net()), batches(rank)).module
+    two = grown(DDP(net()), batches(rank)).module
     torch.manual_seed(0)
     double = []
     for first, second in zip(batches(0), batches(1), strict=True):
         double.append(
             tuple(torch.cat(pair) for pair in zip(first, second, strict=True))
         )
-    alone = Net()
+    alone = net()
     optimizer = torch.optim.SGD(alone.parameters(), lr=0.1)
     ms.grow_(
         alone, {"stem.0": 3, "blocks.0.up": 2}, double[0][0], ms.how.GradMax(),

@@ -204,6 +204,35 @@ class Attention(nn.Module):
         return self.c_proj(y.transpose(1, 2).contiguous().view(b, t, c))
 
 
+class ResidualBlock(nn.Module):
+    def __init__(self, width: int = 8, hidden: int = 12) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        update: Tensor = self.down(torch.relu(self.up(self.norm(x))))
+        return x + update
+
+
+class Residual(nn.Module):
+    """A stem, two pre-norm blocks and a head of three classes."""
+
+    def __init__(self, stem: nn.Module, width: int = 8, hidden: int = 12) -> None:
+        super().__init__()
+        self.stem = stem
+        self.blocks = nn.ModuleList(ResidualBlock(width, hidden) for _ in range(2))
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        out: Tensor = self.head(x)
+        return out
+
+
 class GPTBlock(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

@@ -201,7 +201,8 @@ def regrow_(model: Model, line: Line, *, optimizer: Optimizers = None) -> Model:
         <All keys matched successfully>
     """
     given = optimizers(optimizer)
-    if not left(inner(model), line):
+    growths = left(inner(model), line)
+    if not growths:
         return model
     for one in given:
         if any(float(state.get("step", 1)) > 0 for state in one.state.values()):
@@ -210,7 +211,6 @@ def regrow_(model: Model, line: Line, *, optimizer: Optimizers = None) -> Model:
                 "one, whose state is loaded afterwards"
             )
     with opened_host(model) as held:
-        growths = left(held, line)
         replayed(held, growths)
         named = {id(p): name for name, p in held.named_parameters()}
         targets = held.state_dict(keep_vars=True)

@@ -79,8 +79,12 @@ def _bars() -> Progress:
         TextColumn("{task.fields[state]}"),
         TimeRemainingColumn(),
     )
-    speaks = os.environ.get("RANK", "0") == "0"
-    return Progress(*columns, console=_err, disable=not speaks)
+    return Progress(*columns, console=_err, disable=not _speaks())
+
+
+def _speaks() -> bool:
+    """Whether this process speaks: under torchrun one of them does."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _state(progress: RunProgress) -> str:
@@ -175,8 +179,7 @@ def run(
             file.stem,
             report,
         )
-    # Under torchrun one of the processes speaks.
-    if os.environ.get("RANK", "0") == "0":
+    if _speaks():
         print(path)
 
 

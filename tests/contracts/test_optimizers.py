@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch import optim as O
 from torch.optim import Optimizer
+from zoo import Residual
 
 import meristem as ms
 
@@ -59,41 +60,17 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(8)
-        self.up = nn.Linear(8, 12)
-        self.down = nn.Linear(12, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        update: Tensor = self.down(torch.relu(self.up(self.norm(x))))
-        return x + update
-
-
-class Net(nn.Module):
+def net() -> Residual:
     """A net with a stem whose width grows, and blocks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 8))
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x)
-        out: Tensor = self.head(x)
-        return out
+    return Residual(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 8)))
 
 
 X = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
 
 
-def trained(make: Make, steps: int = 3) -> tuple[Net, Optimizer]:
+def trained(make: Make, steps: int = 3) -> tuple[Residual, Optimizer]:
     torch.manual_seed(0)
-    model = Net()
+    model = net()
     optimizer = make(model.parameters())
     for _ in range(steps):
         step(model, optimizer)
@@ -152,7 +129,7 @@ def test_those_of_packages(name: str) -> None:
 
 def test_muon_beside_adamw() -> None:
     torch.manual_seed(0)
-    model = Net()
+    model = net()
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     optimizers = [O.Muon(matrices, lr=0.01), O.AdamW(vectors)]
@@ -204,7 +181,7 @@ def test_one_vector_over_all_parameters_is_refused_at_once(begun: bool) -> None:
 def test_weights_in_a_state_grow_with_the_weight() -> None:
     """ASGD's mean of the weights is a net of its own: it computes what it did."""
     model, optimizer = trained(lambda p: O.ASGD(p, t0=1), steps=6)
-    averaged = Net()
+    averaged = net()
 
     def mean() -> Tensor:
         for name, parameter in model.named_parameters():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from zoo import ResidualBlock
 
 import meristem as ms
 
@@ -29,24 +30,12 @@ from meristem.integrations.lightning import (  # noqa: E402
 )
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(8)
-        self.up = nn.Linear(8, 12)
-        self.down = nn.Linear(12, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        update: Tensor = self.down(torch.relu(self.up(self.norm(x))))
-        return x + update
-
-
 class Net(LightningModule):
     def __init__(self, fused: bool = False) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.stem = nn.Linear(4, 8)
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.blocks = nn.ModuleList(ResidualBlock() for _ in range(2))
         self.head = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from torch import Tensor, nn
+from zoo import Residual
 
 import meristem as ms
 
@@ -36,31 +37,8 @@ OPTIMIZERS: list[Callable[..., Any]] = [
 ]
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(6)
-        self.up = nn.Linear(6, 7)
-        self.down = nn.Linear(7, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        update: Tensor = self.down(torch.relu(self.up(self.norm(x))))
-        return x + update
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Linear(5, 6)
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
-        self.head = nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x)
-        out: Tensor = self.head(x)
-        return out
+def net() -> Residual:
+    return Residual(nn.Linear(5, 6), width=6, hidden=7)
 
 
 def loss(model: nn.Module, batch: Any) -> Tensor:
@@ -74,7 +52,7 @@ class Calls(RuleBasedStateMachine):
     def begin(self, make: Callable[..., Any]) -> None:
         torch.manual_seed(0)
         self.make = make
-        self.model: nn.Module = Net()
+        self.model: nn.Module = net()
         self.inside = self.model
         self.optimizer = make(self.model.parameters())
         self.average = copy.deepcopy(self.model)
@@ -158,7 +136,7 @@ class Calls(RuleBasedStateMachine):
     def load(self) -> None:
         if not self.saved:
             return
-        fresh: Any = Net()
+        fresh: Any = net()
         optimizer = self.make(fresh.parameters())
         ms.load(self.folder, fresh, optimizer=optimizer)
         self.model = self.inside = fresh
@@ -167,7 +145,7 @@ class Calls(RuleBasedStateMachine):
 
     @rule()
     def regrow(self) -> None:
-        fresh: Any = Net()
+        fresh: Any = net()
         ms.regrow_(fresh, ms.lineage(self.model))
         fresh.load_state_dict(self.inside.state_dict())
         assert torch.equal(fresh(X), self.inside(X))

@@ -147,17 +147,13 @@ class Ranks:
             if isinstance(batch, Mapping) and type(batch) is not dict:
                 batch = dict(batch)
             parts = self.gather(pytree.tree_map(_to_cpu, batch))
-            if any(part == _END for part in map(_kind, parts)):
+            if _END in [part for part in parts if isinstance(part, str)]:
                 return
             yield from _joined(parts, batch)
 
 
 ALONE = Ranks()
 _END = "no more batches"
-
-
-def _kind(part: Any) -> Any:
-    return part if isinstance(part, str) else None
 
 
 def _to_cpu(leaf: Any) -> Any:

@@ -49,25 +49,34 @@ def growable(
     grows = [name for name in candidates if name not in refused]
     kept = {name: found[name] for name in found if name in grows}
     ends = {name: found.every_end[name] for name in found.every_end if name in grows}
-    told = {name: _hinted(name, reason, grows) for name, reason in refused.items()}
+    inside = _inside(grows)
+    told = {name: _hinted(name, reason, inside) for name, reason in refused.items()}
     wanted = {name: axis for name, axis in kept.items() if matches(name, patterns)}
     return Axes(wanted, ends, told)
 
 
-def _hinted(name: str, reason: str, grows: Sequence[str]) -> str:
+def _inside(grows: Sequence[str]) -> dict[str, str]:
+    """For every module the first axis inside of it that grows."""
+    found: dict[str, str] = {}
+    for name in grows:
+        # Of another kind: no way round.
+        if name.endswith((":depth", ":vocabulary")):
+            continue
+        module = name.partition(":")[0]
+        while module:
+            found.setdefault(module, name)
+            module = module.rpartition(".")[0]
+    return found
+
+
+def _hinted(name: str, reason: str, inside: Mapping[str, str]) -> str:
     """A reason with an axis of the same module that does grow, where there is one."""
     if any(known in reason for known in ("hint:", "grows together", "it grows when")):
         return reason
     path = name.partition(":")[0]
-    beside = path.rpartition(".")[0]
-    for prefix in (path, beside):
-        for other in grows:
-            if other.endswith((":depth", ":vocabulary")):
-                continue  # of another kind: no way round
-            if prefix and (
-                other == prefix or other.startswith((f"{prefix}.", f"{prefix}:"))
-            ):
-                return f"{reason}. hint: {other!r} grows"
+    for module in (path, path.rpartition(".")[0]):
+        if module in inside:
+            return f"{reason}. hint: {inside[module]!r} grows"
     return reason
 
 

@@ -6,7 +6,6 @@ import copy
 import json
 import logging
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -62,8 +61,3 @@ def read_lineage(folder: str | Path) -> Line:
 def needs(package: str, extra: str) -> str:
     """What is said where an integration's package is missing."""
     return f"{package} is not installed. hint: pip install 'meristem-torch[{extra}]'"
-
-
-def options_of(given: dict[str, Any]) -> dict[str, Any]:
-    """Those arguments of a `Grower` that somebody has given."""
-    return {name: value for name, value in given.items() if value is not None}

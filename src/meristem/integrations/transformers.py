@@ -21,6 +21,7 @@ from meristem.integrations.following import (
 )
 from meristem.lab.losses import Loss
 from meristem.methods import watched
+from meristem.structure.twin import map_tensors
 from meristem.surgery.regrow import ends_of
 
 try:
@@ -147,13 +148,9 @@ def _own_loss(model: Any, batch: Any) -> Tensor:
 def _on_device(loss: Loss, model: nn.Module) -> Loss:
     def on_device(copied: nn.Module, batch: Any) -> Tensor:
         device = next(model.parameters()).device
-        return loss(copied, {name: _moved(v, device) for name, v in batch.items()})
+        return loss(copied, map_tensors(dict(batch), lambda tensor: tensor.to(device)))
 
     return on_device
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _folder_of(

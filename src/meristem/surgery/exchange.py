@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +24,7 @@ from meristem.structure.twin import (
     stored_tensors,
     submodule,
 )
-from meristem.surgery.lineage import Names, record
+from meristem.surgery.lineage import Names, place_in_group, record
 from meristem.surgery.optimizers import copied_state
 from meristem.surgery.swap import let_go, swap
 
@@ -273,10 +272,8 @@ def _place_in(
 ) -> int:
     """Where a new parameter stands in a group; `order` numbers those of the model."""
     places = [order.get(id(p), -1) for p in held]
-    if places == sorted(places):
-        return bisect(places, order[id(new)])
-    # A group in an order of its own: behind the one that it follows.
-    return next(i for i, p in enumerate(held, 1) if p is followed)
+    parent = next(i for i, p in enumerate(held) if p is followed)
+    return place_in_group(places, order[id(new)], parent)
 
 
 def _part(optimizer: Optimizer, group: list[Tensor], new: Tensor) -> None:

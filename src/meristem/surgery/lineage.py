@@ -508,15 +508,25 @@ def _members(
         made = growth["made"].get(name)
         if made is None or made["parent"] not in olds:
             continue
-        order = [place.get(one, -1) for one in kept]
-        if order == sorted(order):
-            # The order of the model, not that of arrival: positional states fit it.
-            kept.insert(bisect(order, place[name]), name)
-        else:
-            # A group in an order of its own: behind the one that it follows.
-            parent = renamed.get(made["parent"], made["parent"])
-            kept.insert(kept.index(str(parent)) + 1, name)
+        parent = kept.index(str(renamed.get(made["parent"], made["parent"])))
+        places = [place.get(one, -1) for one in kept]
+        kept.insert(place_in_group(places, place[name], parent), name)
     return kept
+
+
+def place_in_group(places: Sequence[int], new: int, parent: int) -> int:
+    """Where a new parameter joins a group of an optimizer.
+
+    Args:
+        places: The places in the model of those that the group holds, in its order.
+        new: The place in the model of the new one.
+        parent: Which of the group it was made after.
+    """
+    # In the order of the model, not that of arrival: positional states fit it.
+    if list(places) == sorted(places):
+        return bisect(places, new)
+    # A group in an order of its own: behind the one that it follows.
+    return parent + 1
 
 
 def _new_names(growth: Mapping[str, Any], back: bool) -> dict[str, str | None]:

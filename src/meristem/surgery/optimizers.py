@@ -16,7 +16,13 @@ from torch.utils import _pytree as pytree
 
 from meristem.core.change import TensorChange, index
 from meristem.core.errors import OptimizerError
-from meristem.surgery.tensors import Edit, carry, shared, sources_with_copies
+from meristem.surgery.tensors import (
+    Edit,
+    carry,
+    laid_out_like,
+    shared,
+    sources_with_copies,
+)
 
 Rule = Literal[
     "first", "second", "update", "size", "weight", "rows", "columns", "fixed", "reset"
@@ -271,7 +277,7 @@ def _grown(value: Any, rule: Rule, followed: Followed) -> Tensor | None:
         return None
     grown = _along(value.reshape(kept), rule, followed, dims)
     if shape == kept:
-        return _laid_out_like(value, grown)
+        return laid_out_like(value, grown)
     if shape == squeezed:
         return grown.unsqueeze(-1 if rule == "rows" else -2)
     return grown.flatten()
@@ -312,14 +318,4 @@ def _along(value: Tensor, rule: Rule, followed: Followed, dims: list[int]) -> Te
     if rule == "weight":
         known = carry(torch.ones_like(value), sources).bool()
         grown = torch.where(known, grown, followed.new.to(grown))
-    return grown
-
-
-def _laid_out_like(old: Tensor, grown: Tensor) -> Tensor:
-    """A grown tensor in the memory format of the old one."""
-    for dim, form in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if old.dim() != dim or old.is_contiguous():
-            continue
-        if old.is_contiguous(memory_format=form):
-            return grown.contiguous(memory_format=form)
     return grown

@@ -25,15 +25,20 @@ def missing(
     A model that was built at its grown size only lacks the attributes that no
     constructor knows (an eps).
     """
-    own = json.loads(json.dumps(getattr(model, LINEAGE, [])))
-    # A model that has had the first growths lacks only the later ones.
-    if own and own == lineage[: len(own)]:
-        return lineage[len(own) :]
+    later = _later(model, lineage)
+    if later is not None:
+        return later
     if have.keys() != saved.keys() or any(
         have[name].shape != saved[name].shape for name in have
     ):
         return lineage
     return _attributes_alone(model, lineage)
+
+
+def _later(model: nn.Module, line: Line) -> Line | None:
+    """The later growths, where a model has had the first ones of a lineage."""
+    own = json.loads(json.dumps(getattr(model, LINEAGE, [])))
+    return line[len(own) :] if own and own == line[: len(own)] else None
 
 
 def _attributes_alone(model: nn.Module, lineage: Line) -> Line:
@@ -50,10 +55,10 @@ def _attributes_alone(model: nn.Module, lineage: Line) -> Line:
 
 def left(model: nn.Module, line: Line) -> Line:
     """The growths that a model has not had yet."""
-    own = json.loads(json.dumps(getattr(model, LINEAGE, [])))
     line = json.loads(json.dumps(line))
-    if own == line[: len(own)] and own:
-        return line[len(own) :]
+    later = _later(model, line)
+    if later is not None:
+        return later
     last = line[-1]["parameters_after"] if line else []
     names = [name for name, _ in model.named_parameters()]
     shapes = {name: list(t.shape) for name, t in named_tensors(model).items()}

@@ -10,9 +10,7 @@ from meristem.core.change import Insertion
 from meristem.core.errors import GrowthRefused, VerificationError
 from meristem.core.offer import Blocks
 from meristem.structure import Structure, resolve
-from meristem.structure.twin import (
-    submodule,
-)
+from meristem.structure.twin import submodule
 from meristem.surgery import lazy
 from meristem.surgery.probe import Values, probe_of, quick_probe, relative_change, run
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from meristem.core.change import TensorChange
-from meristem.surgery.tensors import carry
+from meristem.surgery.tensors import carry, laid_out_like
 
 Undo = Callable[[], None]
 
@@ -35,7 +35,7 @@ def swap(old: Tensor, value: Tensor, change: TensorChange | None) -> Undo:
     undoes it.
     """
     value = value.detach().to(device=old.device, dtype=old.dtype)
-    value = _laid_out_like(old, value)
+    value = laid_out_like(old, value)
     new: Tensor = value
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(value, requires_grad=old.requires_grad)
@@ -49,17 +49,6 @@ def swap(old: Tensor, value: Tensor, change: TensorChange | None) -> Undo:
         new.grad = old.grad.clone()
     _exchange(old, new)
     return lambda: _exchange(old, new)
-
-
-def _laid_out_like(old: Tensor, value: Tensor) -> Tensor:
-    """A value with the memory format of the tensor that it replaces."""
-    # Also true of tensors with one channel, whatever their format.
-    if old.is_contiguous():
-        return value
-    for rank, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if old.dim() == rank and old.is_contiguous(memory_format=layout):
-            return value.contiguous(memory_format=layout)
-    return value
 
 
 def _exchange(first: Tensor, second: Tensor) -> None:

@@ -97,6 +97,17 @@ def _keeps_all(source: Sources, size: int) -> bool:
     return len(source) == size and bool((source == np.arange(size)).all())
 
 
+def laid_out_like(old: Tensor, value: Tensor) -> Tensor:
+    """A value with the memory format of the tensor that it replaces."""
+    # Also true of tensors with one channel, whatever their format.
+    if old.is_contiguous():
+        return value
+    for rank, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if old.dim() == rank and old.is_contiguous(memory_format=layout):
+            return value.contiguous(memory_format=layout)
+    return value
+
+
 def grown_tensors(
     tensors: Mapping[str, Tensor],
     plan: Plan,
