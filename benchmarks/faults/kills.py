@@ -9,16 +9,17 @@ The figures of the result must be the same to the last bit. Prints one line, and
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 EXPERIMENT = """
 model = { mlp = { hidden = [16, 16] } }
@@ -50,6 +51,19 @@ def command(ranks: int, file: Path, out: Path) -> list[str]:
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
     start = [sys.executable, *(launcher if ranks > 1 else [])]
     return [*start, str(file.parent / "often.py"), "run", str(file), "--out", str(out)]
+
+
+def kill(process: subprocess.Popen[bytes], drawn: random.Random) -> None:
+    """Kill all processes of a run; of several now and then the launcher alone, which
+    leaves the others behind.
+    """
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    if drawn.random() < 0.8:
+        for worker in workers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.kill()
+    process.wait()
 
 
 def figures(out: Path) -> Any:
@@ -111,15 +125,12 @@ def main() -> None:
         out = folder / f"killed-{runs}"
         runs += 1
         while True:
-            process = subprocess.Popen(
-                command(asked.ranks, file, out), start_new_session=True, **quiet
-            )
+            process = subprocess.Popen(command(asked.ranks, file, out), **quiet)
             try:
                 process.wait(timeout=drawn.uniform(0.3, 0.9) * whole)
                 break
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                kill(process, drawn)
                 kills += 1
         if process.returncode != 0:
             print(f"run {runs}: exit code {process.returncode}", file=sys.stderr)

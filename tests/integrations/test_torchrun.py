@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 EXPERIMENT = """
 model = { mlp = { hidden = [12, 12] } }
 data = "digits"
@@ -46,3 +48,22 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     assert [g["after"] for g in one["growths"]] == [g["after"] for g in two["growths"]]
     assert len(one["growths"]) == 2
     assert abs(one["loss"] - two["loss"]) < 1e-3 * one["loss"]
+
+
+def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
+    """A killed launcher leaves its processes behind; the same command again does not
+    write where they write.
+    """
+    file = tmp_path / "experiment.toml"
+    file.write_text(EXPERIMENT)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "meristem.cli", "run", str(file), "--out", str(out)]
+    (out / "locks").mkdir(parents=True)
+    with FileLock(out / "locks" / "experiment_seed0.lock"):
+        waiting = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert waiting.stderr is not None
+        assert "another process works on" in waiting.stderr.readline()
+        assert not list(out.glob("*.json"))
+    waiting.communicate()
+    assert waiting.returncode == 0
+    assert (out / "experiment_seed0.json").exists()

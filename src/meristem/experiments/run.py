@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import platform
@@ -14,13 +15,15 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from filelock import FileLock, Timeout
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -56,6 +59,7 @@ from meristem.structure import structure_of
 from meristem.structure.undisturbed import undisturbed
 from meristem.where import PLACES
 
+_LOG = logging.getLogger(__name__)
 SAVE_SECONDS = 60.0
 """Longest time between two checkpoints."""
 EVALUATION = 512
@@ -486,20 +490,45 @@ def run(
     is finished.
     """
     result = out / f"{name}_seed{experiment.seed}.json"
-    if result.exists() and _same(json.loads(result.read_text())["config"], experiment):
-        return result
-    folder = out / "checkpoints" / f"{name}_seed{experiment.seed}"
-    running = Run(experiment, report)
-    running.train(folder)
-    found = result_of(running)
-    if running.accelerator.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        draft = result.with_suffix(".json.part")
-        draft.write_text(json.dumps(found, indent=1) + "\n")
-        os.replace(draft, result)
-        shutil.rmtree(folder, ignore_errors=True)
-    running.accelerator.wait_for_everyone()
+    with _lock(result):
+        if not (result.exists() and _asks_for(result, experiment)):
+            folder = out / "checkpoints" / result.stem
+            running = Run(experiment, report)
+            running.train(folder)
+            found = result_of(running)
+            if running.accelerator.is_main_process:
+                draft = result.with_suffix(".json.part")
+                draft.write_text(json.dumps(found, indent=1) + "\n")
+                os.replace(draft, result)
+                shutil.rmtree(folder, ignore_errors=True)
+            running.accelerator.wait_for_everyone()
     return result
+
+
+@contextmanager
+def _lock(result: Path) -> Iterator[None]:
+    """Within, no other program works on the same result; one that waited finds it done.
+
+    Also the processes that a killed launcher leaves behind are waited for: they go on.
+    """
+    processes = PartialState(cpu=not torch.accelerator.is_available())
+    path = result.parent / "locks" / f"{result.stem}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        if processes.is_main_process:
+            lock = FileLock(path)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                _LOG.warning("another process works on %s; waiting for it", result)
+                lock.acquire()
+            held.callback(lock.release)
+        processes.wait_for_everyone()
+        yield
+
+
+def _asks_for(result: Path, experiment: Experiment) -> bool:
+    return _same(json.loads(result.read_text())["config"], experiment)
 
 
 def _same(config: Any, experiment: Experiment) -> bool:

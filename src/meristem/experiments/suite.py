@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from meristem.core.errors import DataError, nearest
@@ -388,11 +387,11 @@ def _all(
     """
     if workers == 1:
         for job in jobs:
-            yield job, locked(job, out, None, tuning)
+            yield job, finished(job, out, None, tuning)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet) as pool:
-        futures = {pool.submit(locked, job, out, 1, tuning): job for job in jobs}
+        futures = {pool.submit(finished, job, out, 1, tuning): job for job in jobs}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
@@ -411,19 +410,13 @@ def _quiet() -> None:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 
-def locked(job: Job, out: Path, threads: int | None, tuning: bool) -> Path | None:
-    """`run`, while no other process works on the same result; one that waited finds it
-    done.
-    """
+def finished(job: Job, out: Path, threads: int | None, tuning: bool) -> Path | None:
+    """`run`, on some threads; the error of a job says which it was."""
     if threads is not None:
         torch.set_num_threads(threads)
-    locks = out / "locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    name = f"{job.name}_seed{job.experiment.seed}"
     try:
-        with FileLock(locks / f"{name}.lock"):
-            return run(job.experiment, out, job.name)
+        return run(job.experiment, out, job.name)
     except DataError as error:
         if tuning:
             return None
-        raise DataError(f"{name}: {error}") from error
+        raise DataError(f"{job.name}_seed{job.experiment.seed}: {error}") from error
