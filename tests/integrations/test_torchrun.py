@@ -57,7 +57,15 @@ def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
     file = tmp_path / "experiment.toml"
     file.write_text(EXPERIMENT)
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "meristem.cli", "run", str(file), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "meristem.cli",
+        "run",
+        str(file),
+        "--out",
+        str(out),
+    ]
     (out / "locks").mkdir(parents=True)
     with FileLock(out / "locks" / "experiment_seed0.lock"):
         waiting = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

@@ -541,8 +541,8 @@ def refuse_unready(model: nn.Module) -> None:
     if any(type(parameter).__name__ == "DTensor" for parameter in model.parameters()):
         raise GrowthRefused(
             "the model's parameters are sharded (DTensor, as of fully_shard or tensor "
-            "parallelism): this process holds only a part of each. hint: grow the model "
-            "before it is sharded, or from a checkpoint of the whole"
+            "parallelism): this process holds only a part of each. hint: grow it with "
+            "meristem.integrations.fsdp.grow_sharded, or before it is sharded"
         )
     lazy = nn.parameter.UninitializedParameter
     if any(isinstance(parameter, lazy) for parameter in model.parameters()):
