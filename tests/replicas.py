@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -151,6 +153,27 @@ def runs_out_of_memory(rank: int) -> str:
     return said
 
 
+def reads_a_damaged_file(rank: int) -> str:
+    """One rank's copy of a checkpoint is damaged: no model has changed."""
+    torch.manual_seed(0)
+    grown = net()
+    ms.grow_(grown, {"stem.0": 2}, torch.randn(4, 6))
+    torch.manual_seed(0)
+    model = DDP(net())
+    with tempfile.TemporaryDirectory() as folder:
+        ms.save(folder, grown)
+        if rank == 1:
+            next(Path(folder).glob("*.safetensors")).write_bytes(b"nothing")
+        try:
+            ms.load(folder, model)
+            said = "loaded"
+        except ms.MeristemError as error:
+            said = f"{type(error).__name__}: {error}"
+    assert model.module.stem[0].out_features == 8
+    loss(model, batches(rank)[0]).backward()
+    return said
+
+
 class _Broken:
     def __iter__(self) -> Any:
         raise OSError("the disk is gone")
@@ -203,6 +226,7 @@ def work(rank: int, world: int, port: int, hows: list[str], results: Any) -> Non
     told: dict[str, Any] = {how: train(rank, how) for how in hows}
     told["fails"] = fails_alone(rank)
     told["memory"] = runs_out_of_memory(rank)
+    told["damage"] = reads_a_damaged_file(rank)
     told["double"] = joined_equals_double(rank)
     results[rank] = told
     dist.destroy_process_group()

@@ -7,23 +7,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from meristem.core.errors import CheckpointError, OptimizerError
 from meristem.core.growth import LINEAGE
+from meristem.core.ranks import Ranks
 from meristem.event.steps import Optimizers, optimizers, private_generator
 from meristem.grower import Grower
 from meristem.surgery.aftercare import aftercare_state, load_aftercare
 from meristem.surgery.exchange import check_free
-from meristem.surgery.host import inner, opened_host
+from meristem.surgery.host import inner, opened_host, ranks_of
 from meristem.surgery.lineage import Line, members, rebuild, replay
 from meristem.surgery.regrow import changing, left, missing, replayed
 
@@ -57,6 +60,10 @@ def save(
         extra: More state of your own (a scheduler's), of tensors and plain types;
             `load_extra` gives it back.
 
+    Raises:
+        CheckpointError: The files cannot be written, as on a full disk; the checkpoint
+            before is as it was.
+
     Examples:
         >>> import tempfile, torch, meristem as ms
         >>> make = lambda: torch.nn.Sequential(
@@ -74,7 +81,6 @@ def save(
     token = uuid4().hex[:12]
     # New names every time, so that a kill never tears a file that is in use.
     weights, training = f"weights-{token}.safetensors", f"training-{token}.pt"
-    save_file(_unshared(model), folder / weights)
     state = {
         "optimizers": [
             {
@@ -89,19 +95,23 @@ def save(
         "aftercare": aftercare_state(model, optimizers(optimizer)),
         "extra": extra,
     }
-    torch.save(state, folder / training)
-    manifest = {
-        "format": FORMAT,
-        "class": f"{type(model).__module__}.{type(model).__qualname__}",
-        "weights": weights,
-        "training": training,
-        "sha256": {name: _checksum(folder / name) for name in (weights, training)},
-        "lineage": getattr(model, LINEAGE, []),
-    }
     draft = folder / f"{MANIFEST}.{token}"
-    draft.write_text(json.dumps(manifest, indent=1))
-    # The one moment that counts: before it the old files are named, after it the new.
-    os.replace(draft, folder / MANIFEST)
+    with _whole_or_none(folder / weights, folder / training, draft):
+        save_file(_unshared(model), folder / weights)
+        torch.save(state, folder / training)
+        sums = {name: _checksum(folder / name) for name in (weights, training)}
+        manifest = {
+            "format": FORMAT,
+            "class": f"{type(model).__module__}.{type(model).__qualname__}",
+            "weights": weights,
+            "training": training,
+            "sha256": sums,
+            "lineage": getattr(model, LINEAGE, []),
+        }
+        draft.write_text(json.dumps(manifest, indent=1))
+        # The one moment that counts: before it the old files are named, after it the
+        # new.
+        os.replace(draft, folder / MANIFEST)
     for stale in [
         *folder.glob("weights-*.safetensors"),
         *folder.glob("training-*.pt"),
@@ -109,6 +119,23 @@ def save(
     ]:
         if stale.name not in (weights, training):
             stale.unlink(missing_ok=True)
+
+
+@contextmanager
+def _whole_or_none(*files: Path) -> Iterator[None]:
+    """Within, files are written; where one cannot be, none of them stays."""
+    try:
+        yield
+    except BaseException as error:
+        for file in files:
+            file.unlink(missing_ok=True)
+        # What torch and safetensors make of a full disk is no OSError.
+        if isinstance(error, (OSError, RuntimeError, SafetensorError)):
+            raise CheckpointError(
+                f"{files[0].parent}: the checkpoint could not be written ({error}); the "
+                "one before it, if any, is as it was"
+            ) from error
+        raise
 
 
 def load(
@@ -136,8 +163,9 @@ def load(
         CheckpointError: The folder holds no checkpoint, or the checkpoint does not fit
             the model or optimizer. The model is then unchanged.
     """
+    ranks = ranks_of(model)
     with opened_host(model) as held:
-        _load(Path(path), held, optimizers(optimizer), grower)
+        _load(Path(path), held, optimizers(optimizer), grower, ranks)
     return model
 
 
@@ -146,17 +174,21 @@ def _load(
     model: nn.Module,
     given: Sequence[Optimizer],
     grower: Grower | None,
+    ranks: Ranks,
 ) -> None:
-    manifest = _manifest(folder)
-    _check_class(manifest, model)
-    weights = _read(folder, manifest, "weights", load_file)
-    state = _training_state(folder, manifest)
-    line = manifest["lineage"]
-    targets = model.state_dict(keep_vars=True)
-    growths = missing(model, line, targets, weights)
-    _check(model, growths, weights, given, state, grower)
-    # Nothing may hold the tensors that the growths will exchange.
-    check_free(changing(growths, targets), model)
+    with ranks.together():
+        manifest = _manifest(folder)
+        _check_class(manifest, model)
+        weights = _read(folder, manifest, "weights", load_file)
+        state = _training_state(folder, manifest)
+        line = manifest["lineage"]
+        targets = model.state_dict(keep_vars=True)
+        growths = missing(model, line, targets, weights)
+        _check(model, growths, weights, given, state, grower)
+        # Nothing may hold the tensors that the growths will exchange.
+        check_free(changing(growths, targets), model)
+        # A file may be damaged where one process reads it alone.
+        ranks.gather(manifest["sha256"])
     rebuild(model, weights, growths, line)
     live = dict(model.named_parameters())
     for one, saved in zip(given, state["optimizers"], strict=False):

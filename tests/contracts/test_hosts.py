@@ -163,11 +163,11 @@ def check_replicas(told: dict[int, Any], hows: list[str]) -> None:
         assert all(first["same"] + second["same"]), how
     # One that fails tells the others, and no model has changed.
     assert told[1]["fails"] == "OSError: the disk is gone"
-    assert told[0]["fails"].startswith("RankFailed: rank 1 could not grow (OSError")
+    assert told[0]["fails"].startswith("RankFailed: rank 1 failed (OSError")
     assert told[1]["memory"] == "MemoryError: no room"
-    assert told[0]["memory"].startswith(
-        "RankFailed: rank 1 could not grow (MemoryError"
-    )
+    assert told[0]["memory"].startswith("RankFailed: rank 1 failed (MemoryError")
+    assert told[1]["damage"].startswith("CheckpointError: ")
+    assert told[0]["damage"].startswith("RankFailed: rank 1 failed (CheckpointError")
     # Two ranks are one with the doubled batch.
     assert told[0]["double"] < 1e-6
 

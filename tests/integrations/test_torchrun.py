@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,44 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     assert [g["after"] for g in one["growths"]] == [g["after"] for g in two["growths"]]
     assert len(one["growths"]) == 2
     assert abs(one["loss"] - two["loss"]) < 1e-3 * one["loss"]
+
+
+# Saved after every step.
+OFTEN = """
+from meristem import cli
+from meristem.experiments import run
+
+run.SAVE_SECONDS = 0
+cli.main()
+"""
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    file, out = tmp_path / "experiment.toml", tmp_path / "again"
+    launcher = tmp_path / "often.py"
+    launcher.write_text(OFTEN)
+    file.write_text(EXPERIMENT)
+    several = ["-m", "torch.distributed.run", "--nproc-per-node=2"]
+    manifest = out / "checkpoints" / "experiment_seed0" / "meristem.json"
+    running = subprocess.Popen(
+        [sys.executable, *several, str(launcher), "run", str(file), "--out", str(out)]
+    )
+    # Until it has grown.
+    while not (manifest.exists() and json.loads(manifest.read_text())["lineage"]):
+        assert running.poll() is None
+        time.sleep(0.01)
+    running.terminate()
+    running.wait()
+    assert manifest.exists()
+    again = [sys.executable, "-m", "meristem.cli", "run", str(file), "--out", str(out)]
+    subprocess.run(again, check=True)
+    resumed = json.loads((out / "experiment_seed0.json").read_text())
+    one = result(tmp_path)
+    assert resumed["steps"] == one["steps"]
+    assert [g["after"] for g in resumed["growths"]] == [
+        g["after"] for g in one["growths"]
+    ]
+    assert abs(resumed["loss"] - one["loss"]) < 1e-3 * one["loss"]
 
 
 def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,42 @@ def test_any_grown_model_is_rebuilt_from_its_class(
         m.extra_repr() for m in model.modules()
     ]
     assert ms.find_axes(loaded, x).keys() == ms.find_axes(model, x).keys()
+
+
+FULL_DISK = """
+import resource, signal, sys, torch, meristem as ms
+
+def net(width):
+    torch.manual_seed(width)
+    return torch.nn.Sequential(
+        torch.nn.Linear(9, width), torch.nn.ReLU(), torch.nn.Linear(width, 2)
+    )
+
+folder, small, what = sys.argv[1], net(4), sys.argv[2]
+ms.save(folder, small)
+large = net(40_000 if what == "weights" else 40)
+optimizer = torch.optim.AdamW(large.parameters())
+extra = {"much": torch.zeros(500_000)} if what == "training" else None
+# No file may grow beyond this: the system refuses to write, as on a full disk.
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    ms.save(folder, large, optimizer=optimizer, extra=extra)
+except ms.CheckpointError as error:
+    print(error)
+for old, new in zip(small.parameters(), ms.load(folder, net(4)).parameters()):
+    assert torch.equal(old, new)
+"""
+
+
+@pytest.mark.parametrize("what", ["weights", "training"])
+def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(
+    what: str, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path), what]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"{tmp_path}: the checkpoint could not be written" in done.stdout
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_write_that_dies_leaves_the_old_checkpoint(

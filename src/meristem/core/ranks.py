@@ -25,7 +25,7 @@ Value = TypeVar("Value")
 
 
 class RankFailed(MeristemError):
-    """Another process could not grow; nothing has changed on any of them."""
+    """Another process failed; nothing has changed on any of them."""
 
 
 class Ranks:
@@ -67,8 +67,7 @@ class Ranks:
         for rank, (_, problem) in enumerate(told):
             if problem is not None and failed is None:
                 raise RankFailed(
-                    f"rank {rank} could not grow ({problem}); nothing was changed on "
-                    "any rank"
+                    f"rank {rank} failed ({problem}); nothing was changed on any rank"
                 )
         return [given for given, _ in told]
 
