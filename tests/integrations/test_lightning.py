@@ -84,7 +84,9 @@ def growing(**options: Any) -> GrowthCallback:
     return GrowthCallback(**{**chosen, **options})
 
 
-def fitted(folder: Path, module: Any, *callbacks: Any, **options: Any) -> Trainer:
+def fitted(
+    folder: Path, module: Any, *callbacks: Any, resumed: Any = None, **options: Any
+) -> Trainer:
     chosen = {"max_epochs": 2, "logger": False}
     trainer = Trainer(
         accelerator="cpu",
@@ -96,7 +98,7 @@ def fitted(folder: Path, module: Any, *callbacks: Any, **options: Any) -> Traine
         **{**chosen, **options},  # type: ignore[arg-type]
     )
     torch.manual_seed(0)
-    trainer.fit(module, loader())
+    trainer.fit(module, loader(), ckpt_path=resumed, weights_only=False)
     return trainer
 
 
@@ -133,6 +135,24 @@ def test_an_average_of_the_weights_follows(tmp_path: Path) -> None:
     assert len(module.blocks) == 4
 
 
+def test_a_grown_run_with_an_average_resumes(tmp_path: Path) -> None:
+    kept = EMAWeightAveraging(decay=0.9)
+    trainer = fitted(tmp_path, Net(), kept, growing())
+    path = tmp_path / "stopped.ckpt"
+    trainer.save_checkpoint(path)
+    # Nothing is left to train: the average is what was saved.
+    again = EMAWeightAveraging(decay=0.9)
+    fitted(tmp_path, Net(), again, growing(), resumed=path)
+    loaded = again._average_model.state_dict()
+    assert loaded.keys() == kept._average_model.state_dict().keys()
+    for name, value in kept._average_model.state_dict().items():
+        assert torch.equal(loaded[name], value), name
+    module = Net()
+    fitted(tmp_path, module, again, growing(), resumed=path, max_epochs=3)
+    assert len(module.blocks) == 5
+    assert len(again._average_model.module.blocks) == 5
+
+
 def test_a_grown_run_resumes(tmp_path: Path) -> None:
     straight = Net()
     fitted(tmp_path, straight, growing(), max_epochs=4)
@@ -141,17 +161,7 @@ def test_a_grown_run_resumes(tmp_path: Path) -> None:
     path = tmp_path / "stopped.ckpt"
     trainer.save_checkpoint(path)
     again, growth = Net(), growing()
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=4,
-        callbacks=[growth],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=tmp_path,
-    )
-    trainer.fit(again, loader(), ckpt_path=path, weights_only=False)
+    fitted(tmp_path, again, growth, max_epochs=4, resumed=path)
     assert growth.grower is not None
     assert len(growth.grower.history) == 4
     assert len(again.blocks) == len(straight.blocks) == 6

@@ -72,7 +72,8 @@ class GrowthCallback(Callback):
         # A plain function: what hangs on a module is copied with it.
         def take_shapes(checkpoint: dict[str, Any]) -> None:
             for line in _lines(checkpoint):
-                regrow_(pl_module, line)
+                for module in (pl_module, *_averages(trainer)):
+                    regrow_(module, line)
             own(checkpoint)
 
         pl_module.on_load_checkpoint = take_shapes  # type: ignore[method-assign]
@@ -143,11 +144,9 @@ class GrowthCallback(Callback):
     def _told(self, growth: Any, trainer: Trainer, pl_module: LightningModule) -> None:
         if growth is None:
             return
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            average = getattr(callback, "_average_model", None)
-            if isinstance(average, nn.Module):
-                with _without_trainer(pl_module), _without_trainer(average.module):
-                    follow(growth, pl_module, average.module)  # type: ignore[arg-type]
+        for average in _averages(trainer):
+            with _without_trainer(pl_module), _without_trainer(average):
+                follow(growth, pl_module, average)
         for logger in trainer.loggers:
             logger.log_metrics(figures(growth), step=trainer.global_step)
 
@@ -158,6 +157,13 @@ class GrowthCallback(Callback):
             return loss(module, move_data_to_device(batch, pl_module.device))
 
         return on_device
+
+
+def _averages(trainer: Trainer) -> list[nn.Module]:
+    """The averages of the weights that Lightning's WeightAveraging keeps."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    kept = [getattr(one, "_average_model", None) for one in callbacks]
+    return [one.get_submodule("module") for one in kept if one is not None]
 
 
 def _training_step(module: Any, batch: Any) -> Tensor:
