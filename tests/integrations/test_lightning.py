@@ -23,6 +23,7 @@ pytestmark = [
 from lightning.pytorch import LightningModule, Trainer  # noqa: E402
 from lightning.pytorch.callbacks import EMAWeightAveraging  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
+from lightning.pytorch.tuner import Tuner  # noqa: E402
 
 from meristem.integrations.lightning import (  # noqa: E402
     GrowthCallback,
@@ -84,11 +85,9 @@ def growing(**options: Any) -> GrowthCallback:
     return GrowthCallback(**{**chosen, **options})
 
 
-def fitted(
-    folder: Path, module: Any, *callbacks: Any, resumed: Any = None, **options: Any
-) -> Trainer:
+def trained_by(folder: Path, *callbacks: Any, **options: Any) -> Trainer:
     chosen = {"max_epochs": 2, "logger": False}
-    trainer = Trainer(
+    return Trainer(
         accelerator="cpu",
         default_root_dir=folder,
         callbacks=list(callbacks),
@@ -97,6 +96,12 @@ def fitted(
         enable_checkpointing=False,
         **{**chosen, **options},  # type: ignore[arg-type]
     )
+
+
+def fitted(
+    folder: Path, module: Any, *callbacks: Any, resumed: Any = None, **options: Any
+) -> Trainer:
+    trainer = trained_by(folder, *callbacks, **options)
     torch.manual_seed(0)
     trainer.fit(module, loader(), ckpt_path=resumed, weights_only=False)
     return trainer
@@ -125,6 +130,25 @@ def test_manual_optimization_needs_a_loss(tmp_path: Path) -> None:
     assert len(module.blocks) == 4
     with pytest.raises(ms.DataError, match="pass loss= to GrowthCallback"):
         fitted(tmp_path, Manual(), growing())
+
+
+class Tuned(Net):
+    def __init__(self, lr: float = 1e-3) -> None:
+        super().__init__()
+        self.lr = lr
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+
+def test_the_learning_rate_finder_finds_before_it_grows(tmp_path: Path) -> None:
+    module, growth = Tuned(), growing()
+    trainer = trained_by(tmp_path, growth)
+    Tuner(trainer).lr_find(module, loader(), num_training=20)
+    assert module.lr != 1e-3
+    assert len(module.blocks) == 2
+    fitted(tmp_path, module, growth, max_epochs=1)
+    assert len(module.blocks) == 3
 
 
 def test_an_average_of_the_weights_follows(tmp_path: Path) -> None:

@@ -221,11 +221,14 @@ def ranks_over(group: Any) -> Ranks:
     return ALONE if dist.get_world_size(group) == 1 else Ranks(_on_cpu(group))
 
 
-@cache
 def _on_cpu(group: Any) -> Any:
     """The same processes as a group whose messages need no accelerator."""
-    if dist.get_backend(group) == "gloo":
-        return group
+    # Nothing of ours outlives a group of the user's: its threads would outlive Python.
+    return group if dist.get_backend(group) == "gloo" else _beside(group)
+
+
+@cache
+def _beside(group: Any) -> Any:
     members = dist.get_process_group_ranks(group)
     return dist.new_group(members, backend="gloo", use_local_synchronization=True)
 

@@ -67,6 +67,8 @@ class GrowthCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let the module take the shapes of a checkpoint before it loads the weights."""
+        if stage == "fit":
+            self.grower = None  # of another fit
         own = pl_module.on_load_checkpoint
 
         # A plain function: what hangs on a module is copied with it.
