@@ -143,7 +143,7 @@ class Tuned(Net):
 
 def test_the_learning_rate_finder_finds_before_it_grows(tmp_path: Path) -> None:
     module, growth = Tuned(), growing()
-    trainer = trained_by(tmp_path, growth)
+    trainer = trained_by(tmp_path, growth, max_epochs=4)
     Tuner(trainer).lr_find(module, loader(), num_training=20)
     assert module.lr != 1e-3
     assert len(module.blocks) == 2
