@@ -131,6 +131,14 @@ def test_a_wrapper_that_keeps_flat_copies_is_refused() -> None:
         ms.grow_(kind(net()), {"module.0": 2}, X)
 
 
+def test_a_layer_of_keras_is_refused() -> None:
+    layer = type("TorchLayer", (nn.Module,), {})
+    dense = type("Dense", (layer, nn.Linear), {})
+    model = nn.Sequential(nn.Linear(4, 4), dense(4, 4))
+    with pytest.raises(ms.GrowthRefused, match="1 is a layer of Keras, whose variables"):
+        ms.find_axes(model, torch.randn(2, 4))
+
+
 def test_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
     accelerate = pytest.importorskip("accelerate")
     # Accelerate keeps the precision of the process: other tests have their own.

@@ -544,6 +544,12 @@ def refuse_unready(model: nn.Module) -> None:
             "parallelism): this process holds only a part of each. hint: grow it with "
             "meristem.integrations.fsdp.grow_sharded, or before it is sharded"
         )
+    for name, module in model.named_modules():
+        if any(kind.__name__ == "TorchLayer" for kind in type(module).__mro__):
+            raise GrowthRefused(
+                f"{name or 'the model'} is a layer of Keras, whose variables would go on "
+                "holding the old weights. hint: build it of torch.nn modules"
+            )
     lazy = nn.parameter.UninitializedParameter
     if any(isinstance(parameter, lazy) for parameter in model.parameters()):
         raise GrowthRefused(
