@@ -21,6 +21,8 @@ from meristem.core.errors import (
 from meristem.core.growth import Growth
 from meristem.grower import Grower
 from meristem.growing import find_axes, grow_, narrow_, plan, replay_
+from meristem.pretrained.expand import expand_
+from meristem.pretrained.young import freeze_old_, new_parameters, young
 from meristem.pruning import prune_
 from meristem.statistics.health import health
 from meristem.surgery.lineage import convert, lineage
@@ -50,13 +52,16 @@ __all__ = [
     "VerificationError",
     "care",
     "convert",
+    "expand_",
     "find_axes",
+    "freeze_old_",
     "grow_",
     "health",
     "how",
     "lineage",
     "load",
     "narrow_",
+    "new_parameters",
     "plan",
     "prune_",
     "recipes",
@@ -65,4 +70,5 @@ __all__ = [
     "save",
     "when",
     "where",
+    "young",
 ]

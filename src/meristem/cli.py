@@ -266,6 +266,61 @@ def axes(
 
 
 @app.command()
+def expand(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(help="A directory that transformers' save_pretrained wrote."),
+    ],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="What grows in every layer: depth=+4,mlp=x1.5,heads=+2,kv_heads=+1,"
+            "width=x1.25,vocabulary=+128,classes=+3."
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The directory to write; it must not exist.")
+    ] = None,
+    how: Annotated[
+        str | None,
+        typer.Option(help="A method, or several with commas; see `meristem methods`."),
+    ] = None,
+    at: Annotated[
+        str,
+        typer.Option(
+            help="Where new blocks stand: even, middle, end, or how many of the present "
+            "blocks stand before each: 8,16,24."
+        ),
+    ] = "even",
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only say what would change.")
+    ] = False,
+) -> None:
+    """Write a larger copy of a pretrained model that computes the same; the last line on
+    stdout is its directory.
+    """
+    from meristem.experiments.config import built
+    from meristem.how import METHODS
+    from meristem.integrations.checkpoints import expand_checkpoint, plan_checkpoint
+
+    chosen = [built(name, METHODS, "how") for name in how.split(",")] if how else None
+    numbers = at.split(",")
+    places: Any = at
+    if all(number.strip().isdigit() for number in numbers):
+        places = [int(number) for number in numbers]
+    if plan:
+        print(plan_checkpoint(checkpoint, to, chosen, places))
+        return
+    if out is None:
+        raise ValueError(
+            "expand writes a directory. hint: name it with --out, or ask for --plan"
+        )
+    done = expand_checkpoint(checkpoint, to, out, chosen, places, _err.print)
+    _err.print(f"largest change of an output: {done.change:.1e} of the largest")
+    print(done.out)
+
+
+@app.command()
 def methods() -> None:
     """List the methods, choices, triggers and cares with their parameters, as a
     configuration file names them.

@@ -123,7 +123,7 @@ def plan(model: nn.Module, counts: Mapping[str, int], example: Any) -> Plan:
     """
     with undisturbed():
         structure = structure_of(inner(model), example)
-        return with_mirrors(structure, _planned(structure, _counts(counts)))
+        return with_mirrors(structure, planned_for(structure, _counts(counts)))
 
 
 def grow_(
@@ -204,7 +204,7 @@ def grow_(
         if isinstance(wish, Plan):
             planned = _same(event.structure, wish)
         else:
-            planned = _planned(event.structure, wish)
+            planned = planned_for(event.structure, wish)
         return carry_out(event, accepted(planned))
 
 
@@ -225,7 +225,7 @@ def _same(structure: Structure, stored: Plan) -> Plan:
     Raises:
         GrowthRefused: On this model it would change something else.
     """
-    planned = _planned(structure, stored.wishes)
+    planned = planned_for(structure, stored.wishes)
     # The values of the example may differ, the shapes of the edit may not.
     shapes = [(c.name, c.before, c.after) for c in planned.tensors]
     if (
@@ -341,10 +341,11 @@ def narrow_(
     with opened_host(model) as model, ranks.together(), undisturbed():
         loan = Loan(torch.Generator(), ranks=ranks)
         event = prepare(model, example, loan, optimizer=optimizers(optimizer))
-        return carry_out(event, accepted(_planned(event.structure, _drops(units))))
+        return carry_out(event, accepted(planned_for(event.structure, _drops(units))))
 
 
-def _planned(structure: Structure, wishes: Mapping[str, Any]) -> Plan:
+def planned_for(structure: Structure, wishes: Mapping[str, Any]) -> Plan:
+    """The plan of wishes, names of axes written out; it may be a refusal."""
     if not wishes:
         raise GrowthRefused("no axis was named: pass {axis: count}")
     wishes = {structure.axes.named(name).name: wishes[name] for name in wishes}

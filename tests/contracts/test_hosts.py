@@ -135,7 +135,9 @@ def test_a_layer_of_keras_is_refused() -> None:
     layer = type("TorchLayer", (nn.Module,), {})
     dense = type("Dense", (layer, nn.Linear), {})
     model = nn.Sequential(nn.Linear(4, 4), dense(4, 4))
-    with pytest.raises(ms.GrowthRefused, match="1 is a layer of Keras, whose variables"):
+    with pytest.raises(
+        ms.GrowthRefused, match="1 is a layer of Keras, whose variables"
+    ):
         ms.find_axes(model, torch.randn(2, 4))
 
 

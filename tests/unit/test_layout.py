@@ -19,7 +19,7 @@ LEVELS = [
     ["how", "where", "when", "care"],
     ["event"],
     ["growing", "pruning"],
-    ["grower"],
+    ["grower", "pretrained"],
     ["stages", "checkpoint"],
     ["integrations", "recipes", "sklearn", "testing"],
     ["experiments"],

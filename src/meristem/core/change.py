@@ -140,6 +140,7 @@ class Plan:
         stale: Numbers beside the traced forward that hold the old size, and may or may
             not mean it.
         stopped: The module whose code did not follow, where all its numbers were tried.
+        mirrored: Whether the numbers outside of the traced forward have been looked at.
     """
 
     before: Mapping[str, int]
@@ -160,6 +161,7 @@ class Plan:
     followed: bool = False
     stale: tuple[str, ...] = ()
     stopped: str | None = None
+    mirrored: bool = False
 
     def __bool__(self) -> bool:
         return self.followed and self.refusal is None

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from meristem.core.change import TensorChange
+
 LINEAGE = "_meristem_lineage"
 """The attribute in which a model keeps its growths."""
 
@@ -37,7 +39,11 @@ class Growth:
         notes: What the methods said, by axis.
         blocks: The places of new blocks, by depth axis, as they were right after the
             growth.
+        rows: The new rows, by end: words of a vocabulary, classes.
         stale: Numbers beside the traced forward that hold the old size.
+        fresh: The parameters that were not there before, by name: those of new blocks.
+        resized: The parameters that have new entries beside old ones, by name; see
+            `meristem.young`.
         replaced: Old parameter -> new one, where torch did not allow to keep the
             object. Empty as a rule.
         origin: The plan and the new weights, for `meristem.replay_`; not in `json`.
@@ -56,7 +62,10 @@ class Growth:
     votes: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     blocks: dict[str, list[int]] = field(default_factory=dict)
+    rows: dict[str, list[int]] = field(default_factory=dict)
     stale: list[str] = field(default_factory=list)
+    fresh: dict[str, nn.Parameter] = field(default_factory=dict, repr=False)
+    resized: dict[str, TensorChange] = field(default_factory=dict, repr=False)
     replaced: dict[nn.Parameter, nn.Parameter] = field(default_factory=dict, repr=False)
     origin: Any = field(default=None, repr=False, compare=False)
 
@@ -71,6 +80,6 @@ class Growth:
         }
 
     def json(self) -> dict[str, Any]:
-        """Everything but `replaced` and `origin`, in plain types."""
-        left_out = ("replaced", "origin")
+        """Everything but tensors and the origin, in plain types."""
+        left_out = ("fresh", "resized", "replaced", "origin")
         return {key: value for key, value in vars(self).items() if key not in left_out}

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from meristem.care import CARES, FreshStatistics, WarmMoments
 from meristem.core.axis import Axis, Kind
-from meristem.core.change import Plan
+from meristem.core.change import Plan, TensorChange
 from meristem.core.errors import GrowthRefused, VerificationError
 from meristem.core.growth import Growth
 from meristem.core.offer import Blocks, Offer, Settled, Treatment
@@ -671,6 +671,7 @@ def _committed(event: Event, draft: Draft, started: float) -> Growth:
     ranks = event.lab.ranks
     following = OptimizerChange(event.optimizers, states, treatment.reset)
     known = {id(parameter) for parameter in event.model.parameters()}
+    changing = {id(live[change.name]): change for change in plan.tensors}
     with signals_deferred():
         exchange(
             event.model,
@@ -687,8 +688,9 @@ def _committed(event: Event, draft: Draft, started: float) -> Growth:
         # New blocks are other axes, or in other places; they are tried anew.
         if not plan.insertions:
             proved(event.structure, event.model)
+        fresh, resized = _new_parts(event.model, known, changing)
         if treatment.after:
-            entries = _new_entries(event, plan, known)
+            entries = masks(event.model, fresh, resized)
             begin(event.model, treatment.after, event.optimizers, entries)
     ranks.check_alike(event.model)
     return Growth(
@@ -702,27 +704,42 @@ def _committed(event: Event, draft: Draft, started: float) -> Growth:
         health={moment: dict(figures) for moment, figures in draft.health.items()},
         notes=_notes(draft),
         blocks=_new_blocks(plan),
+        rows=_new_rows(axes, plan),
+        fresh=fresh,
+        resized=resized,
         stale=list(plan.stale),
         origin=Origin(plan, draft.offers, event.how, event.care, draft.settled is None),
     )
 
 
-def _new_entries(event: Event, plan: Plan, known: Container[int]) -> dict[str, Tensor]:
-    """By parameter of the grown model, a mask of the entries that are new.
-
-    Of those that were not there before (`known`) all entries are.
+def _new_parts(
+    model: nn.Module, known: Container[int], changing: Mapping[int, TensorChange]
+) -> tuple[dict[str, nn.Parameter], dict[str, TensorChange]]:
+    """By name the parameters that were not there before, and the changes of those that
+    were; between new blocks, old ones may have other names than before.
     """
-    parameters = dict(event.model.named_parameters())
-    masks = {}
-    for change in plan.tensors:
-        if change.name in parameters:
-            parameter = parameters[change.name]
-            old = torch.ones(change.before, dtype=torch.bool, device=parameter.device)
-            masks[change.name] = ~carry(old, change.sources)
-    for name, parameter in parameters.items():
+    fresh, resized = {}, {}
+    for name, parameter in model.named_parameters():
         if id(parameter) not in known:
-            masks[name] = torch.ones_like(parameter, dtype=torch.bool)
-    return masks
+            fresh[name] = parameter
+        elif id(parameter) in changing:
+            resized[name] = changing[id(parameter)]
+    return fresh, resized
+
+
+def masks(
+    model: nn.Module, fresh: Iterable[str], resized: Mapping[str, TensorChange]
+) -> dict[str, Tensor]:
+    """By parameter of a grown model, which of its entries are new."""
+    parameters = dict(model.named_parameters())
+    found = {
+        name: torch.ones_like(parameters[name], dtype=torch.bool) for name in fresh
+    }
+    for name, change in resized.items():
+        device = parameters[name].device
+        old = torch.ones(change.before, dtype=torch.bool, device=device)
+        found[name] = ~carry(old, change.sources)
+    return found
 
 
 def _ones(axes: Iterable[Axis]) -> list[str]:
@@ -747,3 +764,11 @@ def _new_blocks(plan: Plan) -> dict[str, list[int]]:
         if insertion.new_places:
             blocks[insertion.axis] = insertion.new_places
     return blocks
+
+
+def _new_rows(axes: Iterable[Axis], plan: Plan) -> dict[str, list[int]]:
+    rows = {}
+    for axis in axes:
+        if axis.end is not None and plan.added[axis.name] > 0:
+            rows[axis.name] = list(range(plan.before[axis.name], plan.after[axis.name]))
+    return rows

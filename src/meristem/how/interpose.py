@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from meristem.core.axis import Axis, Kind
 from meristem.core.offer import Blocks, Offer
 from meristem.how.blocks import named_blocks, only_runs, silenced, stirs
 from meristem.lab.laboratory import Lab
 from meristem.methods import check_flag, check_places
+from meristem.structure.depth import Depth
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,9 @@ class Interpose:
         zero: Silence what the copies add to the stream: the function is preserved, and
             the copies start with fresh optimizer state. Otherwise they take the state
             along, and the function changes.
-        behind: The places of the blocks that get copies; by default all of them.
+        behind: The places of the blocks that get copies; by default all of them, the
+            first ones where there are fewer copies. "even" spreads the copies over the
+            run, "middle" takes the blocks in its middle.
 
     Examples:
         >>> import torch, meristem as ms
@@ -39,11 +43,12 @@ class Interpose:
     """
 
     zero: bool = False
-    behind: Sequence[int] | None = None
+    behind: Sequence[int] | Literal["even", "middle"] | None = None
 
     def __post_init__(self) -> None:
         check_flag("Interpose", zero=self.zero)
-        check_places("Interpose", behind=self.behind)
+        if self.behind not in ("even", "middle"):
+            check_places("Interpose", behind=self.behind)
 
     @property
     def kinds(self) -> Mapping[Kind, bool]:
@@ -60,9 +65,7 @@ class Interpose:
     def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
         """Copies; where they do not go round evenly, the first blocks get one more."""
         depth = only_runs(lab, axis, "Interpose")
-        chosen: Sequence[int] = range(depth.fixed, depth.size)
-        if self.behind is not None:
-            chosen = sorted(set(named_blocks("Interpose", depth, self.behind)))
+        chosen = self._chosen(depth, count)
         blocks: list[int] = []
         new: list[bool] = []
         for place in range(depth.size):
@@ -78,3 +81,19 @@ class Interpose:
         if self.zero and stirs(lab, axis, copies):
             copies = silenced(lab, insertion)
         return Offer(axis.name, count, blocks=copies)
+
+    def _chosen(self, depth: Depth, count: int) -> Sequence[int]:
+        """The places of the blocks that get copies."""
+        every = range(depth.fixed, depth.size)
+        if self.behind is None:
+            return every
+        if not isinstance(self.behind, str):
+            return sorted(set(named_blocks("Interpose", depth, self.behind)))
+        count = min(count, len(every))
+        if self.behind == "even":
+            # Behind each of so many parts of the run, as LLaMA-Pro.
+            return [
+                every[(part + 1) * len(every) // count - 1] for part in range(count)
+            ]
+        first = (len(every) - count) // 2
+        return every[first : first + count]

@@ -143,6 +143,11 @@ def _meant(structure: Structure, held: _Held, numbering: set[Label]) -> list[Lab
     if not heads and not ends and (not units or _OTHERS.search(held.name)):
         return []
     prefix = f"{held.module}." if held.module else ""
+    # What a norm runs over may be given as well, and is still more than an end.
+    streams: set[Label] = set()
+    for norms in structure.norms.values():
+        for norm in norms:
+            streams.update(atoms(norm.label))
     found: dict[Label, None] = {}
     # Of units the stream comes before heads x width, which may be as large.
     inside: dict[Label, None] = {}
@@ -154,7 +159,9 @@ def _meant(structure: Structure, held: _Held, numbering: set[Label]) -> list[Lab
                 of_heads = all(atom in numbering for atom in atoms(part))
                 if heads and of_heads and not _right_heads(structure, held, part):
                     continue
-                of_ends = any(atom.end not in (None, "input") for atom in atoms(part))
+                of_ends = any(
+                    _is_end(atom) and atom not in streams for atom in atoms(part)
+                )
                 fits = not of_heads and (outer or not of_ends)
                 if heads or ends:
                     fits = of_heads if heads else of_ends
@@ -163,6 +170,10 @@ def _meant(structure: Structure, held: _Held, numbering: set[Label]) -> list[Lab
                 mixed = not of_heads and any(a in numbering for a in atoms(part))
                 (inside if mixed else found)[part] = None
     return list(found or inside)
+
+
+def _is_end(atom: Label) -> bool:
+    return atom.end not in (None, "input")
 
 
 def _right_heads(structure: Structure, held: _Held, part: Label) -> bool:

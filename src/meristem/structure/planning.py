@@ -222,7 +222,7 @@ def with_mirrors(structure: Structure, plan: Plan) -> Plan:
 
     With them the forward must still follow the plan. Trials need none of it.
     """
-    if not plan or not plan.tensors:
+    if not plan or not plan.tensors or plan.mirrored:
         return plan
     follow, stale = mirrors(structure, plan, plan.attributes)
     edits = [*plan.attributes, *follow]
@@ -230,7 +230,7 @@ def with_mirrors(structure: Structure, plan: Plan) -> Plan:
         for edit in follow:
             stale.append(told(edit.module, edit.attribute, edit.before))
         edits = list(plan.attributes)
-    return replace(plan, attributes=tuple(edits), stale=tuple(stale))
+    return replace(plan, attributes=tuple(edits), stale=tuple(stale), mirrored=True)
 
 
 def with_insertions(

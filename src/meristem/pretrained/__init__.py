@@ -1,0 +1,1 @@
+"""Pretrained models: all layers alike, so that their configs can say the new sizes."""

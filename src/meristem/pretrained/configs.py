@@ -1,0 +1,364 @@
+"""Configs that say the new sizes: a model built from one is the grown model.
+
+Which numbers of a config mean a size is not guessed from names. Models are built from
+changed configs, without data, until one has the shapes and the numbers of the grown
+model; where none has, no config can say the growth.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from meristem.core.change import AttributeChange, Plan
+from meristem.core.errors import GrowthRefused
+from meristem.structure import Structure
+from meristem.structure.insertion import insert
+from meristem.structure.repair import Search, first_line
+from meristem.structure.twin import apply_edits
+from meristem.structure.undisturbed import undisturbed
+
+BUILDS = 400
+"""Most models that one search may build."""
+
+Path = tuple[str, ...]
+"""Where a number stands in a config: the names of inner configs, and its own."""
+_NUMBERS = (int, float, str, bool, type(None))
+
+
+def has_config(model: nn.Module) -> bool:
+    """Whether a model is built from a config that is saved beside it."""
+    return hasattr(model, "config") and hasattr(type(model), "from_pretrained")
+
+
+@dataclass
+class _Described:
+    """What a model is beside its weights: shapes, and the numbers of its modules."""
+
+    shapes: dict[str, tuple[int, ...]]
+    numbers: dict[tuple[str, str], Any]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Described:
+        shapes = {n: tuple(t.shape) for n, t in model.named_parameters()}
+        shapes |= {n: tuple(t.shape) for n, t in model.named_buffers()}
+        numbers = {}
+        for name, module in model.named_modules():
+            for attribute, value in vars(module).items():
+                if attribute.startswith("_") or attribute == "training":
+                    continue
+                if isinstance(value, (tuple, list)):
+                    plain = all(isinstance(one, _NUMBERS) for one in value)
+                    value = tuple(value)
+                else:
+                    plain = isinstance(value, _NUMBERS)
+                if plain:
+                    numbers[name, attribute] = value
+        return cls(shapes, numbers)
+
+    def differing(self, other: _Described) -> list[tuple[str, str]]:
+        """The numbers that differ, of modules that both have."""
+        found = []
+        for key, value in self.numbers.items():
+            if key in other.numbers and not _same(value, other.numbers[key]):
+                found.append(key)
+        return found
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-6)
+    return type(one) is type(other) and bool(one == other)
+
+
+_FAR = (10**9, 10**9)
+
+
+@dataclass
+class _Builder:
+    """Models built from changed configs, without data."""
+
+    model: nn.Module
+    target: _Described
+    pairs: frozenset[tuple[Any, Any]]
+    spent: int = 0
+    kept: dict[str, _Described | str] = field(default_factory=dict)
+
+    def build(self, values: Mapping[Path, Any]) -> _Described | str:
+        """What the model of a config is, or why there is none."""
+        key = repr(sorted(values.items()))
+        if key not in self.kept:
+            self.spent += 1
+            self.kept[key] = self._built(values)
+        return self.kept[key]
+
+    def _built(self, values: Mapping[Path, Any]) -> _Described | str:
+        # A class may refuse sizes in any way; what cannot be built is not said.
+        try:
+            config = with_values(self.model.config, values)
+            with undisturbed(), torch.device("meta"):
+                built = type(self.model)(config)
+        except Exception as error:
+            return first_line(error)
+        return _Described.of(built)
+
+    def distance(self, values: Mapping[Path, Any]) -> tuple[int, int]:
+        """How many shapes, and how many numbers, differ from the grown model's."""
+        built = self.build(values)
+        if isinstance(built, str):
+            return _FAR
+        shapes = dict(self.target.shapes.items() ^ built.shapes.items())
+        numbers = 0
+        for key in self.target.differing(built):
+            # One that merely was not read: the grown model may take it over.
+            pair = (self.target.numbers[key], built.numbers[key])
+            numbers += pair not in self.pairs
+        return len(shapes), numbers
+
+
+def with_values(config: Any, values: Mapping[Path, Any]) -> Any:
+    """A copy of a config in which some numbers differ."""
+    changed = copy.deepcopy(config)
+    for path, value in values.items():
+        holder = changed
+        for name in path[:-1]:
+            holder = getattr(holder, name)
+        setattr(holder, path[-1], value)
+    return changed
+
+
+def said_by_config(structure: Structure, plan: Plan) -> Plan:
+    """The plan with what its model's config must say, and the numbers that a model built
+    from it has.
+
+    Raises:
+        GrowthRefused: No config says it.
+    """
+    model = structure.model
+    if not has_config(model):
+        return plan
+    grown = structure.twin_of_shape(
+        {change.name: change.after for change in plan.tensors},
+        plan.attributes,
+        structure.mode,
+    )
+    for insertion in plan.insertions:
+        insert(grown, insertion)
+    apply_edits(grown, plan.counts)
+    target = _Described.of(grown)
+    builder = _Builder(model, target, frozenset(_pairs(plan)))
+    present = dict(_entries(model.config))
+    followed = dict(_entries(grown.config))
+    start = {path: v for path, v in followed.items() if v != present.get(path)}
+    offered = [*_candidates(present, plan), *_unnamed(present, target)]
+    found = _search(builder, start, offered)
+    built = builder.build(found)
+    if isinstance(built, str) or target.shapes != built.shapes:
+        raise GrowthRefused(_unsaid(model, plan, target, built))
+    return _with_edits(structure, plan, _Saying(present, found, target, built))
+
+
+def _entries(config: Any, above: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """The numbers of a config and of the configs inside it."""
+    for name, value in vars(config).items():
+        if name.startswith("_"):
+            continue
+        if hasattr(value, "to_dict") and hasattr(value, "__dict__"):
+            yield from _entries(value, (*above, name))
+        else:
+            yield (*above, name), value
+    # A number that is kept in another form (num_labels, in id2label).
+    labels = getattr(config, "num_labels", None)
+    if type(labels) is int:
+        yield (*above, "num_labels"), labels
+
+
+def _candidates(present: Mapping[Path, Any], plan: Plan) -> Iterator[tuple[Path, Any]]:
+    """Numbers that may have to change, with what they may be afterwards."""
+    pairs = _pairs(plan)
+    orders = list(plan.insertions)
+    sizes = sorted({new for _, new in pairs if type(new) is int})
+    for path, value in present.items():
+        if type(value) in (int, float):
+            for old, new in pairs:
+                if _same(value, old):
+                    yield path, new
+            # A number that the rest of the config gave until now.
+            yield path, value
+        elif isinstance(value, (list, tuple)) and value:
+            yield from _listed(path, value, pairs, orders)
+        elif value is None:
+            for new in sizes:
+                yield path, new
+
+
+def _unnamed(
+    present: Mapping[Path, Any], target: _Described
+) -> Iterator[tuple[Path, Any]]:
+    """Numbers of the modules that a config need not have, and may (head_dim)."""
+    names = {path[-1] for path in present}
+    found: dict[tuple[str, int], None] = {}
+    for (_, attribute), value in target.numbers.items():
+        if type(value) is int and attribute not in names:
+            found[attribute, value] = None
+    for attribute, value in found:
+        yield (attribute,), value
+
+
+def _pairs(plan: Plan) -> list[tuple[Any, Any]]:
+    """Old and new sizes, of everything that changes."""
+    found: dict[tuple[Any, Any], None] = {}
+    for name, after in plan.after.items():
+        found[plan.before[name], after] = None
+    for change in plan.tensors:
+        for old, new in zip(change.before, change.after, strict=True):
+            if old != new:
+                found[old, new] = None
+    for edit in (*plan.attributes, *plan.counts):
+        if type(edit.before) in (int, float):
+            found[edit.before, edit.after] = None
+    return list(found)
+
+
+def _listed(
+    path: Path, value: Sequence[Any], pairs: Sequence[tuple[Any, Any]], orders: Any
+) -> Iterator[tuple[Path, Any]]:
+    """What a list may be: an entry for every block, or sizes."""
+    kind: Any = type(value)
+    for insertion in orders:
+        if len(value) == insertion.size:
+            yield path, kind(value[block] for block in insertion.blocks)
+    for old, new in pairs:
+        places = [i for i, one in enumerate(value) if _same(one, old)]
+        if places:
+            yield path, kind(new if i in places else v for i, v in enumerate(value))
+        if len(places) > 1:
+            for place in places:
+                yield path, kind(new if i == place else v for i, v in enumerate(value))
+
+
+def _search(
+    builder: _Builder, start: Mapping[Path, Any], offered: Sequence[tuple[Path, Any]]
+) -> dict[Path, Any]:
+    """The changes of a config that come nearest to the grown model."""
+    found = dict(start)
+    nearest = builder.distance(found)
+    # Lists with an entry per block must fit the number of blocks at once.
+    together = found | {p: v for p, v in offered if isinstance(v, (list, tuple))}
+    if nearest == _FAR and builder.distance(together) < nearest:
+        found, nearest = together, builder.distance(together)
+    while nearest > (0, 0) and builder.spent < BUILDS:
+        best = found
+        for path, value in offered:
+            trial = {**found, path: value}
+            if trial != found and builder.distance(trial) < nearest:
+                best, nearest = trial, builder.distance(trial)
+        if best is found:
+            break
+        found = best
+    return found
+
+
+def _unsaid(
+    model: nn.Module, plan: Plan, target: _Described, built: _Described | str
+) -> str:
+    name = type(model.config).__name__
+    grown = ", ".join(plan.after)
+    shown = grown if len(grown) < 80 else f"{grown[:80]}..."
+    if isinstance(built, str):
+        why = f"a model of these sizes is refused by its class ({built})"
+    else:
+        differing = dict(target.shapes.items() ^ built.shapes.items())
+        tensor = next(iter(differing))
+        wanted = target.shapes.get(tensor, "absent")
+        has = built.shapes.get(tensor, "absent")
+        why = f"{tensor} would be {wanted}, and a model built from it has {has}"
+    return (
+        f"{name} cannot say the growth of {shown}: {why}. hint: grow_ grows it, and "
+        "meristem.save keeps it"
+    )
+
+
+@dataclass(frozen=True)
+class _Saying:
+    """A config that was found, and the model that is built from it."""
+
+    present: Mapping[Path, Any]
+    values: Mapping[Path, Any]
+    target: _Described
+    built: _Described
+
+
+def _with_edits(structure: Structure, plan: Plan, saying: _Saying) -> Plan:
+    """The plan with the numbers that the config and the modules built from it have.
+
+    Raises:
+        GrowthRefused: With these the forward would be another.
+    """
+    counted = {(edit.module, edit.attribute) for edit in plan.counts}
+    edits = {(edit.module, edit.attribute): edit for edit in plan.attributes}
+    for path, value in saying.values.items():
+        key = ("", ".".join(("config", *path)))
+        before = saying.present.get(path)
+        if key not in counted and value != before:
+            edits[key] = AttributeChange(*key, before, value)
+        elif value == before:
+            edits.pop(key, None)
+    names = _names_before(structure, plan)
+    for module, attribute in saying.target.differing(saying.built):
+        old, new = (
+            one.numbers[module, attribute] for one in (saying.target, saying.built)
+        )
+        now = names.get(module, module)
+        if isinstance(old, float) or now is None:
+            raise GrowthRefused(
+                f"{type(structure.model.config).__name__} cannot say this growth: "
+                f"{module}.{attribute} would be {old!r}, and a model built from it has "
+                f"{new!r}. hint: grow_ grows it, and meristem.save keeps it"
+            )
+        edits[now, attribute] = AttributeChange(now, attribute, old, new)
+    stale = tuple(line for line in plan.stale if not _settled(line, edits))
+    followed = replace(plan, attributes=tuple(edits.values()), stale=stale)
+    if plan.tensors:
+        attempt = Search(structure, followed).attempt(followed.attributes)
+        if attempt.problem is not None:
+            raise GrowthRefused(
+                f"{type(structure.model.config).__name__} cannot say this growth: with "
+                f"what it says {attempt.problem}. hint: grow_ grows it, and "
+                "meristem.save keeps it"
+            )
+    return followed
+
+
+def _settled(line: str, edits: Mapping[tuple[str, str], AttributeChange]) -> bool:
+    told = line.partition(" holds the old size")[0]
+    # Of the config everything has been settled by what is built from it.
+    return told.startswith("config.") or any(
+        told == f"{module}.{name}".lstrip(".") for module, name in edits
+    )
+
+
+def _names_before(structure: Structure, plan: Plan) -> dict[str, str | None]:
+    """By the names of modules in the grown model those that they have now; None for those
+    of new blocks.
+    """
+    found: dict[str, str | None] = {}
+    for insertion in plan.insertions:
+        depth = structure.depths[insertion.axis]
+        prefix = f"{insertion.path}." if insertion.path else ""
+        for place, (block, new) in enumerate(
+            zip(insertion.blocks, insertion.new, strict=True)
+        ):
+            now = f"{prefix}{insertion.first + place}"
+            for name, _ in structure.model.get_submodule(
+                depth.blocks[block]
+            ).named_modules():
+                inner = f".{name}" if name else ""
+                found[now + inner] = None if new else depth.blocks[block] + inner
+    return found

@@ -1,0 +1,232 @@
+"""Expand a pretrained model: every layer alike, the function kept, the config following."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from meristem.core.axis import Slot
+from meristem.core.change import Plan
+from meristem.core.errors import DataError, GrowthRefused
+from meristem.core.growth import Growth
+from meristem.core.offer import Offer
+from meristem.event.steps import (
+    Event,
+    Methods,
+    Optimizers,
+    accepted,
+    all_or_nothing,
+    cares,
+    carry_out,
+    methods,
+    prepare,
+    private_generator,
+    propose,
+)
+from meristem.growing import planned_for
+from meristem.how import Interpose, ZeroBlock
+from meristem.lab.laboratory import Loan
+from meristem.pretrained.configs import said_by_config
+from meristem.pretrained.words import counts
+from meristem.structure import with_mirrors
+from meristem.structure.kinds import apart
+from meristem.structure.planning import with_insertions
+from meristem.surgery.host import inner, opened_host, ranks_of
+
+At = Literal["even", "middle", "end"] | Sequence[int]
+SPREAD = 0.1
+"""Of new rows around the mean of the old ones, as a part of the spread of these."""
+TOKENS = 12
+"""Of the call on which a model is looked at, where none is given."""
+
+
+def expand_(
+    model: nn.Module,
+    to: str,
+    example: Any = None,
+    how: Methods = None,
+    *,
+    at: At = "even",
+    vectors: Mapping[str, Tensor] | None = None,
+    optimizer: Optimizers = None,
+    generator: torch.Generator | None = None,
+) -> Growth:
+    """Grow all layers of a pretrained model alike, in place, all or nothing.
+
+    The outputs stay what they are, and a config that is saved with the model says its
+    new sizes: `save_pretrained` and `from_pretrained` give it back.
+
+    Args:
+        model: Any module that runs; where it has a config, one that is built from it.
+        to: What grows, as "depth=+4,mlp=x1.5,heads=+2,width=x1.25,vocabulary=+128,
+            classes=+3": "+4" more, "x1.5" times as many, or the size itself. The words
+            are `mlp`, `heads`, `kv_heads`, `width`, `depth`, `vocabulary`, `classes`
+            and `lora_rank`.
+        example: A tensor, a tuple of arguments or a dict of keyword arguments; by
+            default a call that fits the model's main input.
+        how: The method, or several; by default random fan-in and zero fan-out for
+            widths, silent copies (Interpose, as LLaMA-Pro) for blocks, and the mean of
+            the old rows with a small spread for words and classes.
+        at: Where new blocks stand: spread "even", in the "middle", at the "end" with
+            fresh weights, or how many of the present blocks stand before each:
+            [8, 16, 24].
+        vectors: By parameter the new rows of words or classes, where they are known:
+            {"lm_head.weight": tensor of (new rows, width)}.
+        optimizer: The optimizer, or all of them, whose state follows.
+        generator: The source of randomness; by default a private one of this model.
+
+    Returns:
+        What was done; `growth.blocks` and `growth.rows` tell what is new.
+
+    Raises:
+        GrowthRefused: A word means nothing here, the model cannot follow, or its config
+            cannot say the sizes. Nothing has changed then.
+
+    Examples:
+        >>> import torch, meristem as ms
+        >>> layer = torch.nn.TransformerEncoderLayer(
+        ...     8, 2, 16, batch_first=True, norm_first=True
+        ... )
+        >>> net = torch.nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+        >>> growth = ms.expand_(net, "depth=+2,mlp=x1.5", torch.randn(3, 5, 8))
+        >>> growth.blocks, net.layers[0].linear1.out_features, growth.max_change < 1e-6
+        ({'layers': [2, 5]}, 24, True)
+    """
+    chosen = methods_for(how, at)
+    ranks = ranks_of(model)
+    if generator is None:
+        generator = private_generator(inner(model))
+    with opened_host(model) as held, ranks.together(), all_or_nothing(generator):
+        ranks.begin(held, generator)
+        call = example if example is not None else example_of(held)
+        loan = Loan(generator, ranks=ranks)
+        event = prepare(held, call, loan, chosen, cares(None, optimizer), optimizer)
+        plan = _expansion(event, to)
+        return carry_out(event, plan, _ends(event, plan, vectors or {}))
+
+
+def expansion(
+    model: nn.Module, to: str, example: Any = None, how: Methods = None, at: At = "even"
+) -> Plan:
+    """The dry run of `expand_`: every shape and number that would change.
+
+    Raises:
+        GrowthRefused: As `expand_`.
+    """
+    held = inner(model)
+    generator = torch.Generator()
+    with all_or_nothing(generator):
+        call = example if example is not None else example_of(held)
+        event = prepare(held, call, Loan(generator), methods_for(how, at))
+        return _expansion(event, to)
+
+
+def methods_for(how: Methods, at: At) -> tuple[Any, ...]:
+    """The methods of an expansion: those given, and one that puts blocks in their
+    places.
+    """
+    if isinstance(at, str) and at not in ("even", "middle", "end"):
+        raise ValueError(
+            'at is "even", "middle", "end", or how many blocks stand before each new '
+            f"one; got {at!r}"
+        )
+    deepening: Any = ZeroBlock()
+    if isinstance(at, str):
+        if at != "end":
+            deepening = Interpose(zero=True, behind=at)
+    else:
+        deepening = Interpose(zero=True, behind=[place - 1 for place in at])
+    return (*methods(how), deepening)
+
+
+def _expansion(event: Event, to: str) -> Plan:
+    structure = event.structure
+    wanted = counts(structure, to, event.how)
+    plan = with_mirrors(structure, accepted(planned_for(structure, wanted)))
+    _, deep = apart([structure.axes.named(name) for name in plan.after])
+    placed = []
+    for axis in deep:
+        # Where blocks stand does not depend on their widths.
+        offer = propose(event, event.lab, axis, plan.added[axis.name])
+        assert offer.blocks is not None
+        placed.append(offer.blocks.insertion)
+    if placed:
+        plan = accepted(with_insertions(structure, plan, placed))
+    return said_by_config(structure, plan)
+
+
+def example_of(model: nn.Module) -> dict[str, Tensor]:
+    """A call that fits the main input of a pretrained model.
+
+    Raises:
+        DataError: The model does not say what it takes.
+    """
+    name = getattr(model, "main_input_name", None)
+    config: Any = getattr(model, "config", None)
+    drawn = torch.Generator().manual_seed(0)
+    if name == "input_ids" and config is not None:
+        size = config.get_text_config().vocab_size
+        tokens = torch.randint(size, (2, TOKENS), generator=drawn)
+        both = {"input_ids": tokens}
+        if getattr(config, "is_encoder_decoder", False):
+            both["decoder_input_ids"] = tokens[:, : TOKENS // 2]
+        return both
+    if name == "pixel_values" and hasattr(config, "image_size"):
+        side, channels = config.image_size, getattr(config, "num_channels", 3)
+        sides = (side, side) if isinstance(side, int) else tuple(side)
+        return {name: torch.randn(2, channels, *sides, generator=drawn)}
+    raise DataError(
+        f"{type(model).__name__} does not say what a call of it looks like. hint: pass "
+        "example=, a dict of its arguments"
+    )
+
+
+def _ends(event: Event, plan: Plan, vectors: Mapping[str, Tensor]) -> dict[str, Offer]:
+    """The new rows of words and classes: given, or near the mean of the old ones.
+
+    A word that starts there takes little from the others: its logit is near the mean of
+    theirs.
+
+    Raises:
+        GrowthRefused: Vectors of another shape, or of what does not grow.
+    """
+    offers = {}
+    unused = set(vectors)
+    for name in plan.after:
+        axis = event.structure.axes.named(name)
+        if axis.end not in ("vocabulary", "output") or axis.streamed:
+            continue
+        strips = {}
+        for slot in axis.slots:
+            if slot.buffer:
+                continue
+            old = event.lab.units(slot, axis)
+            shape = (plan.added[name] * old.shape[0] // axis.size, *old.shape[1:])
+            mean = old.mean(0, keepdim=True).expand(shape)
+            spread = old.float().std(0, keepdim=True) if len(old) > 1 else 0 * mean
+            noise = event.lab.normal(shape, like=old)
+            strip = (mean + SPREAD * noise * spread).to(old.dtype)
+            if slot.name in vectors:
+                strip = _given(vectors[slot.name], strip, slot)
+                unused.discard(slot.name)
+            strips[slot.place] = strip
+        offers[name] = Offer(name, plan.added[name], strips)
+    if unused:
+        raise GrowthRefused(
+            f"vectors names {sorted(unused)[0]}, of which nothing grows here"
+        )
+    return offers
+
+
+def _given(vectors: Tensor, strip: Tensor, slot: Slot) -> Tensor:
+    """Vectors of a user as a strip, unit by unit."""
+    rows = vectors.movedim(slot.dim, 0).unsqueeze(1)
+    if rows.shape != strip.shape:
+        raise GrowthRefused(
+            f"vectors of {slot.name} must hold {strip.shape[0]} rows of shape "
+            f"{tuple(strip.shape[2:])}; got {tuple(vectors.shape)}"
+        )
+    return rows.to(device=strip.device, dtype=strip.dtype)
