@@ -1,12 +1,15 @@
 """What a growth costs on two ranks, beside one process with the doubled batch, and what is sent.
 
-    python benchmarks/cost/ranks.py          # a minute; writes results/ranks.json
+    python benchmarks/cost/ranks.py              # a minute; writes results/ranks.json
+    python benchmarks/cost/ranks.py --ranks 8    # five minutes on two cores, where only
+                                                 # the bytes mean something; ranks-8.json
 
 CPU seconds of a rank, a median over growths of one run; the ratio compares methods on the same machine at the same time.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import statistics
@@ -23,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import meristem as ms
 
-RANKS, BATCH, GROWTHS = 2, 256, 5
+BATCH, GROWTHS = 256, 9
 HOWS = {"random": ms.how.Random(), "GradMax": ms.how.GradMax(), "SWE": ms.how.SWE()}
 
 
@@ -70,10 +73,14 @@ def seconds(model: nn.Module, how: Any, data: list[Any]) -> tuple[float, int]:
     return statistics.median(taken), grower.ranks.sent - sent
 
 
-def work(rank: int, port: int, told: Any) -> None:
+def work(rank: int, port: int, ranks: int, told: Any) -> None:
     torch.set_num_threads(1)
+    # torch keeps what it has found out about every shape: the first to grow pays for it.
+    for how in HOWS.values():
+        seconds(net(), how, batches(BATCH, 0))
+        seconds(net(), how, batches(BATCH * ranks, 0))
     dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks
     )
     for name, how in HOWS.items():
         parallel = seconds(DistributedDataParallel(net()), how, batches(BATCH, rank))
@@ -81,12 +88,15 @@ def work(rank: int, port: int, told: Any) -> None:
     dist.destroy_process_group()
     # The same, each for itself, while the other process is as busy.
     for name, how in HOWS.items():
-        told[name, "alone", rank] = seconds(net(), how, batches(BATCH * RANKS, 0))
+        told[name, "alone", rank] = seconds(net(), how, batches(BATCH * ranks, 0))
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--ranks", type=int, default=2)
+    count = parser.parse_args().ranks
     told = mp.Manager().dict()
-    mp.spawn(work, (random.randint(20000, 40000), told), nprocs=RANKS)
+    mp.spawn(work, (random.randint(20000, 40000), count, told), nprocs=count)
     rows = []
     for name in HOWS:
         ranks, sent = told[name, "ranks", 0]
@@ -102,9 +112,10 @@ def main() -> None:
             }
         )
         print(rows[-1])
-    path = Path(__file__).parent / "results" / "ranks.json"
+    name = "ranks.json" if count == 2 else f"ranks-{count}.json"
+    path = Path(__file__).parent / "results" / name
     path.write_text(
-        json.dumps({"ranks": RANKS, "batch": BATCH, "rows": rows}, indent=1)
+        json.dumps({"ranks": count, "batch": BATCH, "rows": rows}, indent=1)
     )
 
 

@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from functools import cache, partial
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -97,9 +98,9 @@ class Ranks:
         """
         if not self.several:
             return
-        generator.set_state(self.first(generator.get_state()))
         buffers = {name: b.detach().cpu() for name, b in model.named_buffers()}
-        kept = self.first(buffers)
+        state, kept = self.first((generator.get_state(), buffers))
+        generator.set_state(state)
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(kept[name])
@@ -141,18 +142,25 @@ class Ranks:
             return
         waiting = iter(batches)
         while True:
-            batch = next(waiting, _END)
-            # Batches of tokenizers are mappings of a class of their own.
-            if isinstance(batch, Mapping) and type(batch) is not dict:
-                batch = dict(batch)
-            parts = self.gather(pytree.tree_map(_to_cpu, batch))
-            if _END in [part for part in parts if isinstance(part, str)]:
+            several = [_plain(batch) for batch in islice(waiting, TOGETHER)]
+            # By batch, what every process has of it.
+            told = self.gather([pytree.tree_map(_to_cpu, one) for one in several])
+            shortest = min(len(batches) for batches in told)
+            for own, *parts in zip(several, *told, strict=False):
+                yield from _joined(parts, own)
+            if shortest < TOGETHER:
                 return
-            yield from _joined(parts, batch)
 
 
 ALONE = Ranks()
-_END = "no more batches"
+TOGETHER = 4
+"""Batches that are sent at once."""
+
+
+def _plain(batch: Any) -> Any:
+    # Batches of tokenizers are mappings of a class of their own.
+    is_other = isinstance(batch, Mapping) and type(batch) is not dict
+    return dict(batch) if is_other else batch
 
 
 def _to_cpu(leaf: Any) -> Any:

@@ -22,6 +22,7 @@ from meristem.core.change import AttributeChange
 from meristem.core.errors import DiscoveryError
 from meristem.core.example import Example as Example
 from meristem.core.example import as_example as as_example
+from meristem.core.growth import LINEAGE
 from meristem.structure.hooks import follow_forward, follow_hook
 
 # The models whose modules may be changed: twins, and what surgery has opened.
@@ -269,6 +270,10 @@ def _copied(model: nn.Module, memo: dict[int, Any], own: bool = True) -> nn.Modu
             # A dozen empty tables in every module are most of what a copy costs.
             elif type(value) in (dict, OrderedDict) and not value:
                 memo[id(value)] = type(value)()
+    # Past growths are many numbers, and none of them changes.
+    line = vars(model).get(LINEAGE)
+    if line is not None:
+        memo[id(line)] = list(line)
     # A hook may hold all of a training: it is not copied, but built anew below.
     hooks = [entry for entry in _hooks(model) if not _belongs_to_torch(entry.hook)]
     for entry in hooks:
