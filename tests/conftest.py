@@ -11,6 +11,9 @@ import torch
 torch.set_num_threads(1)  # small tensors: a second thread only waits
 sys.path.insert(0, str(Path(__file__).parent))
 
+# Programs that a test starts.
+collect_ignore = ["integrations/launched"]
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:

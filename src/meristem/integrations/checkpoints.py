@@ -193,12 +193,12 @@ def expand_checkpoint(
         tell(f"parameters: {sizes:,} -> {growth.parameters[1]:,}")
         grown = _outputs(model, call)
         model.save_pretrained(draft)  # type: ignore[operator]
-        kind = type(model)
+        kind: Any = type(model)
         del model
         _copy_rest(source, draft)
         _write_card(source, draft, to, growth)
-        again = kind.from_pretrained(draft, dtype="auto", local_files_only=True).eval()  # type: ignore[attr-defined]
-        written = _outputs(again, call)
+        again = kind.from_pretrained(draft, dtype="auto", local_files_only=True)
+        written = _outputs(again.eval(), call)
         for one, other in zip(grown, written, strict=True):
             if not torch.equal(one, other):
                 raise VerificationError(
