@@ -87,6 +87,8 @@ class _Builder:
     model: nn.Module
     target: _Described
     pairs: frozenset[tuple[Any, Any]]
+    meant: frozenset[str]
+    unsaid: frozenset[tuple[str, str]] = frozenset()
     spent: int = 0
     kept: dict[str, _Described | str] = field(default_factory=dict)
 
@@ -115,11 +117,16 @@ class _Builder:
             return _FAR
         shapes = dict(self.target.shapes.items() ^ built.shapes.items())
         numbers = 0
-        for key in self.target.differing(built):
+        for key in self.differing(built):
             # One that merely was not read: the grown model may take it over.
             pair = (self.target.numbers[key], built.numbers[key])
-            numbers += pair not in self.pairs
+            is_said = type(pair[0]) in (int, str, bool) or key[1] in self.meant
+            numbers += pair not in self.pairs and is_said
         return len(shapes), numbers
+
+    def differing(self, built: _Described) -> list[tuple[str, str]]:
+        """The numbers in which a built model differs, of those that configs do say."""
+        return [key for key in self.target.differing(built) if key not in self.unsaid]
 
 
 def with_values(config: Any, values: Mapping[Path, Any]) -> Any:
@@ -152,7 +159,15 @@ def said_by_config(structure: Structure, plan: Plan) -> Plan:
         insert(grown, insertion)
     apply_edits(grown, plan.counts)
     target = _Described.of(grown)
-    builder = _Builder(model, target, frozenset(_pairs(plan)))
+    # Constants that the growth sets, as the eps of a norm.
+    meant = frozenset(
+        edit.attribute for edit in plan.attributes if type(edit.after) is float
+    )
+    builder = _Builder(model, target, frozenset(_pairs(plan)), meant)
+    as_built = builder.build({})
+    if not isinstance(as_built, str):
+        # Set by a user, or by the forward itself: no config has said them before.
+        builder.unsaid = frozenset(_Described.of(model).differing(as_built))
     present = dict(_entries(model.config))
     followed = dict(_entries(grown.config))
     start = {path: v for path, v in followed.items() if v != present.get(path)}
@@ -161,7 +176,10 @@ def said_by_config(structure: Structure, plan: Plan) -> Plan:
     built = builder.build(found)
     if isinstance(built, str) or target.shapes != built.shapes:
         raise GrowthRefused(_unsaid(model, plan, target, built))
-    return _with_edits(structure, plan, _Saying(present, found, target, built))
+    differing = builder.differing(built)
+    return _with_edits(
+        structure, plan, _Saying(present, found, target, built, differing, meant)
+    )
 
 
 def _entries(config: Any, above: Path = ()) -> Iterator[tuple[Path, Any]]:
@@ -189,6 +207,9 @@ def _candidates(present: Mapping[Path, Any], plan: Plan) -> Iterator[tuple[Path,
             for old, new in pairs:
                 if _same(value, old):
                     yield path, new
+                elif type(new) is int and type(old) is int:
+                    # A ratio of sizes (mlp_ratio).
+                    yield path, _scaled(value, new, old)
             # A number that the rest of the config gave until now.
             yield path, value
         elif isinstance(value, (list, tuple)) and value:
@@ -196,6 +217,11 @@ def _candidates(present: Mapping[Path, Any], plan: Plan) -> Iterator[tuple[Path,
         elif value is None:
             for new in sizes:
                 yield path, new
+
+
+def _scaled(value: float, new: int, old: int) -> float:
+    scaled = value * new / old
+    return int(scaled) if type(value) is int and scaled == int(scaled) else scaled
 
 
 def _unnamed(
@@ -235,6 +261,8 @@ def _listed(
         if len(value) == insertion.size:
             yield path, kind(value[block] for block in insertion.blocks)
     for old, new in pairs:
+        if value and all(type(one) in (int, float) for one in value):
+            yield path, kind(_scaled(one, new, old) for one in value)
         places = [i for i, one in enumerate(value) if _same(one, old)]
         if places:
             yield path, kind(new if i in places else v for i, v in enumerate(value))
@@ -293,6 +321,8 @@ class _Saying:
     values: Mapping[Path, Any]
     target: _Described
     built: _Described
+    differing: Sequence[tuple[str, str]]
+    meant: frozenset[str]
 
 
 def _with_edits(structure: Structure, plan: Plan, saying: _Saying) -> Plan:
@@ -310,21 +340,27 @@ def _with_edits(structure: Structure, plan: Plan, saying: _Saying) -> Plan:
             edits[key] = AttributeChange(*key, before, value)
         elif value == before:
             edits.pop(key, None)
-    names = _names_before(structure, plan)
-    for module, attribute in saying.target.differing(saying.built):
+    # Numbers inside of blocks are set once these stand in their places.
+    late = {(edit.module, edit.attribute): edit for edit in plan.counts}
+    for module, attribute in saying.differing:
         old, new = (
             one.numbers[module, attribute] for one in (saying.target, saying.built)
         )
-        now = names.get(module, module)
-        if isinstance(old, float) or now is None:
+        if attribute in saying.meant or not _adoptable(old, new, plan, saying):
             raise GrowthRefused(
                 f"{type(structure.model.config).__name__} cannot say this growth: "
                 f"{module}.{attribute} would be {old!r}, and a model built from it has "
                 f"{new!r}. hint: grow_ grows it, and meristem.save keeps it"
             )
-        edits[now, attribute] = AttributeChange(now, attribute, old, new)
+        edit = AttributeChange(module, attribute, old, new)
+        (late if plan.insertions else edits)[module, attribute] = edit
     stale = tuple(line for line in plan.stale if not _settled(line, edits))
-    followed = replace(plan, attributes=tuple(edits.values()), stale=stale)
+    followed = replace(
+        plan,
+        attributes=tuple(edits.values()),
+        counts=tuple(late.values()),
+        stale=stale,
+    )
     if plan.tensors:
         attempt = Search(structure, followed).attempt(followed.attributes)
         if attempt.problem is not None:
@@ -344,21 +380,18 @@ def _settled(line: str, edits: Mapping[tuple[str, str], AttributeChange]) -> boo
     )
 
 
-def _names_before(structure: Structure, plan: Plan) -> dict[str, str | None]:
-    """By the names of modules in the grown model those that they have now; None for those
-    of new blocks.
+def _adoptable(old: Any, new: Any, plan: Plan, saying: _Saying) -> bool:
+    """Whether a number that no shape follows from may be what a built model has.
+
+    A size that is kept and not read, a list of the config itself, a rate that depends on
+    the number of blocks. That outputs are kept is checked afterwards.
     """
-    found: dict[str, str | None] = {}
-    for insertion in plan.insertions:
-        depth = structure.depths[insertion.axis]
-        prefix = f"{insertion.path}." if insertion.path else ""
-        for place, (block, new) in enumerate(
-            zip(insertion.blocks, insertion.new, strict=True)
-        ):
-            now = f"{prefix}{insertion.first + place}"
-            for name, _ in structure.model.get_submodule(
-                depth.blocks[block]
-            ).named_modules():
-                inner = f".{name}" if name else ""
-                found[now + inner] = None if new else depth.blocks[block] + inner
-    return found
+    if isinstance(old, float):
+        return bool(plan.insertions)
+    if isinstance(old, tuple):
+        return any(list(new) == list(v) for v in saying.values.values() if _listy(v))
+    return (old, new) in _pairs(plan)
+
+
+def _listy(value: Any) -> bool:
+    return isinstance(value, (list, tuple))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 from torch import nn
 
@@ -108,10 +109,16 @@ class _Reader:
     def __init__(self, structure: Structure, how: Methods) -> None:
         self._structure = structure
         self._axes: Axes = growable(structure, how=how)
-        self._blocks: list[str] = []
-        for depth in structure.depths.values():
+        self._runs: dict[str, tuple[str, ...]] = {}
+        for name, depth in structure.depths.items():
             if depth.copied:
-                self._blocks += [f"{block}." for block in depth.blocks]
+                self._runs[name] = tuple(f"{block}." for block in depth.blocks)
+        self._blocks = tuple(chain.from_iterable(self._runs.values()))
+        every = {**structure.axes, **structure.axes.every_end}
+        self._streams: set[str] = set()
+        for axis in every.values():
+            if axis.kind == "width" and self._through(axis):
+                self._streams.update(slot.name for slot in axis.slots)
 
     def axes(self, word: str) -> list[Axis]:
         """The axes that a word means; at least one.
@@ -133,6 +140,9 @@ class _Reader:
         for name, axis in every.items():
             if name in self._axes.frozen and WORDS[word](self, axis):
                 return f"{word} cannot grow: {name}: {self._axes.frozen[name]}"
+        for name, reason in self._axes.frozen.items():
+            if name.endswith(f":{word}"):
+                return f"{word} cannot grow: {name}: {reason}"
         if word in ("mlp", "heads", "kv_heads", "depth") and not self._blocks:
             return f"this model has no {word} to grow: none of its blocks repeat"
         return f"this model has no {word} to grow"
@@ -148,17 +158,23 @@ class _Reader:
     # -- one question for every word
 
     def _inside(self, axis: Axis) -> bool:
-        return axis.name.startswith(tuple(self._blocks))
+        return axis.name.startswith(self._blocks)
 
     def _through(self, axis: Axis) -> bool:
         """Whether blocks read it or write to it from outside."""
         names = [slot.name for slot in axis.slots]
-        inside = any(name.startswith(tuple(self._blocks)) for name in names)
+        inside = any(name.startswith(self._blocks) for name in names)
         return inside and not self._inside(axis)
 
     def mlp(self, axis: Axis) -> bool:
-        is_plain = axis.kind == "width" and ":" not in axis.name
-        return is_plain and self._inside(axis) and not self.lora_rank(axis)
+        # A part of a tensor is named by its dimension.
+        suffix = axis.name.partition(":")[2]
+        is_plain = axis.kind == "width" and (not suffix or suffix.isdigit())
+        if not is_plain or not self._inside(axis) or self.lora_rank(axis):
+            return False
+        # What reads the stream; other small nets in a block make positions and gates.
+        made = {slot.name for slot in axis.places("fan_in")}
+        return not self._streams or bool(made & self._streams)
 
     def heads(self, axis: Axis) -> bool:
         return axis.kind == "heads" and axis.name.endswith(":heads")
@@ -171,8 +187,13 @@ class _Reader:
         return axis.kind == "width" and not is_end and self._through(axis)
 
     def depth(self, axis: Axis) -> bool:
-        depth = self._structure.depths.get(axis.name)
-        return depth is not None and depth.copied
+        if axis.name not in self._runs:
+            return False
+        # Of stages with blocks in them the blocks are what is meant.
+        mine = self._runs[axis.name]
+        depths = self._structure.depths
+        inner = [depths[name].path for name in self._runs if name != axis.name]
+        return not any(f"{path}.".startswith(mine) for path in inner)
 
     def vocabulary(self, axis: Axis) -> bool:
         words, head = _embeddings(self._structure.model)
