@@ -126,23 +126,37 @@ def _check_weights(source: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def example_from(source: Path, model: nn.Module) -> dict[str, Tensor]:
+def example_from(
+    source: Path, model: nn.Module, tell: Told = lambda line: None
+) -> dict[str, Tensor]:
     """A call of a model: a text through its tokenizer, where it has one."""
     call = example_of(model)
-    has_tokenizer = any(source.glob("tokenizer*")) or any(source.glob("vocab*"))
-    if "input_ids" in call and has_tokenizer:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
-        tokens = tokenizer(TEXT, return_tensors="pt")["input_ids"]
-        call["input_ids"] = tokens
-        if "decoder_input_ids" in call:
-            call["decoder_input_ids"] = tokens[:, : tokens.shape[1] // 2]
+    files = ("tokenizer.json", "tokenizer_config.json")
+    if "input_ids" in call and any((source / file).is_file() for file in files):
+        tokens = _tokens(source, tell)
+        if tokens is not None:
+            call["input_ids"] = tokens
+            if "decoder_input_ids" in call:
+                call["decoder_input_ids"] = tokens[:, : tokens.shape[1] // 2]
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     for name, value in call.items():
         if value.is_floating_point():
             call[name] = value.to(dtype)
     return call
+
+
+def _tokens(source: Path, tell: Told) -> Tensor | None:
+    """A text in a model's own words; None where its tokenizer cannot be made here."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+    except (ValueError, ImportError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        tell(f"random tokens are compared: the tokenizer cannot be made ({reason})")
+        return None
+    tokens: Tensor = tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    return tokens
 
 
 def plan_checkpoint(
@@ -183,7 +197,7 @@ def expand_checkpoint(
     if out.exists():
         raise CheckpointError(f"{out} exists. hint: name a directory that does not")
     model = read(source)
-    call = example_from(source, model)
+    call = example_from(source, model, tell)
     with _without_name(out) as draft:
         before = _outputs(model, call)
         sizes = sum(p.numel() for p in model.parameters())

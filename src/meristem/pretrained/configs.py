@@ -8,6 +8,7 @@ model; where none has, no config can say the growth.
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,7 +35,8 @@ _NUMBERS = (int, float, str, bool, type(None))
 
 def has_config(model: nn.Module) -> bool:
     """Whether a model is built from a config that is saved beside it."""
-    return hasattr(model, "config") and hasattr(type(model), "from_pretrained")
+    kind = getattr(type(model), "config_class", None)
+    return kind is not None and isinstance(getattr(model, "config", None), kind)
 
 
 @dataclass
@@ -103,7 +105,7 @@ class _Builder:
     def _built(self, values: Mapping[Path, Any]) -> _Described | str:
         # A class may refuse sizes in any way; what cannot be built is not said.
         try:
-            config = with_values(self.model.config, values)
+            config = _written(with_values(self.model.config, values))
             with undisturbed(), torch.device("meta"):
                 built = type(self.model)(config)
         except Exception as error:
@@ -138,6 +140,13 @@ def with_values(config: Any, values: Mapping[Path, Any]) -> Any:
             holder = getattr(holder, name)
         setattr(holder, path[-1], value)
     return changed
+
+
+def _written(config: Any) -> Any:
+    """A config as it comes back from a file, where it can be written to one."""
+    if not hasattr(config, "to_json_string"):
+        return config
+    return type(config).from_dict(json.loads(config.to_json_string()))
 
 
 def said_by_config(structure: Structure, plan: Plan) -> Plan:
@@ -189,7 +198,7 @@ def _entries(config: Any, above: Path = ()) -> Iterator[tuple[Path, Any]]:
             continue
         if hasattr(value, "to_dict") and hasattr(value, "__dict__"):
             yield from _entries(value, (*above, name))
-        else:
+        elif not isinstance(value, dict):
             yield (*above, name), value
     # A number that is kept in another form (num_labels, in id2label).
     labels = getattr(config, "num_labels", None)
@@ -207,7 +216,7 @@ def _candidates(present: Mapping[Path, Any], plan: Plan) -> Iterator[tuple[Path,
             for old, new in pairs:
                 if _same(value, old):
                     yield path, new
-                elif type(new) is int and type(old) is int:
+                elif type(new) is int and type(old) is int and old:
                     # A ratio of sizes (mlp_ratio).
                     yield path, _scaled(value, new, old)
             # A number that the rest of the config gave until now.
@@ -261,7 +270,7 @@ def _listed(
         if len(value) == insertion.size:
             yield path, kind(value[block] for block in insertion.blocks)
     for old, new in pairs:
-        if value and all(type(one) in (int, float) for one in value):
+        if old and all(type(one) in (int, float) for one in value):
             yield path, kind(_scaled(one, new, old) for one in value)
         places = [i for i, one in enumerate(value) if _same(one, old)]
         if places:

@@ -19,6 +19,7 @@ from meristem.core.change import (
     TensorChange,
 )
 from meristem.core.errors import GrowthRefused
+from meristem.structure.adapters import adapter_edits
 from meristem.structure.counts import counts_for
 from meristem.structure.discover import Structure
 from meristem.structure.kinds import KINDS, Amount, added_by, flops
@@ -224,6 +225,10 @@ def with_mirrors(structure: Structure, plan: Plan) -> Plan:
     """
     if not plan or not plan.tensors or plan.mirrored:
         return plan
+    ranks = adapter_edits(structure.model, plan)
+    known = {(edit.module, edit.attribute) for edit in ranks}
+    kept = [one for one in plan.attributes if (one.module, one.attribute) not in known]
+    plan = replace(plan, attributes=(*kept, *ranks))
     follow, stale = mirrors(structure, plan, plan.attributes)
     edits = [*plan.attributes, *follow]
     if follow and Search(structure, plan).attempt(edits).problem is not None:

@@ -234,7 +234,13 @@ def replay(model: nn.Module, growths: Line) -> None:
 
 def _set_all(model: nn.Module, attributes: Sequence[Any]) -> None:
     for module_name, attribute, value in attributes:
-        old = get_attribute(model, module_name, attribute)
+        try:
+            old = get_attribute(model, module_name, attribute)
+        except AttributeError:
+            # A config may have had its default (head_dim).
+            if "." not in attribute:
+                raise
+            old = None
         if not _may_become(old, value):
             raise CheckpointError(
                 f"the lineage sets {module_name}.{attribute}, which holds no size; it was "
@@ -246,9 +252,14 @@ def _set_all(model: nn.Module, attributes: Sequence[Any]) -> None:
 
 
 def _may_become(old: Any, new: Any) -> bool:
-    """Whether a growth may make one value of the other: numbers, or a list with a word
-    for every block ("layer_types"), longer or shorter.
+    """Whether a growth may make one value of the other: numbers, also where there was
+    none; a list with a word for every block ("layer_types"), longer or shorter; a table
+    of numbers (ranks by module).
     """
+    if old is None:
+        return type(new) in (int, float)
+    if isinstance(old, dict) and isinstance(new, dict):
+        old, new = list(old.values()), list(new.values())
     if not isinstance(old, (tuple, list)):
         old, new = [old], [new]
     if all(type(entry) in (int, float) for entry in (*old, *new)):

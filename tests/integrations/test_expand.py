@@ -1,0 +1,332 @@
+"""Pretrained models grow in every layer, and their directories say so."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import meristem as ms
+
+transformers = pytest.importorskip("transformers")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+SMALL = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+}
+GROUPED = {**SMALL, "num_key_value_heads": 2}
+GPT = {"vocab_size": 40, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 32}
+T5 = {
+    "vocab_size": 40,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+}
+IMAGE = {**SMALL, "image_size": 16, "patch_size": 8}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", GROUPED),
+    "gemma2": ("Gemma2ForCausalLM", {**GROUPED, "head_dim": 8}),
+    "qwen2": ("Qwen2ForCausalLM", GROUPED),
+    "gpt2": ("GPT2LMHeadModel", GPT),
+    "bert": ("BertForSequenceClassification", SMALL),
+    "t5": ("T5ForConditionalGeneration", T5),
+    "vit": ("ViTForImageClassification", IMAGE),
+}
+
+
+def made(kind: str) -> Any:
+    torch.manual_seed(0)
+    name, options = KINDS[kind]
+    model_class = getattr(transformers, name)
+    config = model_class.config_class(pad_token_id=0, **options)
+    return model_class(config).eval()
+
+
+def call_of(model: Any) -> dict[str, Any]:
+    drawn = torch.Generator().manual_seed(0)
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": torch.randn(2, 3, 16, 16, generator=drawn)}
+    tokens = torch.randint(1, 40, (2, 7), generator=drawn)
+    call = {"input_ids": tokens}
+    if model.config.is_encoder_decoder:
+        call["decoder_input_ids"] = tokens[:, :4]
+    return call
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(**call_of(model)).logits
+    return found
+
+
+CASES = [
+    ("llama", "mlp=x1.5,depth=+2"),
+    ("llama", "heads=x2"),
+    ("llama", "kv_heads=+2"),
+    ("llama", "width=x1.5"),
+    ("llama", "vocabulary=+8,mlp=64"),
+    pytest.param(*("gemma2", "depth=+3"), marks=pytest.mark.slow),
+    pytest.param(*("gemma2", "heads=x2,mlp=+16"), marks=pytest.mark.slow),
+    pytest.param(*("qwen2", "heads=x2"), marks=pytest.mark.slow),
+    ("gpt2", "mlp=x1.5,depth=x1.5"),
+    pytest.param(*("gpt2", "vocabulary=+3"), marks=pytest.mark.slow),
+    ("bert", "classes=+3,mlp=x2"),
+    pytest.param(*("t5", "depth=+1,mlp=+8"), marks=pytest.mark.slow),
+    ("t5", "heads=x2"),
+    ("vit", "depth=+1,classes=+1"),
+]
+
+
+@pytest.mark.parametrize(("kind", "to"), CASES)
+def test_outputs_stay_and_from_pretrained_gives_them_back(
+    kind: str, to: str, tmp_path: Path
+) -> None:
+    model = made(kind)
+    before = logits(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    growth = ms.expand_(model, to, call_of(model), optimizer=optimizer)
+    after = logits(model)
+    kept = after[tuple(slice(size) for size in before.shape)]
+    assert (kept - before).abs().max() < 1e-5 * before.abs().max()
+    assert not growth.stale
+    model.save_pretrained(tmp_path / "hf")
+    again = type(model).from_pretrained(tmp_path / "hf")
+    assert torch.equal(logits(again), after)
+    # And by a checkpoint of ours, from the old size.
+    ms.save(tmp_path / "own", model, optimizer=optimizer)
+    loaded = ms.load(tmp_path / "own", made(kind))
+    assert torch.equal(logits(loaded), after)
+    for key, value in loaded.config.to_dict().items():
+        # What save_pretrained has written into the other one.
+        if key not in ("architectures", "dtype"):
+            assert model.config.to_dict()[key] == value, key
+    model.train()(**call_of(model)).logits.square().mean().backward()
+    optimizer.step()
+
+
+def test_generate_gives_the_same_tokens() -> None:
+    model, x = made("llama"), {"input_ids": torch.tensor([[3, 5, 8]])}
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    before = [model.generate(**x, **options, use_cache=one) for one in (True, False)]
+    ms.expand_(model, "depth=+2,heads=x2,mlp=x1.5")
+    after = [model.generate(**x, **options, use_cache=one) for one in (True, False)]
+    for one, other in zip(before, after, strict=True):
+        assert torch.equal(one, other)
+
+
+REFUSALS = [
+    ("llama", "deepth=+2", "'deepth' is no word of all layers. Did you mean 'depth'"),
+    ("llama", "depth=2x", "'depth=2x' is no growth. hint: write depth=\\+4"),
+    ("llama", "depth=+1.5", "is no growth"),
+    ("llama", "depth=+1,depth=+2", "named twice"),
+    ("llama", "depth=4", "does not make model.layers larger than its 4"),
+    ("llama", "heads=+1", "in steps of 2"),
+    ("llama", "classes=+1", "this model has no classes to grow"),
+    ("gemma2", "heads=+2", "Gemma2Config cannot say"),
+    ("gpt2", "heads=+1", "GPT2Config cannot say the growth"),
+    ("gpt2", "width=+8", "GPT2Config cannot say the growth"),
+    (
+        "gemma2",
+        "width=x1.5",
+        "Gemma2Config cannot say this growth: .*scalar_embed_scale",
+    ),
+    ("bert", "depth=+1", "no new block of it leaves the function as it is"),
+]
+
+
+@pytest.mark.parametrize(("kind", "to", "reason"), REFUSALS)
+def test_what_cannot_be_said_is_refused_and_nothing_changes(
+    kind: str, to: str, reason: str
+) -> None:
+    model = made(kind)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    config = model.config.to_dict()
+    with pytest.raises(ms.GrowthRefused, match=reason):
+        ms.expand_(model, to, call_of(model))
+    assert model.config.to_dict() == config
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_method_that_is_named_deepens_what_no_silent_block_can() -> None:
+    model = made("bert")
+    growth = ms.expand_(model, "depth=+2", call_of(model), ms.how.Stack())
+    assert growth.max_change > 0
+    assert model.config.num_hidden_layers == 6
+
+
+@pytest.mark.parametrize(
+    ("at", "new"),
+    [
+        ("even", [2, 5]),
+        ("middle", [2, 4]),
+        ("end", [4, 5]),
+        ([1, 4], [1, 5]),
+    ],
+)
+def test_blocks_stand_where_they_are_wanted(at: Any, new: list[int]) -> None:
+    model = made("llama")
+    growth = ms.expand_(model, "depth=+2", at=at)
+    assert growth.blocks == {"model.layers": new}
+    assert [layer.self_attn.layer_idx for layer in model.model.layers] == [*range(6)]
+
+
+def test_new_words_start_near_the_mean_or_as_given() -> None:
+    model = made("llama")
+    old = model.model.embed_tokens.weight.detach().clone()
+    given = {"lm_head.weight": torch.full((4, 32), 0.5)}
+    growth = ms.expand_(model, "vocabulary=+4", vectors=given)
+    rows = growth.rows["model.embed_tokens:vocabulary"]
+    assert rows == [40, 41, 42, 43]
+    new = model.model.embed_tokens.weight.detach()[rows]
+    assert (new - old.mean(0)).std() < 0.2 * old.std()
+    assert torch.equal(model.lm_head.weight[rows], given["lm_head.weight"])
+    with pytest.raises(ms.GrowthRefused, match="must hold 2 rows of shape"):
+        ms.expand_(model, "vocabulary=+2", vectors=given)
+    with pytest.raises(ms.GrowthRefused, match="of which nothing grows"):
+        ms.expand_(model, "mlp=+2", vectors=given)
+
+
+def test_llama_pro_trains_only_what_is_new() -> None:
+    model = made("llama")
+    old = {name: p.detach().clone() for name, p in model.named_parameters()}
+    growth = ms.expand_(model, "depth=+2")
+    new = ms.new_parameters(growth)
+    assert all(name.startswith(("model.layers.2.", "model.layers.5.")) for name in new)
+    assert "18 new parameters" in repr(new)
+    ms.freeze_old_(model, ms.young(growth))
+    optimizer = torch.optim.AdamW(new.values(), lr=0.1, weight_decay=0.1)
+    for _ in range(2):
+        model(**call_of(model)).logits.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for place, now in zip((0, 1, 2, 3), (0, 1, 3, 4), strict=True):
+        for name, value in model.model.layers[now].named_parameters():
+            assert torch.equal(value, old[f"model.layers.{place}.{name}"])
+    assert model.model.layers[2].mlp.down_proj.weight.abs().max() > 0
+
+
+def meristem(*words: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "meristem.cli", "expand", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "llama"
+    made("llama").to(torch.bfloat16).save_pretrained(folder)
+    (folder / "README.md").write_text("# A model\n")
+    (folder / "tokenizer_notes.txt").write_text("kept")
+    return folder
+
+
+def test_a_directory_becomes_a_directory(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "larger"
+    done = meristem(source, "--to", "depth=+2,mlp=x1.5", "--out", out, "--at", "2,4")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{out}\n"
+    assert "model.layers: 4 -> 6" in done.stderr
+    assert "largest change of an output: 0.0e+00" in done.stderr
+    config = json.loads((out / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["intermediate_size"]) == (6, 72)
+    assert (out / "tokenizer_notes.txt").read_text() == "kept"
+    card = (out / "README.md").read_text()
+    assert card.startswith("# A model\n\n## Expanded with Meristem")
+    first, second = (
+        transformers.AutoModelForCausalLM.from_pretrained(one, dtype="auto")
+        for one in (source, out)
+    )
+    assert second.dtype == torch.bfloat16
+    assert torch.equal(logits(first), logits(second))
+    again = meristem(source, "--to", "depth=+1", "--out", out)
+    assert again.returncode == 2
+    assert "exists" in again.stderr
+
+
+def test_a_plan_says_what_would_change(source: Path) -> None:
+    done = meristem(source, "--to", "mlp=x1.5", "--plan")
+    assert done.returncode == 0
+    assert "model.layers.0.mlp.gate_proj: 48 -> 72" in done.stdout
+    assert "config.intermediate_size: 48 -> 72" in done.stdout
+
+
+def test_a_kill_leaves_no_half_directory(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "larger"
+    command = [sys.executable, "-m", "meristem.cli", "expand", str(source)]
+    running = subprocess.Popen([*command, "--to", "depth=+2", "--out", str(out)])
+    # While it is written.
+    while not list(tmp_path.glob(".larger.part-*/*")):
+        assert running.poll() is None
+        time.sleep(0.001)
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    assert not out.exists()
+    assert meristem(source, "--to", "depth=+2", "--out", out).returncode == 0
+    assert not list(tmp_path.glob(".larger.part-*"))
+
+
+def spoil_nothing(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def spoil_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def spoil_quantised(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq"}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def spoil_dtypes(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"].float()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def spoil_class(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = ["NoSuchModel"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (spoil_nothing, "holds no weights"),
+        (spoil_config, "config.json is not readable"),
+        (spoil_quantised, "holds quantised weights"),
+        (spoil_dtypes, "mixes dtypes: "),
+        (spoil_class, "names the architecture NoSuchModel"),
+    ],
+)
+def test_a_directory_that_cannot_be_expanded_is_told_of(
+    spoil: Any, reason: str, source: Path, tmp_path: Path
+) -> None:
+    from meristem.integrations.checkpoints import expand_checkpoint
+
+    spoil(source)
+    with pytest.raises(ms.CheckpointError, match=reason):
+        expand_checkpoint(source, "depth=+2", tmp_path / "larger")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["llama"]
