@@ -205,6 +205,11 @@ def test_new_words_start_near_the_mean_or_as_given() -> None:
         ms.expand_(model, "mlp=+2", vectors=given)
 
 
+def test_nothing_comes_in_front_of_a_head_that_is_tied_by_its_name() -> None:
+    assert "lm_head:depth" in ms.find_axes(made("llama"), call_of(made("llama")))
+    assert "lm_head:depth" not in ms.find_axes(made("gpt2"), call_of(made("gpt2")))
+
+
 def test_llama_pro_trains_only_what_is_new() -> None:
     model = made("llama")
     old = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -232,7 +237,7 @@ def meristem(*words: Any, **options: Any) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     folder = tmp_path / "llama"
-    made("llama").to(torch.bfloat16).save_pretrained(folder)
+    made("llama").to(torch.bfloat16).save_pretrained(folder, max_shard_size="20kB")
     (folder / "README.md").write_text("# A model\n")
     (folder / "tokenizer_notes.txt").write_text("kept")
     return folder
@@ -248,6 +253,7 @@ def test_a_directory_becomes_a_directory(source: Path, tmp_path: Path) -> None:
     config = json.loads((out / "config.json").read_text())
     assert (config["num_hidden_layers"], config["intermediate_size"]) == (6, 72)
     assert (out / "tokenizer_notes.txt").read_text() == "kept"
+    assert len(list(out.glob("*.safetensors"))) > 1
     card = (out / "README.md").read_text()
     assert card.startswith("# A model\n\n## Expanded with Meristem")
     first, second = (
@@ -284,7 +290,8 @@ def test_a_kill_leaves_no_half_directory(source: Path, tmp_path: Path) -> None:
 
 
 def spoil_nothing(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
 
 
 def spoil_config(folder: Path) -> None:
@@ -300,9 +307,11 @@ def spoil_quantised(folder: Path) -> None:
 def spoil_dtypes(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    weights = load_file(folder / "model.safetensors")
-    weights["model.norm.weight"] = weights["model.norm.weight"].float()
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    file = sorted(folder.glob("*.safetensors"))[0]
+    weights = load_file(file)
+    first = next(iter(weights))
+    weights[first] = weights[first].float()
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def spoil_class(folder: Path) -> None:

@@ -210,7 +210,7 @@ def expand_checkpoint(
             tell(f"{name}: {growth.before[name]} -> {after}")
         tell(f"parameters: {sizes:,} -> {growth.parameters[1]:,}")
         grown = _outputs(model, call)
-        model.save_pretrained(draft)  # type: ignore[operator]
+        _save(model, draft, source)
         kind: Any = type(model)
         del model
         _copy_rest(source, draft)
@@ -258,6 +258,13 @@ def _change(before: Tensor, after: Tensor) -> float:
     old = after[tuple(slice(size) for size in before.shape)]
     largest = before.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
     return float((old.double() - before.double()).abs().max() / largest)
+
+
+def _save(model: Any, draft: Path, source: Path) -> None:
+    """Weights in shards as large as those of the source, where it has several."""
+    sizes = [file.stat().st_size for file in source.glob("*.safetensors")]
+    options = {"max_shard_size": max(sizes)} if len(sizes) > 1 else {}
+    model.save_pretrained(draft, **options)
 
 
 def _copy_rest(source: Path, draft: Path) -> None:

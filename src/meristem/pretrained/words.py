@@ -46,6 +46,8 @@ def wishes(to: str) -> list[Wish]:
     Raises:
         GrowthRefused: A word or an amount is none.
     """
+    if not isinstance(to, str):
+        raise TypeError(f'to is a string, as "depth=+4,mlp=x1.5"; got {to!r}')
     found = []
     for part in to.split(","):
         word, equals, text = (piece.strip() for piece in part.partition("="))

@@ -39,6 +39,10 @@ def find_places(
         id(module) for _, module in model.named_modules(remove_duplicate=False)
     )
     covered = {block for run in runs for block in run.blocks}
+    tied = getattr(model, "_tied_weights_keys", None) or ()
+    shared = Counter(
+        id(one) for _, one in model.named_parameters(remove_duplicate=False)
+    )
     places = []
     for name, module in model.named_modules():
         grown = hasattr(module, CHAIN)  # what has grown inside a block can go again
@@ -47,6 +51,10 @@ def find_places(
         # A layer that is called twice, or held in two places, would be lengthened
         # twice.
         if times[name] != 1 or held[id(module)] != 1:
+            continue
+        # transformers finds tied weights by the names of their modules.
+        is_named = any(key.startswith(f"{name}.") for key in tied)
+        if is_named and any(shared[id(one)] > 1 for one in module.parameters()):
             continue
         if grown:
             places.append(_grown_place(name, module))
