@@ -5,7 +5,7 @@
     python benchmarks/expand/run.py --table          # the summary of what has been run
 
 Small random models of each architecture. For every word that the model has (mlp, heads, kv_heads, width, depth,
-vocabulary, classes), in float32 and in bfloat16: the largest change of an output; whether the model that
+vocabulary, classes; and the stream with as many more heads, where a config has one number for both), in float32 and in bfloat16: the largest change of an output; whether the model that
 from_pretrained gives from save_pretrained's directory gives equal outputs; generate with and without cache, before
 and after; a step of AdamW; the old bits after narrowing back. One file per architecture in results/.
 """
@@ -37,13 +37,14 @@ from run import call, change, train  # noqa: E402
 import meristem as ms  # noqa: E402
 
 TO = {
-    "mlp": "x1.5",
-    "heads": "x2",
-    "kv_heads": "x2",
-    "width": "x1.5",
-    "depth": "+1",
-    "vocabulary": "+8",
-    "classes": "+3",
+    "mlp": "mlp=x1.5",
+    "heads": "heads=x2",
+    "kv_heads": "kv_heads=x2",
+    "width": "width=x1.5",
+    "width_and_heads": "width=x1.5,heads=x1.5",
+    "depth": "depth=+1",
+    "vocabulary": "vocabulary=+8",
+    "classes": "classes=+3",
 }
 EXACT = 1e-5
 STEPS = 2
@@ -105,7 +106,7 @@ def expand(name: str, word: str, dtype: torch.dtype) -> dict[str, Any]:
     tokens = {cached: generated(model, example, cached) for cached in (True, False)}
     started = time.process_time()
     try:
-        growth = ms.expand_(model, f"{word}={TO[word]}", example)
+        growth = ms.expand_(model, TO[word], example)
     except ms.MeristemError as refusal:
         return {"refused": str(refusal)}
     result: dict[str, Any] = {
@@ -128,7 +129,7 @@ def kept(name: str, word: str, dtype: torch.dtype, bits: dict[str, Tensor]) -> f
     """The part of the old tensors that has its bits after narrowing back."""
     fresh, example = made(name, dtype)
     fresh.load_state_dict(bits)
-    growth = ms.expand_(fresh, f"{word}={TO[word]}", example)
+    growth = ms.expand_(fresh, TO[word], example)
     ms.narrow_(
         fresh, {axis: list(units) for axis, units in growth.units().items()}, example
     )
@@ -141,11 +142,15 @@ def kept(name: str, word: str, dtype: torch.dtype, bits: dict[str, Tensor]) -> f
     return len(equal) / len(bits)
 
 
-def examine(name: str) -> None:
+def examine(name: str, words: list[str]) -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    record: dict[str, Any] = {"name": name}
-    for word in TO:
+    path = HERE / "results" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    record: dict[str, Any] = (
+        json.loads(path.read_text()) if path.exists() else {"name": name}
+    )
+    for word in words or TO:
         for dtype in (torch.float32, torch.bfloat16):
             key = f"{word} {str(dtype).removeprefix('torch.')}"
             try:
@@ -154,8 +159,7 @@ def examine(name: str) -> None:
                 record[key] = {"crash": f"{type(error).__name__}: {error}"[:300]}
             if "refused" in record[key]:
                 break
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / f"{name}.json").write_text(json.dumps(record, indent=1))
+    path.write_text(json.dumps(record, indent=1))
     print(
         name, {k: verdict(k, v) for k, v in record.items() if k != "name"}, flush=True
     )
@@ -173,6 +177,7 @@ def verdict(key: str, found: dict[str, Any]) -> str:
     ]
     if not found["change"] <= bound:
         wrong.append(f"change {found['change']:.1e}")
+    # The norms of a stream are scaled, and scaled back.
     if found["kept_bits"] < 1 and not key.startswith("width"):
         wrong.append(f"bits {found['kept_bits']:.2f}")
     return ", ".join(wrong) or "equal"
@@ -192,6 +197,9 @@ def table() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*")
+    parser.add_argument(
+        "--word", action="append", default=[], help="of TO; all by default"
+    )
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--one", action="store_true", help="in this process")
     asked = parser.parse_args()
@@ -199,7 +207,7 @@ def main() -> None:
         return table()
     for name in asked.names or list(ARCHITECTURES):
         if asked.one:
-            examine(name)
+            examine(name, asked.word)
         else:
             subprocess.run(
                 [sys.executable, __file__, "--one", name], timeout=600, check=False

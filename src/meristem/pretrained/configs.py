@@ -21,7 +21,7 @@ from meristem.core.change import AttributeChange, Plan
 from meristem.core.errors import GrowthRefused
 from meristem.structure import Structure
 from meristem.structure.insertion import insert
-from meristem.structure.repair import Search, first_line
+from meristem.structure.repair import Search
 from meristem.structure.twin import apply_edits
 from meristem.structure.undisturbed import undisturbed
 
@@ -30,6 +30,8 @@ BUILDS = 400
 
 Path = tuple[str, ...]
 """Where a number stands in a config: the names of inner configs, and its own."""
+# Characters of a refusal by a model's class that are told on.
+_LONGEST = 200
 _NUMBERS = (int, float, str, bool, type(None))
 
 
@@ -63,6 +65,11 @@ class _Described:
                 if plain:
                     numbers[name, attribute] = value
         return cls(shapes, numbers)
+
+    def misshapen(self, other: _Described) -> list[str]:
+        """The tensors that only one has, or that have other shapes."""
+        names = self.shapes.keys() | other.shapes.keys()
+        return sorted(n for n in names if self.shapes.get(n) != other.shapes.get(n))
 
     def differing(self, other: _Described) -> list[tuple[str, str]]:
         """The numbers that differ, of modules that both have."""
@@ -109,7 +116,7 @@ class _Builder:
             with undisturbed(), torch.device("meta"):
                 built = type(self.model)(config)
         except Exception as error:
-            return first_line(error)
+            return " ".join(str(error).split())[:_LONGEST]
         return _Described.of(built)
 
     def distance(self, values: Mapping[Path, Any]) -> tuple[int, int]:
@@ -117,14 +124,13 @@ class _Builder:
         built = self.build(values)
         if isinstance(built, str):
             return _FAR
-        shapes = dict(self.target.shapes.items() ^ built.shapes.items())
         numbers = 0
         for key in self.differing(built):
             # One that merely was not read: the grown model may take it over.
             pair = (self.target.numbers[key], built.numbers[key])
             is_said = type(pair[0]) in (int, str, bool) or key[1] in self.meant
             numbers += pair not in self.pairs and is_said
-        return len(shapes), numbers
+        return len(self.target.misshapen(built)), numbers
 
     def differing(self, built: _Described) -> list[tuple[str, str]]:
         """The numbers in which a built model differs, of those that configs do say."""
@@ -183,8 +189,11 @@ def said_by_config(structure: Structure, plan: Plan) -> Plan:
     offered = [*_candidates(present, plan), *_unnamed(present, target)]
     found = _search(builder, start, offered)
     built = builder.build(found)
-    if isinstance(built, str) or target.shapes != built.shapes:
-        raise GrowthRefused(_unsaid(model, plan, target, built))
+    if isinstance(built, str) or target.misshapen(built):
+        # What comes nearest to the wish may be refused, and says more than the rest.
+        wished = builder.build(start)
+        nearest = wished if isinstance(wished, str) else built
+        raise GrowthRefused(_unsaid(model, plan, target, nearest))
     differing = builder.differing(built)
     return _with_edits(
         structure, plan, _Saying(present, found, target, built, differing, meant)
@@ -309,10 +318,9 @@ def _unsaid(
     grown = ", ".join(plan.after)
     shown = grown if len(grown) < 80 else f"{grown[:80]}..."
     if isinstance(built, str):
-        why = f"a model of these sizes is refused by its class ({built})"
+        why = f"with these sizes its model cannot be built ({built})"
     else:
-        differing = dict(target.shapes.items() ^ built.shapes.items())
-        tensor = next(iter(differing))
+        tensor = target.misshapen(built)[0]
         wanted = target.shapes.get(tensor, "absent")
         has = built.shapes.get(tensor, "absent")
         why = f"{tensor} would be {wanted}, and a model built from it has {has}"
