@@ -66,6 +66,11 @@ def made(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     return model, example
 
 
+def given(model: Any, example: Any) -> list[Tensor]:
+    """What a model gives; no loss, which is another one over more classes."""
+    return [output for output in call(model, example) if output.dim()]
+
+
 def same(first: list[Tensor], second: list[Tensor]) -> bool:
     return len(first) == len(second) and all(map(torch.equal, first, second))
 
@@ -112,7 +117,7 @@ def expand(name: str, word: str, dtype: torch.dtype) -> dict[str, Any]:
     result: dict[str, Any] = {
         "seconds": round(time.process_time() - started, 2),
         "axes": growth.added,
-        "change": change(before, call(model, example)),
+        "change": change(before, given(model, example)),
         "from_pretrained": same(call(model, example), written(model, example)),
         "generates": equal_tokens(model, example, tokens)
         if word != "vocabulary"

@@ -204,11 +204,10 @@ def expand_checkpoint(
     call = example_from(source, model, tell)
     with _without_name(out) as draft:
         before = _outputs(model, call)
-        sizes = sum(p.numel() for p in model.parameters())
         growth = expand_(model, to, call, how, at=at)
         for name, after in growth.after.items():
             tell(f"{name}: {growth.before[name]} -> {after}")
-        tell(f"parameters: {sizes:,} -> {growth.parameters[1]:,}")
+        tell("parameters: {:,} -> {:,}".format(*growth.parameters))
         grown = _outputs(model, call)
         _save(model, draft, source)
         kind: Any = type(model)

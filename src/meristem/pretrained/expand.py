@@ -166,10 +166,11 @@ def example_of(model: nn.Module) -> dict[str, Tensor]:
     """
     name = getattr(model, "main_input_name", None)
     config: Any = getattr(model, "config", None)
+    device = next(model.parameters()).device
     drawn = torch.Generator().manual_seed(0)
     if name == "input_ids" and config is not None:
         size = config.get_text_config().vocab_size
-        tokens = torch.randint(size, (2, TOKENS), generator=drawn)
+        tokens = torch.randint(size, (2, TOKENS), generator=drawn).to(device)
         both = {"input_ids": tokens}
         if getattr(config, "is_encoder_decoder", False):
             both["decoder_input_ids"] = tokens[:, : TOKENS // 2]
@@ -177,7 +178,7 @@ def example_of(model: nn.Module) -> dict[str, Tensor]:
     if name == "pixel_values" and hasattr(config, "image_size"):
         side, channels = config.image_size, getattr(config, "num_channels", 3)
         sides = (side, side) if isinstance(side, int) else tuple(side)
-        return {name: torch.randn(2, channels, *sides, generator=drawn)}
+        return {name: torch.randn(2, channels, *sides, generator=drawn).to(device)}
     raise DataError(
         f"{type(model).__name__} does not say what a call of it looks like. hint: pass "
         "example=, a dict of its arguments"
