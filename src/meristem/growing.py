@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -303,8 +304,16 @@ def replay_(
     with opened_host(model) as model, ranks.together(), undisturbed():
         loan = Loan(torch.Generator(), ranks=ranks)
         event = prepare(model, call, loan, origin.how, care, given)
-        plan = _same(event.structure, origin.plan)
-        return carry_out(event, accepted(plan), origin.offers)
+        plan = accepted(_same(event.structure, origin.plan))
+        # The numbers beside the forward, too, are those of the first model.
+        plan = replace(
+            plan,
+            attributes=origin.plan.attributes,
+            counts=origin.plan.counts,
+            stale=origin.plan.stale,
+            mirrored=True,
+        )
+        return carry_out(event, plan, origin.offers)
 
 
 def narrow_(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -122,6 +123,74 @@ def test_outputs_stay_and_from_pretrained_gives_them_back(
     optimizer.step()
 
 
+def test_a_second_model_and_a_model_inside_follow(tmp_path: Path) -> None:
+    model = made("llama")
+    average = copy.deepcopy(model)
+    growth = ms.expand_(model, "width=x1.5", call_of(model))
+    ms.replay_(growth, average)
+    average.save_pretrained(tmp_path / "average")
+    again = type(model).from_pretrained(tmp_path / "average")
+    assert again.config.rms_norm_eps == model.config.rms_norm_eps < 1e-6
+    assert torch.equal(logits(again), logits(average))
+
+    class Holder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lm = made("llama")
+
+        def forward(self, tokens: torch.Tensor) -> Any:
+            return self.lm(input_ids=tokens).logits
+
+    outer = Holder()
+    tokens = call_of(model)["input_ids"]
+    ms.expand_(outer, "width=x1.5,depth=+1", tokens)
+    outer.lm.save_pretrained(tmp_path / "inner")
+    again = type(model).from_pretrained(tmp_path / "inner")
+    assert torch.equal(logits(again), logits(outer.lm))
+    with pytest.raises(
+        ms.GrowthRefused, match="not a multiple of the number of attention"
+    ):
+        ms.expand_(outer, "heads=+6", tokens)
+
+
+def test_classes_keep_their_names() -> None:
+    model = made("bert")
+    model.config.id2label = {0: "bad", 1: "good"}
+    model.config.label2id = {"bad": 0, "good": 1}
+    ms.expand_(model, "classes=+1", call_of(model))
+    assert model.config.id2label == {0: "bad", 1: "good", 2: "LABEL_2"}
+    assert model.config.label2id == {"bad": 0, "good": 1, "LABEL_2": 2}
+
+
+@pytest.mark.slow
+def test_blocks_and_widths_together_where_blocks_have_types(tmp_path: Path) -> None:
+    model = made("gemma2")
+    before = logits(model)
+    ms.expand_(model, "depth=+2,mlp=x1.25", call_of(model))
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.allclose(logits(again), before, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("at", "reason"),
+    [
+        ([0], 'at is "even"'),
+        ([1, 1], 'at is "even"'),
+        ([True], 'at is "even"'),
+        (3, 'at is "even"'),
+        ("start", 'at is "even"'),
+        ([1], "names 1 places"),
+        ([1, 9], "behind at most 9 blocks; model.layers has 4 blocks and gets 2"),
+    ],
+)
+def test_places_that_there_are_not(at: Any, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        ms.expand_(made("llama"), "depth=+2", at=at)
+    with pytest.raises(ValueError, match="places its blocks itself"):
+        ms.expand_(made("llama"), "depth=+2", None, ms.how.Stack(), at=[1, 2])
+
+
 def test_generate_gives_the_same_tokens() -> None:
     model, x = made("llama"), {"input_ids": torch.tensor([[3, 5, 8]])}
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
@@ -137,6 +206,7 @@ REFUSALS = [
     ("llama", "depth=2x", "'depth=2x' is no growth. hint: write depth=\\+4"),
     ("llama", "depth=+1.5", "is no growth"),
     ("llama", "depth=+1,depth=+2", "named twice"),
+    ("llama", "depth=+1,", "a part of .* is empty"),
     ("llama", "depth=4", "does not make model.layers larger than its 4"),
     ("llama", "heads=+1", "in steps of 2"),
     ("llama", "classes=+1", "this model has no classes to grow"),
@@ -314,6 +384,29 @@ def spoil_dtypes(folder: Path) -> None:
     save_file(weights, file, metadata={"format": "pt"})
 
 
+def spoil_missing(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for file in folder.glob("*.safetensors"):
+        weights = load_file(file)
+        kept = {k: v for k, v in weights.items() if "layers.1.mlp" not in k}
+        save_file(kept, file, metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    table = json.loads(index.read_text())
+    names = table["weight_map"].items()
+    table["weight_map"] = {k: v for k, v in names if "layers.1.mlp" not in k}
+    index.write_text(json.dumps(table))
+
+
+def spoil_cut(folder: Path) -> None:
+    file = sorted(folder.glob("*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def spoil_table(folder: Path) -> None:
+    (folder / "config.json").write_text("[1]")
+
+
 def spoil_class(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["architectures"] = ["NoSuchModel"]
@@ -327,7 +420,10 @@ def spoil_class(folder: Path) -> None:
         (spoil_config, "config.json is not readable"),
         (spoil_quantised, "holds quantised weights"),
         (spoil_dtypes, "mixes dtypes: "),
-        (spoil_class, "names the architecture NoSuchModel"),
+        (spoil_class, "must name one architecture .*; it names NoSuchModel"),
+        (spoil_missing, "lacks 3 weights of its model"),
+        (spoil_cut, "is not readable"),
+        (spoil_table, "holds no table"),
     ],
 )
 def test_a_directory_that_cannot_be_expanded_is_told_of(

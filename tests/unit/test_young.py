@@ -57,6 +57,39 @@ def test_old_entries_keep_their_bits_whatever_the_optimizer_does(name: str) -> N
     assert not torch.equal(model[3].bias, before["3.bias"])
 
 
+def test_gradients_that_are_left_move_nothing_old() -> None:
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    model(X).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    growth = ms.grow_(model, {"0": 3}, X, optimizer=optimizer)
+    ms.freeze_old_(model, ms.young(growth), optimizer)
+    before = model[3].weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(model[3].weight, before)
+
+
+def test_a_block_after_a_frozen_one_is_trained() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+    model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+    for place in (3, 1):
+        growth = ms.expand_(model, "depth=+1", torch.randn(2, 3, 8), at=[place])
+        ms.freeze_old_(model, ms.young(growth))
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert trained == set(ms.new_parameters(growth))
+
+
+def test_a_growth_beside_a_freeze_is_told_of() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    growth = ms.grow_(model, {"0": 3}, X, optimizer=optimizer)
+    ms.freeze_old_(model, ms.young(growth), optimizer)
+    ms.grow_(model, {"0": 1}, X, optimizer=optimizer)
+    with pytest.raises(ms.GrowthRefused, match="has grown since its old entries"):
+        model(X).square().mean().backward()
+
+
 def test_masks_are_saved_and_used_in_a_later_run(tmp_path: Path) -> None:
     model = net()
     growth = ms.grow_(model, {"0": 3}, X)

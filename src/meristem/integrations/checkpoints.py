@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from meristem.core import VERSION
@@ -24,7 +23,7 @@ from meristem.core.errors import CheckpointError, VerificationError
 from meristem.core.growth import Growth
 from meristem.event.steps import Methods
 from meristem.integrations.following import needs
-from meristem.pretrained.expand import At, example_of, expand_, expansion
+from meristem.pretrained.expand import At, example_of, expand_, expansion, positions_of
 from meristem.pretrained.words import wishes
 from meristem.structure.undisturbed import undisturbed
 
@@ -38,6 +37,8 @@ EXACT = 1e-5
 STEPS = 2
 """Rounding steps of a coarser dtype that count as such."""
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+# Of the old sizes, in forms that are not written.
+_OTHER_WEIGHTS = ("*.h5", "*.msgpack", "*.index.json", "*.gguf", "onnx", "openvino")
 # Files that are written anew; everything else is copied as it is.
 _WRITTEN = ("config.json", "README.md", "model.safetensors.index.json")
 Told = Callable[[str], None]
@@ -71,18 +72,27 @@ def read(source: Path) -> nn.Module:
         import transformers
     except ImportError as error:
         raise CheckpointError(needs("transformers", "transformers")) from error
-    (name,) = config.get("architectures") or [""]
-    kind = getattr(transformers, name, None)
+    named = config.get("architectures") or []
+    kind = getattr(transformers, named[0], None) if len(named) == 1 else None
     if kind is None:
         raise CheckpointError(
-            f"{source / 'config.json'} names the architecture {name or 'of none'}, which "
-            "this version of transformers does not have. hint: expand_ grows any model "
-            "that you can build"
+            f"{source / 'config.json'} must name one architecture of this version of "
+            f"transformers; it names {', '.join(named) or 'none'}. hint: expand_ grows "
+            "any model that you can build"
         )
-    model: nn.Module = kind.from_pretrained(
-        source, dtype="auto", local_files_only=True
-    ).eval()
-    return model
+    try:
+        model, told = kind.from_pretrained(
+            source, dtype="auto", local_files_only=True, output_loading_info=True
+        )
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{source} cannot be loaded: {error}") from error
+    if told["missing_keys"]:
+        raise CheckpointError(
+            f"{source} lacks {len(told['missing_keys'])} weights of its model, as "
+            f"{min(told['missing_keys'])}: every load would draw others"
+        )
+    read_model: nn.Module = model.eval()
+    return read_model
 
 
 def _config(source: Path) -> dict[str, Any]:
@@ -98,6 +108,8 @@ def _config(source: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{source / 'config.json'} is not readable: {error}"
         ) from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{source / 'config.json'} holds no table")
     return config
 
 
@@ -117,17 +129,25 @@ def _check_weights(source: Path, config: Mapping[str, Any]) -> None:
     for file in files:
         if file.suffix != ".safetensors":
             continue
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                dtype = opened.get_slice(name).get_dtype()
-                if dtype.startswith(("F", "BF")):
-                    dtypes.setdefault(dtype, name)
+        for name, dtype in _dtypes(file):
+            if dtype.startswith(("F", "BF")):
+                dtypes.setdefault(dtype, name)
     if len(dtypes) > 1:
         (one, first), (other, second) = list(dtypes.items())[:2]
         raise CheckpointError(
             f"{source} mixes dtypes: {first} is {one} and {second} is {other}. hint: "
             "load it in one of them, and save it"
         )
+
+
+def _dtypes(file: Path) -> list[tuple[str, str]]:
+    """The tensors of a file with their dtypes, from its head alone."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            names = list(opened.keys())
+            return [(name, opened.get_slice(name).get_dtype()) for name in names]
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is not readable: {error}") from error
 
 
 def example_from(
@@ -138,7 +158,15 @@ def example_from(
     files = ("tokenizer.json", "tokenizer_config.json")
     if "input_ids" in call and any((source / file).is_file() for file in files):
         tokens = _tokens(source, tell)
+        words = model.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+        if tokens is not None and int(tokens.max()) >= words:
+            tell(
+                "random tokens are compared: the tokenizer has words that the model lacks"
+            )
+            tokens = None
         if tokens is not None:
+            # Of a text as long as the model reads.
+            tokens = tokens[:, : max(positions_of(model), 1)]
             call["input_ids"] = tokens
             if "decoder_input_ids" in call:
                 call["decoder_input_ids"] = tokens[:, : tokens.shape[1] // 2]
@@ -155,7 +183,7 @@ def _tokens(source: Path, tell: Told) -> Tensor | None:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
-    except (ValueError, ImportError, OSError) as error:
+    except Exception as error:  # a tokenizer is code of another package
         reason = str(error).strip().partition("\n")[0]
         tell(f"random tokens are compared: the tokenizer cannot be made ({reason})")
         return None
@@ -167,6 +195,7 @@ def plan_checkpoint(
     source: Path, to: str, how: Methods = None, at: At = "even"
 ) -> Plan:
     """The dry run of `expand_checkpoint`."""
+    source = Path(source)
     wishes(to)
     model = read(source)
     return expansion(model, to, example_from(source, model), how, at)
@@ -197,9 +226,14 @@ def expand_checkpoint(
         GrowthRefused: As of `expand_`.
         VerificationError: What was written gives other outputs.
     """
+    source, out = Path(source), Path(out)
     wishes(to)
     if out.exists():
         raise CheckpointError(f"{out} exists. hint: name a directory that does not")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{out} cannot be made: {error}") from error
     model = read(source)
     call = example_from(source, model, tell)
     with _without_name(out) as draft:
@@ -229,13 +263,24 @@ def expand_checkpoint(
     return Expanded(out, growth, change)
 
 
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
 @contextmanager
 def _without_name(out: Path) -> Iterator[Path]:
     """A directory that gets its name when it is whole."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     for left in out.parent.glob(f".{out.name}.part-*"):
-        shutil.rmtree(left, ignore_errors=True)
-    draft = out.parent / f".{out.name}.part-{uuid4().hex[:8]}"
+        number = left.name.rpartition("-")[2]
+        if number.isdigit() and not _is_running(int(number)):
+            shutil.rmtree(left, ignore_errors=True)
+    draft = out.parent / f".{out.name}.part-{os.getpid()}"
     draft.mkdir()
     try:
         yield draft
@@ -269,8 +314,12 @@ def _save(model: Any, draft: Path, source: Path) -> None:
 def _copy_rest(source: Path, draft: Path) -> None:
     """Tokenizers, generation configs and what else lies there, as it is."""
     for file in source.iterdir():
-        weights = any(file.match(pattern) for pattern in _WEIGHTS)
-        if file.is_file() and not weights and file.name not in _WRITTEN:
+        weights = any(file.match(pattern) for pattern in (*_WEIGHTS, *_OTHER_WEIGHTS))
+        if weights or file.name in _WRITTEN:
+            continue
+        if file.is_dir():
+            shutil.copytree(file, draft / file.name, dirs_exist_ok=True)
+        else:
             shutil.copy2(file, draft / file.name)
 
 

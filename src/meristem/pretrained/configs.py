@@ -156,15 +156,12 @@ def _written(config: Any) -> Any:
 
 
 def said_by_config(structure: Structure, plan: Plan) -> Plan:
-    """The plan with what its model's config must say, and the numbers that a model built
-    from it has.
+    """The plan with what the configs in its model must say, and the numbers that models
+    built from them have.
 
     Raises:
         GrowthRefused: No config says it.
     """
-    model = structure.model
-    if not has_config(model):
-        return plan
     grown = structure.twin_of_shape(
         {change.name: change.after for change in plan.tensors},
         plan.attributes,
@@ -173,18 +170,40 @@ def said_by_config(structure: Structure, plan: Plan) -> Plan:
     for insertion in plan.insertions:
         insert(grown, insertion)
     apply_edits(grown, plan.counts)
-    target = _Described.of(grown)
+    for name in _holders(structure.model):
+        plan = _said(structure, plan, grown, name)
+    return plan
+
+
+def _holders(model: nn.Module) -> list[str]:
+    """The outermost modules that are built from configs."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(not outer or name.startswith(f"{outer}.") for outer in found)
+        if not inside and has_config(module):
+            found.append(name)
+    return found
+
+
+def _said(structure: Structure, plan: Plan, grown: nn.Module, name: str) -> Plan:
+    """The plan with what the config of one module must say."""
+    model: Any = structure.model.get_submodule(name)
+    part: Any = grown.get_submodule(name)
+    target, own = _Described.of(part), _Described.of(model)
     # Constants that the growth sets, as the eps of a norm.
     meant = frozenset(
         edit.attribute for edit in plan.attributes if type(edit.after) is float
     )
     builder = _Builder(model, target, frozenset(_pairs(plan)), meant)
     as_built = builder.build({})
-    if not isinstance(as_built, str):
+    if isinstance(as_built, str) or own.misshapen(as_built):
+        if name:  # with adapters inside: no config says it now
+            return plan
+    else:
         # Set by a user, or by the forward itself: no config has said them before.
-        builder.unsaid = frozenset(_Described.of(model).differing(as_built))
+        builder.unsaid = frozenset(own.differing(as_built))
     present = dict(_entries(model.config))
-    followed = dict(_entries(grown.config))
+    followed = dict(_entries(part.config))
     start = {path: v for path, v in followed.items() if v != present.get(path)}
     offered = [*_candidates(present, plan), *_unnamed(present, target)]
     found = _search(builder, start, offered)
@@ -195,9 +214,8 @@ def said_by_config(structure: Structure, plan: Plan) -> Plan:
         nearest = wished if isinstance(wished, str) else built
         raise GrowthRefused(_unsaid(model, plan, target, nearest))
     differing = builder.differing(built)
-    return _with_edits(
-        structure, plan, _Saying(present, found, target, built, differing, meant)
-    )
+    saying = _Saying(name, present, found, target, built, differing, meant)
+    return _with_edits(structure, plan, saying)
 
 
 def _entries(config: Any, above: Path = ()) -> Iterator[tuple[Path, Any]]:
@@ -219,7 +237,9 @@ def _candidates(present: Mapping[Path, Any], plan: Plan) -> Iterator[tuple[Path,
     """Numbers that may have to change, with what they may be afterwards."""
     pairs = _pairs(plan)
     orders = list(plan.insertions)
-    sizes = sorted({new for _, new in pairs if type(new) is int})
+    sizes = {new for _, new in pairs if type(new) is int}
+    for change in plan.tensors:
+        sizes.update(change.after)
     for path, value in present.items():
         if type(value) in (int, float):
             for old, new in pairs:
@@ -233,7 +253,7 @@ def _candidates(present: Mapping[Path, Any], plan: Plan) -> Iterator[tuple[Path,
         elif isinstance(value, (list, tuple)) and value:
             yield from _listed(path, value, pairs, orders)
         elif value is None:
-            for new in sizes:
+            for new in sorted(sizes):
                 yield path, new
 
 
@@ -334,6 +354,7 @@ def _unsaid(
 class _Saying:
     """A config that was found, and the model that is built from it."""
 
+    holder: str
     present: Mapping[Path, Any]
     values: Mapping[Path, Any]
     target: _Described
@@ -348,29 +369,32 @@ def _with_edits(structure: Structure, plan: Plan, saying: _Saying) -> Plan:
     Raises:
         GrowthRefused: With these the forward would be another.
     """
-    counted = {(edit.module, edit.attribute) for edit in plan.counts}
     edits = {(edit.module, edit.attribute): edit for edit in plan.attributes}
-    for path, value in saying.values.items():
-        key = ("", ".".join(("config", *path)))
-        before = saying.present.get(path)
-        if key not in counted and value != before:
-            edits[key] = AttributeChange(*key, before, value)
-        elif value == before:
-            edits.pop(key, None)
-    # Numbers inside of blocks are set once these stand in their places.
+    # Numbers of blocks are set once these stand in their places.
     late = {(edit.module, edit.attribute): edit for edit in plan.counts}
-    for module, attribute in saying.differing:
+    follow = late if plan.insertions else edits
+    kind = type(structure.model.get_submodule(saying.holder).config).__name__
+    for path, value in saying.values.items():
+        key = (saying.holder, ".".join(("config", *path)))
+        before = saying.present.get(path)
+        known = edits.get(key) or late.get(key)
+        if known is not None and known.after == value:
+            continue
+        edits.pop(key, None)
+        if value != before:
+            follow[key] = AttributeChange(*key, before, value)
+    for inner, attribute in saying.differing:
         old, new = (
-            one.numbers[module, attribute] for one in (saying.target, saying.built)
+            one.numbers[inner, attribute] for one in (saying.target, saying.built)
         )
+        module = ".".join(part for part in (saying.holder, inner) if part)
         if attribute in saying.meant or not _adoptable(old, new, plan, saying):
             raise GrowthRefused(
-                f"{type(structure.model.config).__name__} cannot say this growth: "
-                f"{module}.{attribute} would be {old!r}, and a model built from it has "
-                f"{new!r}. hint: grow_ grows it, and meristem.save keeps it"
+                f"{kind} cannot say this growth: {module}.{attribute} would be {old!r}, "
+                f"and a model built from it has {new!r}. hint: grow_ grows it, and "
+                "meristem.save keeps it"
             )
-        edit = AttributeChange(module, attribute, old, new)
-        (late if plan.insertions else edits)[module, attribute] = edit
+        follow[module, attribute] = AttributeChange(module, attribute, old, new)
     stale = tuple(line for line in plan.stale if not _settled(line, edits))
     followed = replace(
         plan,
@@ -382,9 +406,8 @@ def _with_edits(structure: Structure, plan: Plan, saying: _Saying) -> Plan:
         attempt = Search(structure, followed).attempt(followed.attributes)
         if attempt.problem is not None:
             raise GrowthRefused(
-                f"{type(structure.model.config).__name__} cannot say this growth: with "
-                f"what it says {attempt.problem}. hint: grow_ grows it, and "
-                "meristem.save keeps it"
+                f"{kind} cannot say this growth: with what it says {attempt.problem}. "
+                "hint: grow_ grows it, and meristem.save keeps it"
             )
     return followed
 
@@ -392,7 +415,7 @@ def _with_edits(structure: Structure, plan: Plan, saying: _Saying) -> Plan:
 def _settled(line: str, edits: Mapping[tuple[str, str], AttributeChange]) -> bool:
     told = line.partition(" holds the old size")[0]
     # Of the config everything has been settled by what is built from it.
-    return told.startswith("config.") or any(
+    return "config." in told or any(
         told == f"{module}.{name}".lstrip(".") for module, name in edits
     )
 

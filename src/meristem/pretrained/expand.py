@@ -74,7 +74,8 @@ def expand_(
             fresh weights, or how many of the present blocks stand before each:
             [8, 16, 24].
         vectors: By parameter the new rows of words or classes, where they are known:
-            {"lm_head.weight": tensor of (new rows, width)}.
+            {"lm_head.weight": tensor of (new rows, present width)}; where the head is
+            tied, under the name of the embedding.
         optimizer: The optimizer, or all of them, whose state follows.
         generator: The source of randomness; by default a private one of this model.
 
@@ -104,8 +105,10 @@ def expand_(
         call = example if example is not None else example_of(held)
         loan = Loan(generator, ranks=ranks)
         event = prepare(held, call, loan, chosen, cares(None, optimizer), optimizer)
-        plan = _expansion(event, to)
-        return carry_out(event, plan, _ends(event, plan, vectors or {}))
+        plan = _expansion(event, to, at)
+        return carry_out(
+            event, plan, _ends(event, plan, {} if vectors is None else vectors)
+        )
 
 
 def expansion(
@@ -121,31 +124,57 @@ def expansion(
     with all_or_nothing(generator):
         call = example if example is not None else example_of(held)
         event = prepare(held, call, Loan(generator), methods_for(how, at))
-        return _expansion(event, to)
+        return _expansion(event, to, at)
 
 
 def methods_for(how: Methods, at: At) -> tuple[Any, ...]:
     """The methods of an expansion: those given, and one that puts blocks in their
     places.
     """
-    if isinstance(at, str) and at not in ("even", "middle", "end"):
+    given = methods(how)
+    if at != "even" and any("depth" in one.kinds for one in given):
         raise ValueError(
-            'at is "even", "middle", "end", or how many blocks stand before each new '
-            f"one; got {at!r}"
+            "at= places silent copies, and the given method places its blocks itself. "
+            "hint: pass one of the two"
         )
     deepening: Any = ZeroBlock()
+    if at in ("even", "middle"):
+        deepening = Interpose(zero=True, behind=at)
+    elif at != "end":
+        deepening = Interpose(zero=True, behind=[place - 1 for place in _places(at)])
+    return (*given, deepening)
+
+
+def _places(at: Any) -> list[int]:
+    """How many blocks stand before each new one, checked."""
+    listed = list(at) if isinstance(at, (list, tuple, range)) else []
+    whole = all(type(place) is int and place > 0 for place in listed)
+    if not listed or not whole or len(set(listed)) < len(listed):
+        raise ValueError(
+            'at is "even", "middle", "end", or how many of the present blocks stand '
+            f"before each new one, as [8, 16, 24]; got {at!r}"
+        )
+    return listed
+
+
+def _check_room(plan: Plan, at: At) -> None:
+    """Raise unless there is a new block for every place, and a place for every block."""
     if isinstance(at, str):
-        if at != "end":
-            deepening = Interpose(zero=True, behind=at)
-    else:
-        deepening = Interpose(zero=True, behind=[place - 1 for place in at])
-    return (*methods(how), deepening)
+        return
+    for insertion in plan.insertions:
+        count = sum(insertion.new)
+        if count != len(at) or max(at) > insertion.size:
+            raise GrowthRefused(
+                f"at={list(at)} names {len(at)} places behind at most {max(at)} blocks; "
+                f"{insertion.axis} has {insertion.size} blocks and gets {count} more"
+            )
 
 
-def _expansion(event: Event, to: str) -> Plan:
+def _expansion(event: Event, to: str, at: At) -> Plan:
     structure = event.structure
     wanted = counts(structure, to, event.how)
     plan = with_mirrors(structure, accepted(planned_for(structure, wanted)))
+    _check_room(plan, at)
     _, deep = apart([structure.axes.named(name) for name in plan.after])
     placed = []
     for axis in deep:
@@ -170,10 +199,11 @@ def example_of(model: nn.Module) -> dict[str, Tensor]:
     drawn = torch.Generator().manual_seed(0)
     if name == "input_ids" and config is not None:
         size = config.get_text_config().vocab_size
-        tokens = torch.randint(size, (2, TOKENS), generator=drawn).to(device)
+        length = min(TOKENS, positions_of(model))
+        tokens = torch.randint(size, (2, length), generator=drawn).to(device)
         both = {"input_ids": tokens}
         if getattr(config, "is_encoder_decoder", False):
-            both["decoder_input_ids"] = tokens[:, : TOKENS // 2]
+            both["decoder_input_ids"] = tokens[:, : length // 2]
         return both
     if name == "pixel_values" and hasattr(config, "image_size"):
         side, channels = config.image_size, getattr(config, "num_channels", 3)
@@ -185,6 +215,13 @@ def example_of(model: nn.Module) -> dict[str, Tensor]:
     )
 
 
+def positions_of(model: nn.Module) -> int:
+    """The longest text that a model reads, as far as its config says."""
+    config: Any = model.config
+    told = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return told if type(told) is int and told > 0 else TOKENS
+
+
 def _ends(event: Event, plan: Plan, vectors: Mapping[str, Tensor]) -> dict[str, Offer]:
     """The new rows of words and classes: given, or near the mean of the old ones.
 
@@ -194,6 +231,11 @@ def _ends(event: Event, plan: Plan, vectors: Mapping[str, Tensor]) -> dict[str, 
     Raises:
         GrowthRefused: Vectors of another shape, or of what does not grow.
     """
+    if not isinstance(vectors, Mapping):
+        raise TypeError(
+            "vectors is a dict, from parameters to tensors of their new rows; got "
+            f"{type(vectors).__name__}"
+        )
     offers = {}
     unused = set(vectors)
     for name in plan.after:
@@ -224,10 +266,10 @@ def _ends(event: Event, plan: Plan, vectors: Mapping[str, Tensor]) -> dict[str, 
 
 def _given(vectors: Tensor, strip: Tensor, slot: Slot) -> Tensor:
     """Vectors of a user as a strip, unit by unit."""
-    rows = vectors.movedim(slot.dim, 0).unsqueeze(1)
+    rows = torch.as_tensor(vectors).movedim(slot.dim, 0).unsqueeze(1)
     if rows.shape != strip.shape:
         raise GrowthRefused(
             f"vectors of {slot.name} must hold {strip.shape[0]} rows of shape "
-            f"{tuple(strip.shape[2:])}; got {tuple(vectors.shape)}"
+            f"{tuple(strip.shape[2:])}; got {tuple(rows.shape)}"
         )
     return rows.to(device=strip.device, dtype=strip.dtype)

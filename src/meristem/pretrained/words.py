@@ -52,6 +52,8 @@ def wishes(to: str) -> list[Wish]:
     for part in to.split(","):
         word, equals, text = (piece.strip() for piece in part.partition("="))
         amount = _AMOUNT.match(text)
+        if not part.strip():
+            raise GrowthRefused(f"a part of {to!r} is empty")
         if word not in WORDS:
             known = ", ".join(WORDS)
             raise GrowthRefused(

@@ -96,7 +96,7 @@ def freeze_old_(
 
     Args:
         model: The grown model.
-        masks: What `young` gave, or several of these joined.
+        masks: What `young` gave for the last growth.
         optimizer: The optimizer, or all of them; needed where parameters have old and new
             entries.
 
@@ -104,7 +104,8 @@ def freeze_old_(
         A handle; `remove()` lets everything be trained again.
 
     Raises:
-        GrowthRefused: A mask belongs to no parameter of this shape.
+        GrowthRefused: A mask belongs to no parameter of this shape. A backward pass after
+            a later growth says that the handle must be removed first.
 
     Examples:
         >>> import torch, meristem as ms
@@ -120,10 +121,11 @@ def freeze_old_(
     held = inner(model)
     parameters = dict(held.named_parameters())
     for name, mask in masks.items():
-        if name not in parameters or parameters[name].shape != mask.shape:
+        fits = name in parameters and parameters[name].shape == mask.shape
+        if not fits or mask.dtype != torch.bool:
             raise GrowthRefused(
-                f"the mask of {name} belongs to no parameter of its shape. hint: take "
-                "the masks of the last growth, of this model"
+                f"the mask of {name} belongs to no parameter of its shape, or holds no "
+                "bools. hint: take the masks of the last growth, of this model"
             )
     given = optimizers(optimizer)
     mixed = [name for name, mask in masks.items() if not bool(mask.all())]
@@ -134,15 +136,21 @@ def freeze_old_(
         )
     frozen = Frozen()
     for name, parameter in parameters.items():
-        if name not in masks and parameter.requires_grad:
-            parameter.requires_grad_(False)
-            frozen._undo.append(partial(parameter.requires_grad_, True))
+        # A new block that is made after a frozen one is frozen, too.
+        trained = name in masks
+        if parameter.requires_grad != trained:
+            frozen._undo.append(
+                partial(parameter.requires_grad_, parameter.requires_grad)
+            )
+            parameter.requires_grad_(trained)
+        if not trained:
+            parameter.grad = None  # else the next step would move it
     kept = {}
     for name in mixed:
         parameter = parameters[name]
         mask = masks[name].to(parameter.device)
         kept[name] = (parameter, mask, parameter.detach().clone())
-        hook = parameter.register_hook(partial(torch.mul, mask))
+        hook = parameter.register_hook(partial(_of_the_new, name, mask))
         frozen._undo.append(hook.remove)
 
     def put_back(*_: Any) -> None:
@@ -153,3 +161,12 @@ def freeze_old_(
     for one in given:
         frozen._undo.append(one.register_step_post_hook(put_back).remove)
     return frozen
+
+
+def _of_the_new(name: str, mask: Tensor, gradient: Tensor) -> Tensor:
+    if gradient.shape != mask.shape:
+        raise GrowthRefused(
+            f"{name} has grown since its old entries were frozen. hint: call remove() of "
+            "the handle before a growth, and freeze_old_ after it"
+        )
+    return gradient * mask

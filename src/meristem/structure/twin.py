@@ -257,7 +257,18 @@ def _with_value(holder: Any, path: Sequence[str], value: Any) -> Any:
     else:
         # Also where the class is frozen: the copy is ours.
         object.__setattr__(changed, key, value)
+        _keep_names(holder, changed)
     return changed
+
+
+def _keep_names(before: Any, after: Any) -> None:
+    """Give classes the names that they had, where setting their number renames them."""
+    old, new = (vars(one).get("id2label") for one in (before, after))
+    if new is old or not isinstance(old, dict) or not isinstance(new, dict):
+        return
+    named = {place: old.get(place, name) for place, name in new.items()}
+    after.id2label = named
+    after.label2id = {name: place for place, name in named.items()}
 
 
 def _copied(model: nn.Module, memo: dict[int, Any], own: bool = True) -> nn.Module:
