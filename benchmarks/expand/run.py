@@ -104,10 +104,11 @@ def equal_tokens(model: Any, example: Any, before: dict[bool, Any]) -> bool:
 
 def expand(name: str, word: str, dtype: torch.dtype) -> dict[str, Any]:
     model, example = made(name, dtype)
-    before, bits = (
-        call(model, example),
-        {k: v.clone() for k, v in model.state_dict().items()},
-    )
+    bits = {k: v.clone() for k, v in model.state_dict().items()}
+    try:
+        before = given(model, example)
+    except RuntimeError as error:
+        return {"refused": f"the model itself does not run in {dtype}: {error}"}
     tokens = {cached: generated(model, example, cached) for cached in (True, False)}
     started = time.process_time()
     try:
