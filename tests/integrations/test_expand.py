@@ -49,6 +49,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2LMHeadModel", GPT),
     "bert": ("BertForSequenceClassification", SMALL),
     "t5": ("T5ForConditionalGeneration", T5),
+    # Its stream is as wide as its heads together.
+    "t5_even": ("T5ForConditionalGeneration", {**T5, "tie_word_embeddings": False}),
     "vit": ("ViTForImageClassification", IMAGE),
 }
 
@@ -81,9 +83,9 @@ def logits(model: Any) -> torch.Tensor:
 CASES = [
     ("llama", "mlp=x1.5,depth=+2"),
     ("llama", "heads=x2"),
-    ("llama", "kv_heads=+2"),
+    pytest.param(*("llama", "kv_heads=+2"), marks=pytest.mark.slow),
     ("llama", "width=x1.5"),
-    ("llama", "vocabulary=+8,mlp=64"),
+    pytest.param(*("llama", "vocabulary=+8,mlp=64"), marks=pytest.mark.slow),
     pytest.param(*("gemma2", "depth=+3"), marks=pytest.mark.slow),
     pytest.param(*("gemma2", "heads=x2,mlp=+16"), marks=pytest.mark.slow),
     pytest.param(*("qwen2", "heads=x2"), marks=pytest.mark.slow),
@@ -91,7 +93,8 @@ CASES = [
     pytest.param(*("gpt2", "vocabulary=+3"), marks=pytest.mark.slow),
     ("bert", "classes=+3,mlp=x2"),
     pytest.param(*("t5", "depth=+1,mlp=+8"), marks=pytest.mark.slow),
-    ("t5", "heads=x2"),
+    pytest.param("t5", "heads=x2", marks=pytest.mark.slow),
+    pytest.param("t5_even", "width=x1.5", marks=pytest.mark.slow),
     ("vit", "depth=+1,classes=+1"),
 ]
 

@@ -388,6 +388,11 @@ def _with_edits(structure: Structure, plan: Plan, saying: _Saying) -> Plan:
             one.numbers[inner, attribute] for one in (saying.target, saying.built)
         )
         module = ".".join(part for part in (saying.holder, inner) if part)
+        guessed = edits.get((module, attribute))
+        if guessed is not None and guessed.before == new:
+            # It followed another size that was as large; the forward is tried below.
+            del edits[module, attribute]
+            continue
         if attribute in saying.meant or not _adoptable(old, new, plan, saying):
             raise GrowthRefused(
                 f"{kind} cannot say this growth: {module}.{attribute} would be {old!r}, "

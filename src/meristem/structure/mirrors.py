@@ -169,8 +169,7 @@ def _meant(structure: Structure, held: _Held, numbering: set[Label]) -> list[Lab
                     continue
                 mixed = not of_heads and any(a in numbering for a in atoms(part))
                 (inside if mixed else found)[part] = None
-    # A module's own number may mean its heads as well as the stream.
-    return list(found or inside) if held.in_object else [*found, *inside]
+    return list(found or inside)
 
 
 def _is_end(atom: Label) -> bool:
