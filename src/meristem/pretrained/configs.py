@@ -400,7 +400,7 @@ def _with_edits(structure: Structure, plan: Plan, saying: _Saying) -> Plan:
                 "meristem.save keeps it"
             )
         follow[module, attribute] = AttributeChange(module, attribute, old, new)
-    stale = tuple(line for line in plan.stale if not _settled(line, edits))
+    stale = tuple(line for line in plan.stale if not _settled(line, saying))
     followed = replace(
         plan,
         attributes=tuple(edits.values()),
@@ -417,12 +417,12 @@ def _with_edits(structure: Structure, plan: Plan, saying: _Saying) -> Plan:
     return followed
 
 
-def _settled(line: str, edits: Mapping[tuple[str, str], AttributeChange]) -> bool:
+def _settled(line: str, saying: _Saying) -> bool:
+    """Whether a number that may hold an old size has been compared with a built model's."""
     told = line.partition(" holds the old size")[0]
-    # Of the config everything has been settled by what is built from it.
-    return "config." in told or any(
-        told == f"{module}.{name}".lstrip(".") for module, name in edits
-    )
+    holder = f"{saying.holder}." if saying.holder else ""
+    module, _, attribute = told.removeprefix(holder).rpartition(".")
+    return "config." in told or (module, attribute) in saying.target.numbers
 
 
 def _adoptable(old: Any, new: Any, plan: Plan, saying: _Saying) -> bool:
