@@ -690,7 +690,9 @@ def _committed(event: Event, draft: Draft, started: float) -> Growth:
             proved(event.structure, event.model)
         fresh, resized = _new_parts(event.model, known, changing)
         if treatment.after:
-            entries = masks(event.model, fresh, resized)
+            parameters = dict(event.model.named_parameters())
+            new = masks(fresh, resized).items()
+            entries = {name: mask.to(parameters[name].device) for name, mask in new}
             begin(event.model, treatment.after, event.optimizers, entries)
     ranks.check_alike(event.model)
     return Growth(
@@ -728,16 +730,12 @@ def _new_parts(
 
 
 def masks(
-    model: nn.Module, fresh: Iterable[str], resized: Mapping[str, TensorChange]
+    fresh: Mapping[str, nn.Parameter], resized: Mapping[str, TensorChange]
 ) -> dict[str, Tensor]:
-    """By parameter of a grown model, which of its entries are new."""
-    parameters = dict(model.named_parameters())
-    found = {
-        name: torch.ones_like(parameters[name], dtype=torch.bool) for name in fresh
-    }
+    """By parameter of a grown model, which of its entries are new; on the CPU."""
+    found = {name: torch.ones(p.shape, dtype=torch.bool) for name, p in fresh.items()}
     for name, change in resized.items():
-        device = parameters[name].device
-        old = torch.ones(change.before, dtype=torch.bool, device=device)
+        old = torch.ones(change.before, dtype=torch.bool)
         found[name] = ~carry(old, change.sources)
     return found
 

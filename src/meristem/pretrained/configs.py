@@ -95,7 +95,7 @@ class _Builder:
 
     model: nn.Module
     target: _Described
-    pairs: frozenset[tuple[Any, Any]]
+    pairs: Sequence[tuple[Any, Any]]
     meant: frozenset[str]
     unsaid: frozenset[tuple[str, str]] = frozenset()
     spent: int = 0
@@ -162,6 +162,9 @@ def said_by_config(structure: Structure, plan: Plan) -> Plan:
     Raises:
         GrowthRefused: No config says it.
     """
+    holders = _holders(structure.model)
+    if not holders:
+        return plan
     grown = structure.twin_of_shape(
         {change.name: change.after for change in plan.tensors},
         plan.attributes,
@@ -170,7 +173,7 @@ def said_by_config(structure: Structure, plan: Plan) -> Plan:
     for insertion in plan.insertions:
         insert(grown, insertion)
     apply_edits(grown, plan.counts)
-    for name in _holders(structure.model):
+    for name in holders:
         plan = _said(structure, plan, grown, name)
     return plan
 
@@ -194,7 +197,8 @@ def _said(structure: Structure, plan: Plan, grown: nn.Module, name: str) -> Plan
     meant = frozenset(
         edit.attribute for edit in plan.attributes if type(edit.after) is float
     )
-    builder = _Builder(model, target, frozenset(_pairs(plan)), meant)
+    pairs = _pairs(plan)
+    builder = _Builder(model, target, pairs, meant)
     as_built = builder.build({})
     if isinstance(as_built, str) or own.misshapen(as_built):
         if name:  # with adapters inside: no config says it now
@@ -205,7 +209,7 @@ def _said(structure: Structure, plan: Plan, grown: nn.Module, name: str) -> Plan
     present = dict(_entries(model.config))
     followed = dict(_entries(part.config))
     start = {path: v for path, v in followed.items() if v != present.get(path)}
-    offered = [*_candidates(present, plan), *_unnamed(present, target)]
+    offered = [*_candidates(present, plan, pairs), *_unnamed(present, target)]
     found = _search(builder, start, offered)
     built = builder.build(found)
     if isinstance(built, str) or target.misshapen(built):
@@ -214,7 +218,7 @@ def _said(structure: Structure, plan: Plan, grown: nn.Module, name: str) -> Plan
         nearest = wished if isinstance(wished, str) else built
         raise GrowthRefused(_unsaid(model, plan, target, nearest))
     differing = builder.differing(built)
-    saying = _Saying(name, present, found, target, built, differing, meant)
+    saying = _Saying(name, present, found, target, built, differing, meant, pairs)
     return _with_edits(structure, plan, saying)
 
 
@@ -233,9 +237,10 @@ def _entries(config: Any, above: Path = ()) -> Iterator[tuple[Path, Any]]:
         yield (*above, "num_labels"), labels
 
 
-def _candidates(present: Mapping[Path, Any], plan: Plan) -> Iterator[tuple[Path, Any]]:
+def _candidates(
+    present: Mapping[Path, Any], plan: Plan, pairs: Sequence[tuple[Any, Any]]
+) -> Iterator[tuple[Path, Any]]:
     """Numbers that may have to change, with what they may be afterwards."""
-    pairs = _pairs(plan)
     orders = list(plan.insertions)
     sizes = {new for _, new in pairs if type(new) is int}
     for change in plan.tensors:
@@ -361,6 +366,7 @@ class _Saying:
     built: _Described
     differing: Sequence[tuple[str, str]]
     meant: frozenset[str]
+    pairs: Sequence[tuple[Any, Any]]
 
 
 def _with_edits(structure: Structure, plan: Plan, saying: _Saying) -> Plan:
@@ -435,7 +441,7 @@ def _adoptable(old: Any, new: Any, plan: Plan, saying: _Saying) -> bool:
         return bool(plan.insertions)
     if isinstance(old, tuple):
         return any(list(new) == list(v) for v in saying.values.values() if _listy(v))
-    return (old, new) in _pairs(plan)
+    return (old, new) in saying.pairs
 
 
 def _listy(value: Any) -> bool:

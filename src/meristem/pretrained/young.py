@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from meristem.core.errors import GrowthRefused
 from meristem.core.growth import Growth
-from meristem.event.steps import Optimizers, optimizers
+from meristem.event.steps import Optimizers, masks, optimizers
 from meristem.surgery.host import inner
-from meristem.surgery.tensors import carry
 
 
 class NewParameters(dict[str, nn.Parameter]):
@@ -64,13 +63,7 @@ def young(growth: Growth) -> dict[str, Tensor]:
         >>> {name: int(mask.sum()) for name, mask in young(growth).items()}
         {'0.weight': 8, '0.bias': 2, '1.weight': 4}
     """
-    masks = {}
-    for name, parameter in growth.fresh.items():
-        masks[name] = torch.ones(parameter.shape, dtype=torch.bool)
-    for name, change in growth.resized.items():
-        old = torch.ones(change.before, dtype=torch.bool)
-        masks[name] = ~carry(old, change.sources)
-    return masks
+    return masks(growth.fresh, growth.resized)
 
 
 class Frozen:
