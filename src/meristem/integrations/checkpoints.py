@@ -217,7 +217,9 @@ def expand_checkpoint(
 
     Args:
         source: A directory with config.json and weights.
-        to, how, at: As of `meristem.expand_`.
+        to: Words and sizes, as of `meristem.expand_`.
+        how: The method, or one by kind of axis, as of `meristem.expand_`.
+        at: Where new blocks go, as of `meristem.expand_`.
         out: The directory to write; it must not exist.
         tell: Hears what is done.
 
