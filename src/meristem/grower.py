@@ -111,7 +111,9 @@ class Grower:
             to depths where `axes` or the methods speak for these alone (runs of blocks
             first); `where.ByGain(per_flop=True)` weighs both.
         budget: Upper limits; a growth that would pass one grows what fits.
-        axes: Glob patterns of the axes that may grow; a leading "!" excludes.
+        axes: Names or glob patterns of the axes that may grow, or words of all layers
+            (`mlp`, `heads`, `width`, `depth` and the others of `expand_`, here, in
+            `amount` and in the sizes of a budget); a leading "!" excludes.
         round_to: Grown sizes are rounded down to a multiple of this.
         accumulation: Batches per optimizer step, where gradients are accumulated: an
             epoch is as many steps fewer.

@@ -33,6 +33,7 @@ from meristem.event.steps import (
     prepare,
     private_generator,
 )
+from meristem.event.words import by_axis
 from meristem.lab.batches import first_call, growth_batches
 from meristem.lab.laboratory import Loan, Progress
 from meristem.lab.losses import Loss
@@ -43,6 +44,7 @@ from meristem.structure import (
     structure_of,
     with_mirrors,
 )
+from meristem.structure.configs import unsaid
 from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.host import inner, opened_host, ranks_of
 
@@ -61,7 +63,8 @@ def find_axes(model: nn.Module, example: Any, axes: str | Sequence[str] = "*") -
     Args:
         model: Any module that runs.
         example: A tensor, a tuple of arguments or a dict of keyword arguments.
-        axes: Glob patterns of the axes to keep; a leading "!" excludes.
+        axes: Glob patterns of the axes to keep, or words of all layers ("mlp"); a
+            leading "!" excludes.
 
     Raises:
         DiscoveryError: The forward fails on the example.
@@ -97,7 +100,8 @@ def plan(model: nn.Module, counts: Mapping[str, int], example: Any) -> Plan:
 
     Args:
         model: Any module that runs.
-        counts: Units to add by axis name.
+        counts: Units to add by axis name; a word of all layers ("mlp") names every axis
+            that it means.
         example: A tensor, a tuple of arguments or a dict of keyword arguments.
 
     Returns:
@@ -124,7 +128,8 @@ def plan(model: nn.Module, counts: Mapping[str, int], example: Any) -> Plan:
     """
     with undisturbed():
         structure = structure_of(inner(model), example)
-        return with_mirrors(structure, planned_for(structure, _counts(counts)))
+        planned = with_mirrors(structure, planned_for(structure, _counts(counts)))
+        return replace(planned, unsaid=unsaid(structure, planned))
 
 
 def grow_(
@@ -357,7 +362,7 @@ def planned_for(structure: Structure, wishes: Mapping[str, Any]) -> Plan:
     """The plan of wishes, names of axes written out; it may be a refusal."""
     if not wishes:
         raise GrowthRefused("no axis was named: pass {axis: count}")
-    wishes = {structure.axes.named(name).name: wishes[name] for name in wishes}
+    wishes = by_axis(structure, growable(structure), wishes)
     plan = resolve(structure, wishes)
     if plan.refusal is not None:
         # What does not follow alone may grow together with others.

@@ -225,6 +225,53 @@ REFUSALS = [
 ]
 
 
+def test_a_plan_says_what_no_config_can() -> None:
+    model = made("llama")
+    example = {"input_ids": torch.arange(8).view(2, 4)}
+    one = ms.plan(model, {"model.layers.0.mlp.gate_proj": 8}, example)
+    assert one
+    assert "LlamaConfig cannot say" in str(one)
+    assert "LlamaConfig cannot say" in str(ms.Plan.from_json(one.json()))
+    every = {f"model.layers.{i}.mlp.gate_proj": 8 for i in range(4)}
+    assert ms.plan(model, every, example).unsaid is None
+
+
+def heard_or_seen(kind: str) -> Any:
+    torch.manual_seed(0)
+    tower = {key: SMALL[key] for key in SMALL if key != "max_position_embeddings"}
+    if kind == "clip":
+        text = {**SMALL, "eos_token_id": 39, "pad_token_id": 0, "bos_token_id": 1}
+        vision = {**tower, "image_size": 16, "patch_size": 8}
+        config = transformers.CLIPConfig(
+            text_config=text, vision_config=vision, projection_dim=16
+        )
+        return transformers.CLIPModel(config).eval()
+    if kind == "wav2vec2":
+        config = transformers.Wav2Vec2Config(
+            **tower, conv_dim=(16, 16), conv_stride=(5, 2), conv_kernel=(10, 3),
+            num_feat_extract_layers=2, num_conv_pos_embeddings=4,
+            num_conv_pos_embedding_groups=2, do_stable_layer_norm=True,
+        )  # fmt: skip
+        return transformers.Wav2Vec2ForSequenceClassification(config).eval()
+    config = transformers.WhisperConfig(
+        vocab_size=40, d_model=32, encoder_layers=2, decoder_layers=2, num_mel_bins=8,
+        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48,
+        decoder_ffn_dim=48, max_source_positions=12, max_target_positions=16,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    return transformers.WhisperForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["clip", "wav2vec2", "whisper"])
+def test_what_hears_and_sees_needs_no_example(kind: str) -> None:
+    model = heard_or_seen(kind)
+    growth = ms.expand_(model, "mlp=x1.5")
+    assert growth.max_change < 1e-5
+    again = type(model)(model.config)
+    shapes = [p.shape for p in model.parameters()]
+    assert [p.shape for p in again.parameters()] == shapes
+
+
 @pytest.mark.parametrize(("kind", "to", "reason"), REFUSALS)
 def test_what_cannot_be_said_is_refused_and_nothing_changes(
     kind: str, to: str, reason: str
@@ -338,6 +385,32 @@ def test_a_directory_becomes_a_directory(source: Path, tmp_path: Path) -> None:
     again = meristem(source, "--to", "depth=+1", "--out", out)
     assert again.returncode == 2
     assert "exists" in again.stderr
+
+
+@pytest.mark.slow
+def test_a_billion_parameters(tmp_path: Path) -> None:
+    """In a process of its own, whose memory is told: the model once, and little more."""
+    config = transformers.LlamaConfig(
+        hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, vocab_size=32000,
+        num_attention_heads=32, num_key_value_heads=4, dtype="bfloat16",
+    )  # fmt: skip
+    source = tmp_path / "llama"
+    transformers.LlamaForCausalLM(config).save_pretrained(source, max_shard_size="1GB")
+    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    code = """if True:
+        import resource, sys
+        from pathlib import Path
+        from meristem.integrations.checkpoints import expand_checkpoint
+
+        done = expand_checkpoint(Path(sys.argv[1]), "depth=+2", Path(sys.argv[2]))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(done.change, peak)
+    """
+    command = [sys.executable, "-c", code, str(source), str(tmp_path / "out")]
+    told = subprocess.run(command, capture_output=True, text=True, check=True)
+    change, peak = (float(word) for word in told.stdout.split())
+    assert change == 0
+    assert peak < 1.6 * size
 
 
 def test_a_plan_says_what_would_change(source: Path) -> None:

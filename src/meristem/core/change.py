@@ -141,6 +141,8 @@ class Plan:
             not mean it.
         stopped: The module whose code did not follow, where all its numbers were tried.
         mirrored: Whether the numbers outside of the traced forward have been looked at.
+        unsaid: Why the model's config cannot say the new sizes, so that `from_pretrained`
+            would not give the grown model back; None where it can or there is none.
     """
 
     before: Mapping[str, int]
@@ -162,6 +164,7 @@ class Plan:
     stale: tuple[str, ...] = ()
     stopped: str | None = None
     mirrored: bool = False
+    unsaid: str | None = None
 
     def __bool__(self) -> bool:
         return self.followed and self.refusal is None
@@ -190,6 +193,8 @@ class Plan:
         for line in (*self.insertions, *self.attributes, *self.counts):
             lines.append(f"  {line}")
         lines += [f"  {line}" for line in self.stale]
+        if self.unsaid is not None:
+            lines.append(f"  {self.unsaid}")
         parameters = "parameters: {} -> {}".format(*self.parameters)
         flops = "forward FLOPs: {} -> {}".format(*self.flops)
         return "\n".join([*lines, f"{parameters}; {flops}"])
@@ -223,6 +228,7 @@ class Plan:
             "flops": list(self.flops),
             "refusal": self.refusal,
             "stale": list(self.stale),
+            "unsaid": self.unsaid,
             "example": example_json(self.example),
         }
 
@@ -245,6 +251,7 @@ class Plan:
             flops=(second[0], second[1]),
             refusal=stored["refusal"],
             stale=tuple(stored["stale"]),
+            unsaid=stored["unsaid"],
             wishes=dict(stored["wishes"]),
             example=example_from(stored["example"]),
             followed=True,

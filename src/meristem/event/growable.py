@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from meristem.core.axis import Axes, Axis, matches
 from meristem.core.errors import GrowthRefused, VerificationError
 from meristem.event.steps import Methods, method_for
+from meristem.event.words import spelled
 from meristem.structure import Structure, clash, factors, resolve
 from meristem.structure.kinds import apart
 from meristem.structure.ties import tie
@@ -31,6 +32,8 @@ def growable(
 ) -> Axes:
     """The axes of a structure whose growth was tried.
 
+    Patterns are globs, or words of all layers ("mlp"); a leading "!" excludes.
+
     Of axes that are alike one is tried; all are tried together first, and the halves of
     what fails. Depths whose new blocks cannot preserve the function count where `how`
     names a method that does not claim to.
@@ -51,7 +54,8 @@ def growable(
     ends = {name: found.every_end[name] for name in found.every_end if name in grows}
     inside = _inside(grows)
     told = {name: _hinted(name, reason, inside) for name, reason in refused.items()}
-    wanted = {name: axis for name, axis in kept.items() if matches(name, patterns)}
+    listed = spelled(structure, Axes(kept, ends, told), patterns)
+    wanted = {name: axis for name, axis in kept.items() if matches(name, listed)}
     return Axes(wanted, ends, told)
 
 

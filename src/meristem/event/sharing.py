@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from meristem.event.amounts import (
 )
 from meristem.event.growable import growable
 from meristem.event.steps import Event, batches_for, carry_out, followed, propose
+from meristem.event.words import by_axis
 from meristem.lab.batches import growth_batches, peeked
 from meristem.lab.laboratory import Lab, Loan, Progress
 from meristem.lab.ledger import batch_size, step_flops
@@ -89,14 +91,15 @@ class Settings:
 
     def check_model(self, structure: Structure) -> None:
         """Raise where nothing can grow, a name is unknown, or an optimizer lacks weights."""
+        every = growable(structure, how=self.how)
         found = growable(structure, self.axes, self.how)
+        named = self.by_name or found
         patterns = [self.axes] if isinstance(self.axes, str) else self.axes
         for pattern in patterns:
             if not set(pattern) & set("*?["):
-                structure.axes.named(pattern.removeprefix("!"))
-        for name in self.budget.sizes:
-            structure.axes.named(name)
-        chosen = [found.named(name) for name in self.by_name or found]
+                by_axis(structure, every, {pattern.removeprefix("!"): 0})
+        by_axis(structure, every, self.budget.sizes)
+        chosen = [found.named(name) for name in by_axis(structure, every, named)]
         if not chosen:
             listed = list(found.frozen.items())[:3]
             reasons = "; ".join(f"{name}: {reason}" for name, reason in listed)
@@ -130,13 +133,21 @@ class Check:
     clock: Clock
     allowance: float
 
-    @property
+    @cached_property
     def by_name(self) -> dict[str, int] | None:
         """The amounts by axis, where they are named."""
-        if self.settings.by_name is None:
-            return None
-        named = self.structure.axes.named
-        return {named(name).name: n for name, n in self.settings.by_name.items()}
+        named = self.settings.by_name
+        return None if named is None else self._by_axis(named)
+
+    @cached_property
+    def budget(self) -> Budget:
+        """The budget, its sizes by axis."""
+        budget = self.settings.budget
+        return replace(budget, sizes=self._by_axis(budget.sizes))
+
+    def _by_axis(self, named: Mapping[str, int]) -> dict[str, int]:
+        growing = growable(self.structure, how=self.settings.how)
+        return by_axis(self.structure, growing, named)
 
     def asked(self, axis: Axis, total: int) -> int:
         """For how many units of an axis its method is asked."""
@@ -182,7 +193,7 @@ def find_growth(check: Check) -> Found:
     """Look for what is worth growing, and grow it."""
     clock = check.clock
     # The cheapest reasons first: nothing has been read or traced yet.
-    limit = check.settings.budget.growths
+    limit = check.budget.growths
     if limit is not None and clock.growths >= limit:
         return _ended(clock, f"the budget of {limit} growths is used up")
     axes, total, reason = _what_may_grow(check)
@@ -243,7 +254,7 @@ def _unaffordable(check: Check, clock: Clock) -> str:
 
 
 def _no_room(check: Check, total: int) -> str:
-    if check.settings.budget != Budget():
+    if check.budget != Budget():
         return _NO_ROOM
     return (
         f"an amount of {total} is less than one step of any axis (multiples, "
@@ -273,7 +284,7 @@ def _what_may_grow(check: Check) -> tuple[list[Axis], int, str]:
         with_room = []
         for axis in axes:
             step = {axis.name: least_step(axis, check.settings.round_to)}
-            if allows(check.settings.budget, structure, step):
+            if allows(check.budget, structure, step):
                 with_room.append(axis)
         axes = with_room
     return axes, total, "" if axes else _NO_ROOM
@@ -290,7 +301,7 @@ def _open_axes(check: Check) -> list[Axis]:
         axes = _one_sort(check, axes)
     kept: list[Axis] = []
     for axis in axes:
-        largest = check.settings.budget.sizes.get(axis.name, axis.size + axis.multiple)
+        largest = check.budget.sizes.get(axis.name, axis.size + axis.multiple)
         names = [*[other.name for other in kept], axis.name]
         if largest - axis.size >= axis.multiple and clash(structure, names) is None:
             kept.append(axis)
@@ -405,7 +416,7 @@ def _planned(
 ) -> Plan | None:
     """The plan of what the budget allows of a share, or None."""
     named = {axis.name: axis for axis in axes}
-    arguments = (check.settings.budget, check.structure, named)
+    arguments = (check.budget, check.structure, named)
     plan = fitting_plan(*arguments, share.counts, check.settings.round_to)
     if plan is not None:
         return plan

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -29,11 +31,12 @@ from meristem.event.steps import (
 from meristem.growing import planned_for
 from meristem.how import Interpose, ZeroBlock
 from meristem.lab.laboratory import Loan
-from meristem.pretrained.configs import said_by_config
 from meristem.pretrained.words import counts
 from meristem.structure import with_mirrors
+from meristem.structure.configs import said_by_config
 from meristem.structure.kinds import apart
 from meristem.structure.planning import with_insertions
+from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.host import inner, opened_host, ranks_of
 
 At = Literal["even", "middle", "end"] | Sequence[int]
@@ -188,37 +191,105 @@ def _expansion(event: Event, to: str, at: At) -> Plan:
 
 
 def example_of(model: nn.Module) -> dict[str, Tensor]:
-    """A call that fits the main input of a pretrained model.
+    """A call that fits a pretrained model: its main input, or all that it can take.
 
     Raises:
         DataError: The model does not say what it takes.
     """
-    name = getattr(model, "main_input_name", None)
     config: Any = getattr(model, "config", None)
+    main = getattr(model, "main_input_name", None)
+    call = _call_of(model, config, [main])
+    if call is None:
+        raise DataError(
+            f"{type(model).__name__} does not say what a call of it looks like. hint: "
+            "pass example=, a dict of its arguments"
+        )
+    named = inspect.signature(model.forward).parameters
+    others = [name for name in _INPUTS if name in named and name != main]
+    both = _call_of(model, config, [main, *others])
+    if others and both is not None and not _runs(model, call):
+        return both
+    return call
+
+
+def _call_of(
+    model: nn.Module, config: Any, names: Sequence[Any]
+) -> dict[str, Tensor] | None:
+    """A call with these arguments; None where the config does not give their shapes."""
+    if config is None or not _INPUTS.keys() >= set(names):
+        return None
     device = next(model.parameters()).device
     drawn = torch.Generator().manual_seed(0)
-    if name == "input_ids" and config is not None:
-        size = config.get_text_config().vocab_size
-        length = min(TOKENS, positions_of(model))
-        tokens = torch.randint(size, (2, length), generator=drawn).to(device)
-        both = {"input_ids": tokens}
-        if getattr(config, "is_encoder_decoder", False):
-            both["decoder_input_ids"] = tokens[:, : length // 2]
-        return both
-    if name == "pixel_values" and hasattr(config, "image_size"):
-        side, channels = config.image_size, getattr(config, "num_channels", 3)
-        sides = (side, side) if isinstance(side, int) else tuple(side)
-        return {name: torch.randn(2, channels, *sides, generator=drawn).to(device)}
-    raise DataError(
-        f"{type(model).__name__} does not say what a call of it looks like. hint: pass "
-        "example=, a dict of its arguments"
-    )
+    call = {}
+    for name in names:
+        made = _INPUTS[name](config, drawn)
+        if made is None:
+            return None
+        call[name] = made.to(device)
+    if getattr(config, "is_encoder_decoder", False):
+        tokens = _tokens(config, drawn).to(device)
+        length = max(tokens.shape[1] // 2, 1)
+        call["decoder_input_ids"] = call.get("input_ids", tokens)[:, :length]
+    return call
+
+
+def _runs(model: nn.Module, call: Mapping[str, Tensor]) -> bool:
+    """Whether a model of several inputs takes one alone."""
+    try:
+        with undisturbed(), torch.no_grad():
+            model(**call)
+    except Exception:  # of any kind; the call with all inputs is looked at next
+        return False
+    return True
+
+
+def _tokens(config: Any, drawn: torch.Generator) -> Tensor:
+    text = config.get_text_config()
+    length = min(TOKENS, _positions(text))
+    return torch.randint(text.vocab_size, (2, length), generator=drawn)
+
+
+def _pixels(config: Any, drawn: torch.Generator) -> Tensor | None:
+    seen = getattr(config, "vision_config", config)
+    if not hasattr(seen, "image_size"):
+        return None
+    side, channels = seen.image_size, getattr(seen, "num_channels", 3)
+    sides = (side, side) if isinstance(side, int) else tuple(side)
+    return torch.randn(2, channels, *sides, generator=drawn)
+
+
+def _spectrum(config: Any, drawn: torch.Generator) -> Tensor | None:
+    if not hasattr(config, "num_mel_bins"):
+        return None
+    # Whisper halves the length of what it hears, and wants all of it.
+    length = 2 * getattr(config, "max_source_positions", TOKENS)
+    return torch.randn(2, config.num_mel_bins, length, generator=drawn)
+
+
+def _sound(config: Any, drawn: torch.Generator) -> Tensor | None:
+    strides = getattr(config, "conv_stride", None)
+    if strides is None:
+        return None
+    return torch.randn(2, TOKENS * math.prod(strides), generator=drawn)
+
+
+_INPUTS: Mapping[str, Callable[[Any, torch.Generator], Tensor | None]] = {
+    "input_ids": _tokens,
+    "pixel_values": _pixels,
+    "input_features": _spectrum,
+    "input_values": _sound,
+}
+"""What calls of pretrained models are made of, by the names of the arguments."""
 
 
 def positions_of(model: nn.Module) -> int:
     """The longest text that a model reads, as far as its config says."""
     config: Any = model.config
-    told = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return _positions(config.get_text_config())
+
+
+def _positions(config: Any) -> int:
+    told = getattr(config, "max_position_embeddings", None)
     return told if type(told) is int and told > 0 else TOKENS
 
 

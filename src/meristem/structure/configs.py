@@ -178,6 +178,17 @@ def said_by_config(structure: Structure, plan: Plan) -> Plan:
     return plan
 
 
+def unsaid(structure: Structure, plan: Plan) -> str | None:
+    """Why no config says the new sizes of a plan; None where one does."""
+    if not plan:
+        return None
+    try:
+        said_by_config(structure, plan)
+    except GrowthRefused as refusal:
+        return str(refusal)
+    return None
+
+
 def _holders(model: nn.Module) -> list[str]:
     """The outermost modules that are built from configs."""
     found: list[str] = []
@@ -216,7 +227,7 @@ def _said(structure: Structure, plan: Plan, grown: nn.Module, name: str) -> Plan
         # What comes nearest to the wish may be refused, and says more than the rest.
         wished = builder.build(start)
         nearest = wished if isinstance(wished, str) else built
-        raise GrowthRefused(_unsaid(model, plan, target, nearest))
+        raise GrowthRefused(_why(model, plan, target, nearest))
     differing = builder.differing(built)
     saying = _Saying(name, present, found, target, built, differing, meant, pairs)
     return _with_edits(structure, plan, saying)
@@ -336,7 +347,7 @@ def _search(
     return found
 
 
-def _unsaid(
+def _why(
     model: nn.Module, plan: Plan, target: _Described, built: _Described | str
 ) -> str:
     name = type(model.config).__name__
