@@ -75,8 +75,8 @@ def save(
         >>> ms.load(folder, make())[0].out_features
         10
     """
+    folder = _folder(path)
     model = inner(model)
-    folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     token = uuid4().hex[:12]
     # New names every time, so that a kill never tears a file that is in use.
@@ -138,6 +138,14 @@ def _whole_or_none(*files: Path) -> Iterator[None]:
         raise
 
 
+def _folder(path: object) -> Path:
+    if isinstance(path, nn.Module):
+        raise TypeError("the folder comes first, then the model: ms.save(path, model)")
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a folder; got {type(path).__name__}")
+    return Path(path)
+
+
 def load(
     path: str | os.PathLike[str],
     model: Model,
@@ -163,9 +171,9 @@ def load(
         CheckpointError: The folder holds no checkpoint, or the checkpoint does not fit
             the model or optimizer. The model is then unchanged.
     """
-    ranks = ranks_of(model)
+    folder, ranks = _folder(path), ranks_of(model)
     with opened_host(model) as held:
-        _load(Path(path), held, optimizers(optimizer), grower, ranks)
+        _load(folder, held, optimizers(optimizer), grower, ranks)
     return model
 
 

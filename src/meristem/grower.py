@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -14,7 +17,7 @@ from meristem.core.budget import Budget
 from meristem.core.errors import DataError
 from meristem.core.growth import Growth
 from meristem.core.ranks import Ranks, replicas_of, shared
-from meristem.event.amounts import Amount
+from meristem.event.amounts import Amount, is_fraction
 from meristem.event.calendar import Calendar
 from meristem.event.clockwork import Clockwork
 from meristem.event.sharing import Check, Settings, find_growth
@@ -28,17 +31,18 @@ from meristem.event.steps import (
     optimizers,
     private_generator,
 )
+from meristem.event.witness import Witness
 from meristem.lab.batches import check_reiterable, example_of, length
 from meristem.lab.laboratory import Progress
 from meristem.lab.losses import Loss
-from meristem.methods import Clock, When, Where, check_part, rations
+from meristem.methods import Clock, When, Where, check_counts, check_part, rations
 from meristem.pruning import prune_each
 from meristem.structure import Structure, structure_of
 from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.aftercare import aftercare_state, load_aftercare
 from meristem.surgery.host import inner, opened_host, ranks_of
-from meristem.when import TRIGGERS
-from meristem.where import Uniform
+from meristem.when import TRIGGERS, counts_epochs
+from meristem.where import Proportional, Uniform
 
 _STATE = frozenset(
     [
@@ -62,6 +66,16 @@ def _ranks(model: nn.Module) -> Ranks:
     return ranks if ranks.several else replicas_of(inner(model))
 
 
+def _short(part: object) -> str:
+    """A dataclass as it is written: what differs from its defaults."""
+    said = []
+    for one in fields(part) if is_dataclass(part) else ():
+        value = getattr(part, one.name)
+        if value != one.default:
+            said.append(f"{one.name}={value!r}")
+    return f"{type(part).__name__}({', '.join(said)})"
+
+
 def _over_ranks(loss: Tensor | float, ranks: Ranks) -> Tensor | float:
     """The training loss, a mean over all ranks."""
     if isinstance(loss, Tensor) and loss.numel() != 1:
@@ -69,10 +83,19 @@ def _over_ranks(loss: Tensor | float, ranks: Ranks) -> Tensor | float:
             "step(loss) takes the scalar training loss; got a tensor of shape "
             f"{tuple(loss.shape)}"
         )
+    if not isinstance(loss, (Tensor, Real)):
+        raise TypeError(
+            f"step(loss) takes the scalar training loss; got {type(loss).__name__}"
+        )
     # A number would wait for the device.
     if not ranks.several:
         return loss
     return ranks.mean(loss.item() if isinstance(loss, Tensor) else loss)
+
+
+def sharing_of(amount: Amount) -> Where:
+    """Who gets units where nothing is said: a fraction grows every width alike."""
+    return Proportional() if is_fraction(amount) else Uniform()
 
 
 def _check_state(state: Mapping[str, Any]) -> None:
@@ -85,8 +108,7 @@ def _check_state(state: Mapping[str, Any]) -> None:
 
 def _steps(batches: int | None, accumulation: int) -> int | None:
     """Optimizer steps of an epoch."""
-    if accumulation < 1:
-        raise ValueError(f"accumulation must be an int in [1, inf); got {accumulation}")
+    check_counts("Grower", accumulation=accumulation)
     return None if batches is None else math.ceil(batches / accumulation)
 
 
@@ -102,14 +124,15 @@ class Grower:
         data: A DataLoader or any re-iterable of batches; read on the side.
         when: The trigger.
         how: The method, or several: the first that speaks for the kind of an axis grows
-            it; else random units with zero fan-out, or `how.ZeroBlock`.
-        where: Which axis gets how many units.
+            it. An axis that none of them speaks for takes no part.
+        where: Which axis gets how many units; by default all the same number, or, of a
+            fraction, in proportion to their sizes.
         care: What optimizer and old weights get; by default a warm second moment, and
             running statistics of batch norms that follow faster for 100 steps.
-        amount: Units per growth: an int over all axes, a fraction of the present widths,
-            a list of either (one per growth), or {axis: count}. An int goes to widths, or
+        amount: Units per growth: an int over all axes, a fraction of the present widths
+            (1.0 doubles every one), a list of either (one per growth), or {axis: count}. An int goes to widths, or
             to depths where `axes` or the methods speak for these alone (runs of blocks
-            first); `where.ByGain(per_flop=True)` weighs both.
+            first); `where.ByGain(per_flop=True)` weighs both, where methods for both are given.
         budget: Upper limits; a growth that would pass one grows what fits.
         axes: Names or glob patterns of the axes that may grow, or words of all layers
             (`mlp`, `heads`, `width`, `depth` and the others of `expand_`, here, in
@@ -185,7 +208,7 @@ class Grower:
             generator=generator,
             progress=progress,
             how=methods(how),
-            where=where if where is not None else Uniform(),
+            where=where if where is not None else sharing_of(amount),
             care=cares(care, optimizer),
             optimizers=optimizers(optimizer),
             amount=amount,
@@ -194,7 +217,14 @@ class Grower:
             round_to=round_to,
             ranks=self.ranks,
         )
-        self.clockwork = Clockwork(when, _steps(length(data), accumulation))
+        steps = _steps(length(data), accumulation)
+        if steps is None and counts_epochs(when):
+            warnings.warn(
+                f"data has no length, so that {_short(when)} is due only where the loop "
+                "calls grower.epoch() at the end of every epoch",
+                stacklevel=2,
+            )
+        self.clockwork = Clockwork(when, steps)
         self.calendar = Calendar(self.structure, loss, data, generator, self.ranks)
         self.done, self.reason = False, ""
         self._example = example
@@ -205,6 +235,16 @@ class Grower:
         self.settings.check()
         with undisturbed():
             self.settings.check_model(self.structure())
+        self._witness = Witness(self.model, self.settings.optimizers)
+
+    def __repr__(self) -> str:
+        growths = len(self.history)
+        sizes = {name: size for one in self.history for name, size in one.after.items()}
+        ended = f", done: {self.reason}" if self.done else ""
+        return (
+            f"Grower({type(self.model).__name__}, {_short(self.when)}, step {self.clock.step}, "
+            f"growths {growths}{f', sizes {sizes}' if sizes else ''}{ended})"
+        )
 
     @property
     def loss(self) -> Loss:
@@ -256,8 +296,11 @@ class Grower:
 
         Raises:
             PendingBackward: A graph still holds the weights. Nothing has changed.
+            ValueError: Another model is trained than the one that was given, or by
+                another optimizer. Nothing has changed.
             DataError: The loss of a growth batch is not finite. Nothing has changed.
         """
+        given = loss
         if loss is not None:
             loss = _over_ranks(loss, self.ranks)
             self.calendar.losses.add(loss)
@@ -267,7 +310,7 @@ class Grower:
             self._step_cost = self.settings.step_cost(self.model)
         self.clockwork.step(loss, (self._step_cost or 0.0) if counted else 0.0)
         self.calendar.turn(self.clock.step)
-        return self._grow_if_due()
+        return self._grow_if_due(given)
 
     def epoch(self, metric: float | None = None) -> Growth | None:
         """Record the end of an epoch and its metric.
@@ -299,9 +342,10 @@ class Grower:
     def _note(self, metric: float) -> bool:
         return self.clockwork.measured(self.ranks.mean(float(metric)))
 
-    def _grow_if_due(self) -> Growth | None:
+    def _grow_if_due(self, loss: object = None) -> Growth | None:
         if self.done or not self.ranks.first(self.when.due(self.clock)):
             return None
+        self._witness.check(loss)
         allowance = math.inf
         if self._rationed:
             allowance = self.when.allowance(self.clock)  # type: ignore[attr-defined]
@@ -336,6 +380,7 @@ class Grower:
             found.growth.step = self.clock.step
             self.history.append(found.growth)
             self._step_cost = None
+        self._witness.renew()
         return found.growth
 
     def prune(self, tolerance: float = 1e-3) -> list[Growth]:
@@ -387,4 +432,5 @@ class Grower:
         self.done, self.reason = bool(state["done"]), str(state["reason"])
         self._step_cost = None
         self.settings.generator.set_state(state["generator"])
+        self._witness.renew()
         load_aftercare(self.model, self.optimizers, state["aftercare"])

@@ -6,6 +6,7 @@ import operator
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -332,7 +333,8 @@ def narrow_(
 
     Args:
         model: Any module that runs.
-        units: Unit indices, or a count, by axis name.
+        units: By axis name the indices of the units to remove, or how many to remove:
+            the last ones.
         example: A tensor, a tuple of arguments or a dict of keyword arguments.
         optimizer: The optimizer, or all of them, whose state follows.
 
@@ -362,7 +364,7 @@ def planned_for(structure: Structure, wishes: Mapping[str, Any]) -> Plan:
     """The plan of wishes, names of axes written out; it may be a refusal."""
     if not wishes:
         raise GrowthRefused("no axis was named: pass {axis: count}")
-    wishes = by_axis(structure, growable(structure), wishes)
+    wishes = by_axis(structure, partial(growable, structure), wishes)
     plan = resolve(structure, wishes)
     if plan.refusal is not None:
         # What does not follow alone may grow together with others.

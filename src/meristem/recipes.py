@@ -169,8 +169,8 @@ def stack(
     loss: Loss,
     data: Iterable[Any],
     to: Mapping[str, int],
-    at: float = 0.5,
-    total: str,
+    at: float | str = 0.5,
+    total: str | None = None,
     budget: Budget | None = None,
     example: Any = None,
     generator: torch.Generator | None = None,
@@ -188,8 +188,9 @@ def stack(
         loss: As for `Grower`.
         data: As for `Grower`.
         to: The final number of blocks, by depth axis.
-        at: When to grow, as a fraction of training in (0, 1).
-        total: How long training is, as "1600 steps" or "12 epochs".
+        at: When to grow: a fraction of training in (0, 1), or a moment, as "800 steps".
+        total: How long training is, as "1600 steps" or "12 epochs"; where `at` is a
+            fraction.
 
     Returns:
         A `Grower`.
@@ -210,9 +211,7 @@ def stack(
         >>> [len(net.layers) for _ in range(4) if grower.step() or True]
         [1, 3, 3, 3]
     """
-    # A fraction of training needs to know how long that is.
-    length, unit = duration(total)
-    due = At(**{unit: (moment(at, length),)})
+    due = At(at) if isinstance(at, str) else _fraction(at, total)
     if example is None:
         example = example_of(model, loss, data, torch.Generator().manual_seed(0))
     with undisturbed():
@@ -229,6 +228,17 @@ def stack(
         example=example,
         generator=generator,
     )
+
+
+def _fraction(at: float, total: str | None) -> At:
+    """Due at a fraction of training."""
+    if total is None:
+        raise ValueError(
+            f"at={at} is a fraction of training, whose length is not told. hint: "
+            'total="2000 steps", or at="1000 steps"'
+        )
+    length, unit = duration(total)
+    return At(f"{moment(at, length)} {unit}")
 
 
 def _sizes_of_depths(axes: Axes, to: Mapping[str, int]) -> dict[str, int]:
@@ -422,3 +432,10 @@ def swe_svod_stages(
         last_patience=last_patience,
         report=report,
     )
+
+
+__all__ = ["gradmax", "senn", "stack", "swe_svod", "swe_svod_stages"]
+
+
+def __dir__() -> list[str]:
+    return __all__

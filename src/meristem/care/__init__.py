@@ -219,3 +219,18 @@ CARES = {
     "fresh_statistics": FreshStatistics,
 }
 """Every care by its name in a configuration file."""
+
+__all__ = [
+    "CARES",
+    "FreshStatistics",
+    "ResetMoments",
+    "Rewarm",
+    "Shrink",
+    "VarianceTransfer",
+    "WarmMoments",
+    "YoungRate",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

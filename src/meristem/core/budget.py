@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,19 @@ class Budget:
     def __post_init__(self) -> None:
         for name in ("parameters", "flops", "units", "growths"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not _counts(value):
                 raise ValueError(
-                    f"Budget({name}=...) must be an int in [1, inf); got {value}"
+                    f"Budget({name}=...) must be a number in [1, inf); got {value!r}"
                 )
+        for axis, size in self.sizes.items():
+            if not _counts(size):
+                raise ValueError(
+                    f"Budget(sizes={{{axis!r}: ...}}) must be a number in [1, inf); got "
+                    f"{size!r}"
+                )
+
+
+def _counts(value: object) -> bool:
+    """Whether a value can be a limit: 1e9 operations are as good as an int."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    return is_number and float(value) >= 1  # type: ignore[arg-type]

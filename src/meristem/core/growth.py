@@ -14,7 +14,7 @@ LINEAGE = "_meristem_lineage"
 """The attribute in which a model keeps its growths."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Growth:
     """What one growth did. Falsy when nothing grew.
 
@@ -64,13 +64,24 @@ class Growth:
     blocks: dict[str, list[int]] = field(default_factory=dict)
     rows: dict[str, list[int]] = field(default_factory=dict)
     stale: list[str] = field(default_factory=list)
-    fresh: dict[str, nn.Parameter] = field(default_factory=dict, repr=False)
-    resized: dict[str, TensorChange] = field(default_factory=dict, repr=False)
-    replaced: dict[nn.Parameter, nn.Parameter] = field(default_factory=dict, repr=False)
-    origin: Any = field(default=None, repr=False, compare=False)
+    fresh: dict[str, nn.Parameter] = field(default_factory=dict)
+    resized: dict[str, TensorChange] = field(default_factory=dict)
+    replaced: dict[nn.Parameter, nn.Parameter] = field(default_factory=dict)
+    origin: Any = field(default=None, compare=False)
 
     def __bool__(self) -> bool:
         return any(self.added.values())
+
+    def __repr__(self) -> str:
+        changed = ", ".join(
+            f"{n}: {self.before[n]} -> {self.after[n]}" for n in self.after
+        )
+        step = "" if self.step is None else f" at step {self.step}"
+        parameters = "{:,} -> {:,}".format(*self.parameters)
+        return (
+            f"Growth({changed}{step}; parameters {parameters}; outputs moved by "
+            f"{self.max_change:.1e})"
+        )
 
     def units(self) -> dict[str, Sequence[int]]:
         """The new units by axis: the last ones of a width, the new blocks of a depth."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 from meristem.core.axis import Axis
@@ -21,6 +22,11 @@ _HALVINGS = 24
 
 def check_amount(amount: Amount) -> None:
     """Raise unless every part of an amount is positive."""
+    if isinstance(amount, str) or not isinstance(amount, (Real, Sequence, Mapping)):
+        raise TypeError(
+            "amount is a number of units, a fraction of the present widths, a list of "
+            f"either or a dict {{axis: units}}; got {amount!r}"
+        )
     for one in _parts(amount):
         is_number = isinstance(one, (int, float)) and not isinstance(one, bool)
         if not is_number or one <= 0:
@@ -32,6 +38,13 @@ def check_amount(amount: Amount) -> None:
             raise ValueError(
                 f"amount by axis is a number of units; got {dict(amount)!r}"
             )
+
+
+def is_fraction(amount: Amount) -> bool:
+    """Whether an amount is a fraction of the present widths, at every growth or one."""
+    return not isinstance(amount, Mapping) and any(
+        isinstance(one, float) for one in _parts(amount)
+    )
 
 
 def _parts(amount: Amount) -> list[Any]:

@@ -44,7 +44,11 @@ def growable(
     refused = dict(found.frozen)
     held = held_weakly(structure.tensors, structure.model)
     for name, axis in candidates.items():
-        exact = method_for(how, axis).kinds[axis.kind]
+        try:
+            exact = method_for(how, axis).kinds[axis.kind]
+        except GrowthRefused as refusal:
+            refused[name] = str(refusal)
+            continue
         kept_by = [held[slot.name] for slot in axis.slots if slot.name in held]
         reason = kept_by[0] if kept_by else trial.reason(name, exact)
         if reason is not None:

@@ -6,14 +6,14 @@ import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from meristem.core.axis import Axis
+from meristem.core.axis import Axis, matches
 from meristem.core.budget import Budget
 from meristem.core.change import Plan
 from meristem.core.errors import DataError, GrowthRefused
@@ -30,12 +30,21 @@ from meristem.event.amounts import (
 )
 from meristem.event.growable import growable
 from meristem.event.steps import Event, batches_for, carry_out, followed, propose
-from meristem.event.words import by_axis
+from meristem.event.words import by_axis, spelled
 from meristem.lab.batches import growth_batches, peeked
 from meristem.lab.laboratory import Lab, Loan, Progress
 from meristem.lab.ledger import batch_size, step_flops
 from meristem.lab.losses import Loss
-from meristem.methods import Care, Choice, Clock, How, Where, check_part, is_thrifty
+from meristem.methods import (
+    Care,
+    Choice,
+    Clock,
+    How,
+    Where,
+    check_counts,
+    check_part,
+    is_thrifty,
+)
 from meristem.structure import Structure, apart, clash, sized
 from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.optimizers import check_ownership
@@ -84,14 +93,23 @@ class Settings:
                 "budget must be a meristem.Budget(parameters=..., units=...); got "
                 f"{self.budget!r}"
             )
-        if self.round_to < 1:
-            raise ValueError(
-                f"round_to must be an int in [1, inf); got {self.round_to}"
+        check_counts("Grower", round_to=self.round_to)
+        if not callable(self.loss):
+            raise TypeError(
+                "loss must be callable as loss(model, batch); got "
+                f"{type(self.loss).__name__}"
+            )
+        names = [self.axes] if isinstance(self.axes, str) else self.axes
+        if not isinstance(names, (list, tuple)) or not all(
+            isinstance(name, str) for name in names
+        ):
+            raise TypeError(
+                f"axes must be a name, a pattern, or a list of them; got {self.axes!r}"
             )
 
     def check_model(self, structure: Structure) -> None:
         """Raise where nothing can grow, a name is unknown, or an optimizer lacks weights."""
-        every = growable(structure, how=self.how)
+        every = partial(growable, structure, how=self.how)
         found = growable(structure, self.axes, self.how)
         named = self.by_name or found
         patterns = [self.axes] if isinstance(self.axes, str) else self.axes
@@ -101,7 +119,9 @@ class Settings:
         by_axis(structure, every, self.budget.sizes)
         chosen = [found.named(name) for name in by_axis(structure, every, named)]
         if not chosen:
-            listed = list(found.frozen.items())[:3]
+            patterns = spelled(structure, every(), self.axes)
+            asked = [name for name in found.frozen if matches(name, patterns)]
+            listed = [(name, found.frozen[name]) for name in asked[:3]]
             reasons = "; ".join(f"{name}: {reason}" for name, reason in listed)
             raise GrowthRefused(
                 f"nothing in the model can grow under axes={self.axes!r}. {reasons}"
@@ -146,7 +166,7 @@ class Check:
         return replace(budget, sizes=self._by_axis(budget.sizes))
 
     def _by_axis(self, named: Mapping[str, int]) -> dict[str, int]:
-        growing = growable(self.structure, how=self.settings.how)
+        growing = partial(growable, self.structure, how=self.settings.how)
         return by_axis(self.structure, growing, named)
 
     def asked(self, axis: Axis, total: int) -> int:
@@ -309,15 +329,10 @@ def _open_axes(check: Check) -> list[Axis]:
 
 
 def _one_sort(check: Check, axes: Sequence[Axis]) -> list[Axis]:
-    """What the methods speak for: widths first, runs of blocks before places of a
-    chain.
-    """
+    """Axes of one sort: widths first, runs of blocks before places of a chain."""
     units, blocks = apart(axes)
     runs = [axis for axis in blocks if check.structure.depths[axis.name].copied]
-    spoken = {kind for method in check.settings.how for kind in method.kinds}
-    if spoken == {"depth"}:
-        return runs or blocks
-    return units or blocks
+    return units or runs or blocks
 
 
 def _least_cost(check: Check, axes: Sequence[Axis], total: int) -> float:

@@ -50,7 +50,7 @@ from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.aftercare import begin, check_aftercare, follow
 from meristem.surgery.deferred import signals_deferred
 from meristem.surgery.exchange import OptimizerChange, check_free, exchange
-from meristem.surgery.host import check_optimizer, plain
+from meristem.surgery.host import check_optimizer
 from meristem.surgery.lineage import draws_of, note_draws
 from meristem.surgery.optimizers import (
     Followed,
@@ -77,7 +77,7 @@ DEFAULTS: Mapping[Kind, How] = {
     "heads": Random(),
     "depth": ZeroBlock(),
 }
-"""What grows an axis of a kind that no chosen method speaks for."""
+"""What grows an axis where no method was chosen."""
 TOLERANCE = 1e-5
 """Largest relative change of an output, in float32, that counts as the same function.
 """
@@ -214,14 +214,23 @@ def prepare(
 
 
 def method_for(how: Methods, axis: Axis) -> How:
-    """The method that grows an axis.
+    """The method that grows an axis: the first of those given that speaks for its kind;
+    where none was given, the kind's default.
 
-    The first of those given that speaks for its kind, else the kind's default.
+    Raises:
+        GrowthRefused: None of those given speaks for its kind.
     """
-    for one in methods(how):
+    given = methods(how)
+    for one in given or (DEFAULTS[axis.kind],):
         if axis.kind in one.kinds:
             return one
-    return DEFAULTS[axis.kind]
+    names = " and ".join(type(one).__name__ for one in given)
+    calls = ", ".join(f"{type(one).__name__}()" for one in given)
+    default = type(DEFAULTS[axis.kind]).__name__
+    raise GrowthRefused(
+        f"{names} cannot grow {axis.name}, whose kind is {axis.kind!r}. hint: "
+        f"how=[{calls}, {default}()] adds a method for it"
+    )
 
 
 def batches_for(how: Methods) -> int:
@@ -265,8 +274,8 @@ def optimizers(optimizer: Optimizers) -> tuple[Optimizer, ...]:
     """One optimizer, several or none as a tuple; checked."""
     if optimizer is None:
         return ()
-    single = isinstance(plain(optimizer), Optimizer)
-    listed: Sequence[Any] = [optimizer] if single else tuple(optimizer)  # type: ignore[arg-type]
+    several = isinstance(optimizer, (list, tuple))
+    listed: Sequence[Any] = optimizer if several else [optimizer]  # type: ignore[assignment]
     return tuple(check_optimizer(one) for one in listed)
 
 
@@ -547,7 +556,7 @@ def _verified(event: Event, draft: Draft) -> Draft:
         # A promise counts only where every method of the event makes it.
         exact = [event.method(axis).kinds[axis.kind] for axis in growing]
         if growing and all(exact) and not draft.treatment.scaling:
-            _check_preserved(event, before, change)
+            _check_preserved(event, plan, before, change)
         health = _health(event, draft, values)
     flops = draft.flops + counter.get_total_flops()
     return replace(draft, change=change, health=health, flops=flops)
@@ -562,7 +571,9 @@ def _check_finite(name: str, tensor: Tensor) -> None:
         )
 
 
-def _check_preserved(event: Event, before: Sequence[Tensor], change: float) -> None:
+def _check_preserved(
+    event: Event, plan: Plan, before: Sequence[Tensor], change: float
+) -> None:
     """Raise unless the change is within rounding.
 
     That is a fixed bound, or so many times the model's own rounding gap.
@@ -574,10 +585,10 @@ def _check_preserved(event: Event, before: Sequence[Tensor], change: float) -> N
     # The gap costs a run in float64, so it is measured only where it decides.
     if not double and change <= _GAPS * rounding_gap(event.structure, before):
         return
-    names = dict.fromkeys(
-        type(one).__name__ for one in (*event.how, *DEFAULTS.values())
+    axes = [event.structure.axes.named(name) for name in plan.after]
+    spoken = ", ".join(
+        dict.fromkeys(type(event.method(axis)).__name__ for axis in axes)
     )
-    spoken = ", ".join(names) if not event.how else type(event.how[0]).__name__
     raise VerificationError(
         f"{spoken} should preserve the function, but an output would change by "
         f"{change:.1e} of the largest one; nothing was changed. hint: for widths, an "

@@ -37,9 +37,14 @@ def spelled(
 
 
 def by_axis(
-    structure: Structure, growing: Axes, named: Mapping[str, T]
+    structure: Structure, growing: Callable[[], Axes], named: Mapping[str, T]
 ) -> dict[str, T]:
     """What is said of axes by their names, by short names or by words, by whole names.
+
+    Args:
+        structure: Of the model.
+        growing: Gives the axes that grow; asked only where there is a word.
+        named: By name.
 
     Raises:
         UnknownAxis: A name is neither.
@@ -48,7 +53,7 @@ def by_axis(
     found = {}
     for name, value in named.items():
         if _is_word(structure, name):
-            for axis in Reader(structure, growing).axes(name):
+            for axis in Reader(structure, growing()).axes(name):
                 found[axis.name] = value
         else:
             found[structure.axes.named(name).name] = value

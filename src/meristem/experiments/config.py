@@ -19,13 +19,15 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from meristem.care import CARES
 from meristem.core.errors import MeristemError, nearest
+from meristem.event.amounts import is_fraction
 from meristem.how import METHODS
 from meristem.methods import When, check_part
-from meristem.when import SENN, TRIGGERS, At, Every, duration, moment
+from meristem.when import TRIGGERS, At, Every, moment
 from meristem.where import PLACES
 
 
@@ -115,7 +117,8 @@ def built(choice: Choice, known: Mapping[str, Any], key: str) -> Any:
 
 def trigger(choice: Mapping[str, Any], steps: int | None = None) -> When:
     """A trigger from { every = "2 epochs" }, { at = ["4 epochs", "6 epochs"] }, { at =
-    0.5 }, a fraction of training, or { senn = { budget = 0.05 } }.
+    0.5 }, a fraction of training, or a table of its parameters: { plateau = { patience
+    = 3 } }.
 
     Without the `steps` of the whole run a fraction is only checked.
     """
@@ -128,28 +131,19 @@ def trigger(choice: Mapping[str, Any], steps: int | None = None) -> When:
             f"when = {dict(choice)} is not known.{nearest(name, TRIGGERS)} Known: "
             f"{', '.join(TRIGGERS)}"
         )
-    if name == "senn":
+    if name not in ("every", "at") or isinstance(value, Mapping):
         try:
-            found: SENN = built({name: dict(value or {})}, TRIGGERS, "when")
+            found: When = built({name: dict(value or {})}, TRIGGERS, "when")
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"when.senn = {value!r}: {error}. hint: "
-                f"{{ senn = {{ budget = 0.05 }} }}"
+                f"when.{name} = {value!r}: {error}. hint: its parameters are a table, "
+                f"as {{ senn = {{ budget = 0.05 }} }}"
             ) from None
         return found
     listed: list[Any] = value if isinstance(value, list) else [value]
     if name == "at" and listed and all(isinstance(one, float) for one in listed):
         return At(steps=tuple(moment(one, steps or 10**9) for one in listed))
-    moments = [duration(text) for text in listed]
-    units = {unit for _, unit in moments}
-    if len(units) != 1:
-        raise ValueError(f"when.{name} mixes steps and epochs: {value}")
-    numbers = tuple(number for number, _ in moments)
-    if name == "at":
-        return At(**{units.pop(): numbers})
-    if len(numbers) != 1:
-        raise ValueError(f"when.every takes one duration; got {value}")
-    return Every(**{units.pop(): numbers[0]})
+    return At(listed) if name == "at" else Every(value)
 
 
 class Train(_Strict):
@@ -212,7 +206,8 @@ def _part(value: Choice | list[Choice], info: ValidationInfo) -> Choice | list[C
     known: dict[str, Mapping[str, Any]] = {"how": METHODS, "where": PLACES}
     key = str(info.field_name)
     for one in value if isinstance(value, list) else [value]:
-        built(one, known[key], key)
+        if one is not None:
+            built(one, known[key], key)
     return value
 
 
@@ -221,12 +216,21 @@ class Grow(_Strict):
 
     when: dict[str, Any]
     how: Choice | list[Choice] = "random"
-    where: Choice = "uniform"
+    where: Choice | None = None
     care: list[Choice] = ["warm_moments", "fresh_statistics"]
     amount: int | float | list[int | float] | dict[str, int] = 32
     budget: BudgetTable = BudgetTable()
     axes: str | list[str] = "*"
     round_to: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _where(self) -> Grow:
+        # Written out, so that results say what was done.
+        if self.where is None:
+            fraction = is_fraction(self.amount)
+            name = "proportional" if fraction else "uniform"
+            object.__setattr__(self, "where", name)
+        return self
 
     @field_validator("when", mode="before")
     @classmethod

@@ -185,7 +185,7 @@ class Run:
                 built(one, METHODS, "how")
                 for one in (grow.how if isinstance(grow.how, list) else [grow.how])
             ],
-            where=built(grow.where, PLACES, "where"),
+            where=built(grow.where or "uniform", PLACES, "where"),
             care=[built(one, CARES, "care") for one in grow.care],
             amount=grow.amount,
             budget=Budget(**grow.budget.model_dump()),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Generator, Iterable, Iterator, Sized
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from meristem.core.errors import DataError
 from meristem.core.ranks import RankData
 from meristem.lab.losses import Loss, called
+from meristem.structure.received import in_short
 from meristem.structure.tracer import tensors
 from meristem.structure.twin import Example, twin
 from meristem.structure.undisturbed import undisturbed
@@ -30,6 +31,11 @@ def check_reiterable(data: Iterable[Any]) -> None:
             f"data is a one-shot iterator ({type(data).__name__}): growth would eat "
             "the batches that training needs. hint: pass the DataLoader itself, or a "
             "list of batches"
+        )
+    if isinstance(data, (Mapping, Tensor, str)) or _is_batch(data):
+        raise DataError(
+            f"data is one batch ({type(data).__name__}), and a re-iterable of batches is "
+            "needed. hint: pass the DataLoader, or [batch]"
         )
     if not isinstance(data, Iterable):
         raise DataError(
@@ -46,6 +52,16 @@ def check_reiterable(data: Iterable[Any]) -> None:
         )
     if length(data) == 0:
         raise DataError("data is empty: growth needs at least one batch")
+
+
+def _is_batch(data: Any) -> bool:
+    """Whether a list holds the tensors of one batch, as inputs and labels."""
+    if not isinstance(data, (list, tuple)) or len(data) < 2:
+        return False
+    if not all(isinstance(part, Tensor) for part in data):
+        return False
+    # Batches are alike; the parts of one differ in what they are.
+    return len({(part.dtype, part.dim()) for part in data}) > 1
 
 
 def length(data: Iterable[Any]) -> int | None:
@@ -197,6 +213,11 @@ def first_call(model: nn.Module, loss: Loss, batch: Any) -> Example:
                     "example=, a call of the model as it stands"
                 ) from None
             return Example(args, kwargs)
+        except Exception as error:
+            raise DataError(
+                f"loss(model, batch) fails on the first batch of data "
+                f"({type(error).__name__}: {error}). It got the model and {in_short(batch)}"
+            ) from error
     raise DataError(
         "loss(model, batch) never calls the model, so no example input is known. "
         "hint: pass example=, or call model(...) inside the loss"

@@ -29,7 +29,7 @@ from meristem.event.steps import (
     propose,
 )
 from meristem.growing import planned_for
-from meristem.how import Interpose, ZeroBlock
+from meristem.how import Interpose, Random, ZeroBlock
 from meristem.lab.laboratory import Loan
 from meristem.pretrained.words import counts
 from meristem.structure import with_mirrors
@@ -131,8 +131,8 @@ def expansion(
 
 
 def methods_for(how: Methods, at: At) -> tuple[Any, ...]:
-    """The methods of an expansion: those given, and one that puts blocks in their
-    places.
+    """The methods of an expansion: those given, then one that puts blocks in their
+    places, and one for widths.
     """
     given = methods(how)
     if at != "even" and any("depth" in one.kinds for one in given):
@@ -145,7 +145,7 @@ def methods_for(how: Methods, at: At) -> tuple[Any, ...]:
         deepening = Interpose(zero=True, behind=at)
     elif at != "end":
         deepening = Interpose(zero=True, behind=[place - 1 for place in _places(at)])
-    return (*given, deepening)
+    return (*given, deepening, Random())
 
 
 def _places(at: Any) -> list[int]:

@@ -30,6 +30,7 @@ from meristem.structure.labels import (
 from meristem.structure.layers import beside_weights, channel_of, contracts
 from meristem.structure.ops import operation_of
 from meristem.structure.ops.written import follow
+from meristem.structure.received import other_dtypes, received, remedy
 from meristem.structure.runs import SilentTensors, find_runs
 from meristem.structure.tracer import (
     Dim,
@@ -157,6 +158,11 @@ class Structure:
     # -- the trace ---------------------------------------------------------------------
 
     def _trace_with_fallback(self) -> None:
+        if other_dtypes(self.example, self.model):
+            # A trace without data does not notice it.
+            failure = self._failure()
+            if failure is not None:
+                raise self._not_taken(failure) from failure
         try:
             self._trace(fake=True)
         # A model that cannot be copied cannot be traced on real tensors either.
@@ -166,30 +172,31 @@ class Structure:
             try:
                 self._trace(fake=False)
             except Exception as error:
-                if self._runs():
+                if self._failure() is None:
                     raise DiscoveryError(
                         f"{type(self.model).__name__} runs on the example, and its trace "
                         f"fails ({type(error).__name__}: {error}): a fault of Meristem, "
                         "not of the model. hint: report it, with the model"
                     ) from error
-                raise DiscoveryError(
-                    f"the forward of {type(self.model).__name__} fails on the example "
-                    f"({type(error).__name__}: {error}). Received "
-                    f"{_describe(self.example)}. hint: pass the example as the model "
-                    "is called: a tensor, a tuple of arguments or a dict of keyword "
-                    "arguments"
-                ) from first
+                raise self._not_taken(error) from first
 
-    def _runs(self) -> bool:
-        """Whether the model, as it is, takes the example."""
+    def _not_taken(self, error: Exception) -> DiscoveryError:
+        return DiscoveryError(
+            f"the forward of {type(self.model).__name__} fails on the example "
+            f"({type(error).__name__}: {error}). Received {received(self.example)}. "
+            f"hint: {remedy(self.example, self.model)}"
+        )
+
+    def _failure(self) -> Exception | None:
+        """Why the model, as it is, does not take the example; None where it does."""
         copied = self.twin_of_shape({}, (), None).eval()
         args, kwargs = self.example_for(None)
         try:
             with undisturbed(), torch.no_grad():
                 copied(*args, **kwargs)
-        except Exception:
-            return False
-        return True
+        except Exception as error:
+            return error
+        return None
 
     def _trace(self, fake: bool) -> None:
         self.fake = fake
@@ -556,12 +563,3 @@ def refuse_unready(model: nn.Module) -> None:
             "the model has lazy parameters without a shape. hint: run it once before "
             "it grows"
         )
-
-
-def _describe(example: Example) -> str:
-    def shape(tensor: Tensor) -> Any:
-        return f"{tuple(tensor.shape)} {tensor.dtype}"
-
-    args, kwargs = map_tensors(example, shape)
-    described = f"arguments {args}"
-    return f"{described} and keywords {kwargs}" if kwargs else described

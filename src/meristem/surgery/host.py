@@ -61,11 +61,23 @@ def inner(model: nn.Module) -> nn.Module:
     """The model inside of all wrappers, or the model itself.
 
     Raises:
+        TypeError: It is no module.
         GrowthRefused: A wrapper keeps the old weights in a way of its own.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(_no_module(model))
     for wrapper in _wrappers(model):
         model = _held(wrapper)
     return model
+
+
+def _no_module(given: object) -> str:
+    if isinstance(given, type):
+        name = given.__name__
+        return (
+            f"model must be a module; got the class {name}. hint: build it, {name}(...)"
+        )
+    return f"model must be a torch.nn.Module; got {type(given).__name__}"
 
 
 def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
@@ -215,6 +227,12 @@ def check_optimizer(optimizer: Any) -> Optimizer:
         TypeError: It is none.
     """
     found = plain(optimizer)
+    if isinstance(optimizer, type):
+        name = optimizer.__name__
+        raise TypeError(
+            f"optimizer must be an optimizer; got the class {name}. hint: build it, "
+            f"{name}(model.parameters(), ...)"
+        )
     if not isinstance(found, Optimizer):
         raise TypeError(
             "optimizer must be a torch.optim.Optimizer or a list of them; got "

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import InitVar, dataclass
+from typing import Any, Literal
 
-from meristem.methods import Clock, check_counts
+from meristem.methods import Clock, When, check_counts
 
 _DURATION = re.compile(r"\s*(\d+)\s*(steps?|epochs?)\s*")
 
@@ -41,12 +41,32 @@ def moment(fraction: float, total: int) -> int:
     return round(fraction * total)
 
 
-def _one_unit(name: str, steps: object, epochs: object) -> None:
-    if (not steps) == (not epochs):
+def counts_epochs(when: When) -> bool:
+    """Whether a trigger can be due at the end of an epoch alone."""
+    every = getattr(when, "every", "")
+    in_epochs = bool(getattr(when, "epochs", None)) or "epoch" in str(every)
+    return in_epochs or isinstance(when, Plateau)
+
+
+def _read(name: str, told: object, steps: object, epochs: object) -> dict[str, Any]:
+    """The moments of a trigger by their unit: from text, or from one keyword."""
+    if told is not None and not (steps is epochs is None):
+        raise ValueError(f"{name} takes a duration, steps= or epochs=; got two of them")
+    given = {"steps": steps, "epochs": epochs}
+    found: dict[str, Any] = {
+        u: value for u, value in given.items() if value is not None
+    }
+    listed = told if isinstance(told, (list, tuple)) else [told]
+    for number, unit in map(duration, [] if told is None else listed):
+        found[unit] = (*found.get(unit, ()), number)
+    if len(found) > 1:
+        raise ValueError(f"{name} mixes steps and epochs")
+    if not found:
         raise ValueError(
-            f"{name} needs either steps= or epochs=; got steps={steps!r}, "
-            f"epochs={epochs!r}"
+            f'{name} needs steps or epochs. hint: {name}("100 steps") or '
+            f"{name}(epochs=2)"
         )
+    return found
 
 
 @dataclass(frozen=True)
@@ -54,27 +74,33 @@ class Every:
     """Due every so many steps or epochs, from `start` on, at most `growths` times.
 
     Args:
-        steps: The period in optimizer steps; exactly one of steps and epochs is given.
-        epochs: The period in epochs.
+        period: With its unit, as "100 steps" or "2 epochs"; or
+        steps: the period in optimizer steps, or
+        epochs: the period in epochs.
         start: First step (or epoch) that counts.
         growths: Largest number of growths; None for no limit.
 
     Examples:
         >>> Every(steps=100, start=50, growths=1).due(Clock(step=200))
         True
+        >>> Every("2 epochs")
+        Every(steps=None, epochs=2, start=None, growths=None)
     """
 
+    period: InitVar[str | None] = None
     steps: int | None = None
     epochs: int | None = None
     start: int | None = None
     growths: int | None = None
 
-    def __post_init__(self) -> None:
-        _one_unit("Every", self.steps, self.epochs)
-        if self.steps:
-            check_counts("Every", steps=self.steps)
-        if self.epochs:
-            check_counts("Every", epochs=self.epochs)
+    def __post_init__(self, period: str | None) -> None:
+        if period is not None:
+            duration(period)
+        ((unit, number),) = _read("Every", period, self.steps, self.epochs).items()
+        if period is not None:
+            (number,) = number
+            object.__setattr__(self, unit, number)
+        check_counts("Every", **{unit: number})
         if self.start is not None:
             check_counts("Every", start=self.start)
         if self.growths is not None:
@@ -95,20 +121,33 @@ class Every:
 class At:
     """Due at the given steps, or at the ends of the given epochs.
 
+    Args:
+        moments: With their unit, as "60 steps" or ["2 epochs", "4 epochs"]; or
+        steps: the steps, one or several, or
+        epochs: the epochs.
+
     Examples:
         >>> At(epochs=(2, 4)).due(Clock(step=50, epoch=2, epoch_ended=True))
         True
+        >>> At("60 steps")
+        At(steps=(60,), epochs=())
     """
 
+    moments: InitVar[str | Sequence[str] | None] = None
     steps: tuple[int, ...] = ()
     epochs: tuple[int, ...] = ()
 
-    def __post_init__(self) -> None:
-        _one_unit("At", self.steps, self.epochs)
-        object.__setattr__(self, "steps", tuple(self.steps))
-        object.__setattr__(self, "epochs", tuple(self.epochs))
-        for one in (*self.steps, *self.epochs):
-            check_counts("At", moments=one)
+    def __post_init__(self, moments: str | Sequence[str] | None) -> None:
+        # Empty is the same as not given.
+        given = {unit: getattr(self, unit) for unit in ("steps", "epochs")}
+        kept = {unit: None if value == () else value for unit, value in given.items()}
+        ((unit, found),) = _read("At", moments, **kept).items()
+        listed = tuple(found) if isinstance(found, Iterable) else (found,)
+        for one in listed:
+            check_counts("At", **{unit: one})
+        if not listed:
+            raise ValueError(f"At({unit}=...) names no moment, and would never be due")
+        object.__setattr__(self, unit, listed)
 
     def due(self, clock: Clock) -> bool:
         """Whether to grow now."""
@@ -255,3 +294,9 @@ class SENN:
 
 TRIGGERS = {"every": Every, "at": At, "plateau": Plateau, "senn": SENN}
 """Every trigger by its name in a configuration file."""
+
+__all__ = ["SENN", "TRIGGERS", "At", "Every", "Plateau"]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -145,3 +145,7 @@ PLACES = {
     "svod": SVoD,
 }
 """Every choice by its name in a configuration file."""
+
+
+def __dir__() -> list[str]:
+    return __all__
