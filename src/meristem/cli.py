@@ -7,9 +7,11 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import tomllib
 from functools import partial
+from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 try:
     import typer
@@ -28,17 +30,30 @@ except ImportError as error:
         "pip install 'meristem-torch[cli]'"
     )
 
+from meristem.core import VERSION
 from meristem.core.errors import MeristemError
+from meristem.core.example import Example
 
 if TYPE_CHECKING:
     from meristem.experiments.run import Progress as RunProgress
 
-app = typer.Typer(
-    help="Grow neural networks while they train.",
-    no_args_is_help=True,
-    add_completion=False,
-)
+app = typer.Typer(no_args_is_help=True)
 _err = Console(stderr=True)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"meristem {VERSION}, torch {metadata.version('torch')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, help="Say which this is.")
+    ] = False,
+) -> None:
+    """Grow neural networks while they train."""
 
 
 def main() -> None:
@@ -56,14 +71,25 @@ def main() -> None:
     except KeyboardInterrupt:
         _err.print("interrupted before training began")
         sys.exit(130)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except (MeristemError, ValueError, TypeError) as error:
-        message, _, hint = str(error).partition(" hint: ")
-        _err.print(
-            f"error: {message}" + (f"\nhint: {hint}" if hint else ""),
-            markup=False,
-            soft_wrap=True,
-        )
-        sys.exit(2)
+        _fail(str(error))
+
+
+def _fail(told: str) -> NoReturn:
+    message, _, hint = told.partition(" hint: ")
+    lines = f"error: {message}" + (f"\nhint: {hint}" if hint else "")
+    _err.print(lines, markup=False, soft_wrap=True)
+    sys.exit(2)
+
+
+def _check_writable(path: Path) -> None:
+    """Raise now where a file cannot be written in the end."""
+    with open(path, "ab"):
+        pass
+    if not path.stat().st_size:
+        path.unlink()
 
 
 def _advance(bars: Progress, task: Any, done: int, name: str) -> None:
@@ -109,6 +135,7 @@ def demo(
     """
     from meristem.experiments import demo as demonstration
 
+    _check_writable(plot)
     with _bars() as bars, tempfile.TemporaryDirectory() as folder:
         tasks: dict[str, Any] = {}
 
@@ -157,9 +184,14 @@ def run(
     its JSON file.
     """
     from meristem.experiments.config import read
+    from meristem.experiments.run import finished_before
     from meristem.experiments.run import run as run_experiment
 
     experiment = read(file, **({} if seed is None else {"seed": seed}))
+    folder = out if out is not None else file.parent / "results"
+    known = finished_before(experiment, folder, file.stem)
+    if known is not None:
+        _err.print(f"finished before, not run again: {known}", markup=False)
     with _bars() as bars:
         task = bars.add_task(
             f"{file.stem}, seed {experiment.seed}", total=None, state=""
@@ -175,7 +207,7 @@ def run(
 
         path = run_experiment(
             experiment,
-            out if out is not None else file.parent / "results",
+            folder,
             file.stem,
             report,
         )
@@ -239,30 +271,71 @@ def axes(
         str, typer.Argument(help='A module or factory, as "package.module:name".')
     ],
     input: Annotated[
-        str, typer.Option(help="Shape of the example input, as 1,3,32,32.")
+        list[str],
+        typer.Option(
+            help="Shape of an input, as 1,3,32,32; several in the order of the "
+            "arguments, or by name: --input mask=1,16. With :int it holds token "
+            "indices: 1,16:int."
+        ),
     ],
     integers: Annotated[
-        bool, typer.Option(help="The input holds token indices.")
+        bool, typer.Option(help="All inputs hold token indices.")
     ] = False,
+    set: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE", help="An argument of the class or factory: hidden=64."
+        ),
+    ] = None,
 ) -> None:
     """List what can grow in a model, and why the rest cannot."""
-    import torch
-
-    from meristem.experiments.config import ConfigError, imported
+    from meristem.experiments.models import imported_model
     from meristem.growing import find_axes
 
-    try:
-        shape = [int(n) for n in input.split(",")]
-    except ValueError:
-        raise ConfigError(
-            f"--input takes sizes with commas, as 1,3,32,32; got {input!r}"
-        ) from None
-    if min(shape) < 1:
-        raise ConfigError(f"--input takes sizes in [1, inf); got {input!r}")
-    made = imported(model) if ":" in model else imported(f"{model}:")
-    net = made() if callable(made) and not isinstance(made, torch.nn.Module) else made
-    example = torch.zeros(shape, dtype=torch.long) if integers else torch.randn(shape)
-    print(find_axes(net, example))
+    net = imported_model(model if ":" in model else f"{model}:", _arguments(set or []))
+    print(find_axes(net, _call(input, integers)))
+
+
+def _arguments(texts: list[str]) -> dict[str, Any]:
+    """Arguments of a class, their values as TOML has them; other words are strings."""
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes NAME=VALUE, as hidden=64; got {text!r}")
+        try:
+            found[name] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            found[name] = value
+    return found
+
+
+def _call(inputs: list[str], integers: bool) -> Any:
+    """The arguments of a call, from their shapes."""
+    import torch
+
+    args, kwargs = [], {}
+    for text in inputs:
+        name, _, sizes = text.rpartition("=")
+        sizes, _, dtype = sizes.partition(":")
+        numbers = sizes.split(",")
+        if not all(number.strip().isdigit() for number in numbers) or dtype not in (
+            "",
+            "int",
+        ):
+            raise ValueError(
+                f"--input takes sizes with commas, as 1,3,32,32 or 1,16:int; got {text!r}"
+            )
+        shape = [int(number) for number in numbers]
+        if min(shape) < 1:
+            raise ValueError(f"--input takes sizes in [1, inf); got {text!r}")
+        whole = integers or dtype == "int"
+        tensor = torch.zeros(shape, dtype=torch.long) if whole else torch.randn(shape)
+        if name:
+            kwargs[name] = tensor
+        else:
+            args.append(tensor)
+    return Example(tuple(args), kwargs)
 
 
 @app.command()
@@ -325,26 +398,29 @@ def methods() -> None:
     """List the methods, choices, triggers and cares with their parameters, as a
     configuration file names them.
     """
-    from dataclasses import MISSING, fields
+    from dataclasses import MISSING, Field, fields
 
     from meristem.care import CARES
     from meristem.how import METHODS
     from meristem.when import TRIGGERS
     from meristem.where import PLACES
 
-    for role, known in (
-        ("how", METHODS),
-        ("where", PLACES),
-        ("when", TRIGGERS),
-        ("care", CARES),
-    ):
+    def said(field: Field[Any]) -> str:
+        return (
+            field.name
+            if field.default is MISSING
+            else f"{field.name}={field.default!r}"
+        )
+
+    table = Table("role", "name", "what it does", "parameters", box=None)
+    roles = {"how": METHODS, "where": PLACES, "when": TRIGGERS, "care": CARES}
+    for role, known in roles.items():
         for name, kind in known.items():
-            parameters = ", ".join(
-                f"{f.name}={f.default!r}" if f.default is not MISSING else f.name
-                for f in fields(kind)
-            )
-            first = (kind.__doc__ or "").splitlines()[0]
-            print(f"{role:6} {name:18} {parameters or '-':70} {first}")
+            first = (kind.__doc__ or "").partition("\n\n")[0]
+            sentence = " ".join(first.split())
+            parameters = ", ".join(map(said, fields(kind)))
+            table.add_row(role, name, sentence, parameters or "-")
+    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ nearest valid one.
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from pydantic import (
 
 from meristem.care import CARES
 from meristem.core.errors import MeristemError, nearest
-from meristem.event.amounts import is_fraction
+from meristem.event.amounts import Amount, check_amount, is_fraction
 from meristem.how import METHODS
 from meristem.methods import When, check_part
 from meristem.when import TRIGGERS, At, Every, moment
@@ -44,7 +45,9 @@ MODELS = ("mlp", "convnet", "vgg", "resnet", "gpt")
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True
+    )
 
 
 def imported(name: str) -> Any:
@@ -147,22 +150,26 @@ def trigger(choice: Mapping[str, Any], steps: int | None = None) -> When:
 
 
 class Train(_Strict):
-    """How to train, for so many epochs, steps, or floating-point operations; `clip` is
-    the largest norm of a gradient.
-
-    The curve gets a point after every `evaluate` steps; after every epoch, where
-    nothing is said.
-    """
+    """How to train, for so many epochs, steps, or floating-point operations."""
 
     epochs: int | None = Field(None, ge=1)
+    """Passes over the training data; one of epochs, steps and flops is said."""
     steps: int | None = Field(None, ge=1)
+    """Optimizer steps."""
     flops: float | None = Field(None, gt=0)
+    """Floating-point operations of training."""
     batch_size: int = Field(128, ge=1)
+    """Examples per step, over all processes."""
     optimizer: Choice = "adamw"
+    """sgd, adam or adamw, with the parameters of torch: { sgd = { lr = 0.1 } }."""
     schedule: Choice = "constant"
+    """constant, cosine or wsd; `warmup` and, of wsd, `decay` are fractions of training."""
     clip: float | None = Field(None, gt=0)
+    """The largest norm of a gradient."""
     evaluate: int | None = Field(None, ge=1)
+    """Steps between two points of the curve; an epoch where nothing is said."""
     precision: Literal["no", "bf16"] = "no"
+    """bf16 trains under autocast."""
 
     @field_validator("optimizer")
     @classmethod
@@ -196,10 +203,15 @@ class BudgetTable(_Strict):
     """Upper limits."""
 
     parameters: int | None = Field(None, ge=1)
+    """Of the whole model."""
     flops: int | None = Field(None, ge=1)
+    """Of one forward pass, per example."""
     units: int | None = Field(None, ge=1)
+    """Sum of all widths."""
     growths: int | None = Field(None, ge=1)
+    """Number of growths."""
     sizes: dict[str, int] = {}
+    """Largest size by axis, or by a word of all layers (mlp = 64)."""
 
 
 def _part(value: Choice | list[Choice], info: ValidationInfo) -> Choice | list[Choice]:
@@ -215,13 +227,21 @@ class Grow(_Strict):
     """When, where and how to grow."""
 
     when: dict[str, Any]
+    """{ every = "2 epochs" }, { at = ["4 epochs"] }, { at = 0.5 }, or a trigger with its parameters."""
     how: Choice | list[Choice] = "random"
+    """The method, or several for several kinds of axes; `meristem methods` lists them."""
     where: Choice | None = None
+    """Which axis gets how many units; proportional where amount is a fraction, else uniform."""
     care: list[Choice] = ["warm_moments", "fresh_statistics"]
+    """What optimizer and old weights get."""
     amount: int | float | list[int | float] | dict[str, int] = 32
+    """Units over all axes, a fraction of the present widths, a list of either, or { axis = units }."""
     budget: BudgetTable = BudgetTable()
+    """Upper limits."""
     axes: str | list[str] = "*"
+    """Names, patterns or words of the axes that may grow; a leading "!" excludes."""
     round_to: int = Field(1, ge=1)
+    """Grown sizes are multiples of this."""
 
     @model_validator(mode="after")
     def _where(self) -> Grow:
@@ -246,6 +266,12 @@ class Grow(_Strict):
 
     _part = field_validator("how", "where")(_part)
 
+    @field_validator("amount")
+    @classmethod
+    def _amount(cls, value: Amount) -> Amount:
+        check_amount(value)
+        return value
+
     @field_validator("care")
     @classmethod
     def _care(cls, value: list[Choice]) -> list[Choice]:
@@ -260,42 +286,59 @@ class StagesTable(_Strict):
     """
 
     amount: list[int | float]
+    """Units over all axes, or fractions of the present widths, one entry per growth."""
     how: Choice = "swe"
+    """The method."""
     where: Choice = "svod"
+    """Which axis gets how many units."""
     epochs: int = Field(250, ge=1)
+    """Most epochs of a stage."""
     patience: int = Field(20, ge=1)
+    """Epochs without a better validation loss that end a stage."""
     last_patience: int | None = Field(None, ge=1)
+    """The same for the last stage."""
     adjust_batch_size: int = Field(100, ge=1)
+    """Of the batches, not shuffled, that votes and adjustment read."""
     budget: BudgetTable = BudgetTable()
+    """Upper limits."""
     axes: str | list[str] = "*"
+    """Names, patterns or words of the axes that may grow."""
 
     _part = field_validator("how", "where")(_part)
 
 
 class DataOptions(_Strict):
-    """What may be said of a data set: see `meristem.experiments.data.prepared`."""
+    """What may be said of a data set: { digits = { examples = 500 } }."""
 
     examples: int | None = Field(None, ge=1)
+    """Train on so many examples, chosen at random once and for all."""
     validation: float = Field(0.0, ge=0, lt=1)
+    """The fraction of the training data to hold out, in every class alike."""
     augment: bool = False
+    """Crop and mirror training images at random."""
     mean: list[float] | None = None
+    """What images are normalised by, per channel; their own where nothing is said."""
     std: list[float] | None = None
+    """See mean."""
 
 
 class Experiment(_Strict):
-    """One training run.
-
-    `sizes` are those of axes that the net starts with, freshly initialised, where they
-    are not the model's.
-    """
+    """One training run."""
 
     model: Choice
+    """mlp, convnet, vgg, resnet or gpt with its parameters, or "package.module:factory"."""
     data: Choice
+    """A data set by name: digits, mnist, fashion_mnist, cifar10, cifar100, text/NAME, tabular/NAME."""
     seed: int = 0
+    """Of weights, order of the data, and growth."""
     sizes: dict[str, int] = {}
+    """Sizes of axes that the net starts with, freshly initialised, where they are not the model's."""
     train: Train
+    """How to train."""
     grow: Grow | None = None
+    """When, where and how to grow; a net that does not grow has none."""
     stages: StagesTable | None = None
+    """Growth between stages that stop early, in the place of [grow]."""
 
     @property
     def data_options(self) -> tuple[str, DataOptions]:
@@ -361,6 +404,8 @@ def read(path: Path, **overrides: Any) -> Experiment:
             message names the key.
     """
     table = toml(path)
+    if "methods" in table and "tasks" in table:
+        raise ConfigError(f"{path} is a suite. hint: meristem compare {path}")
     return checked(table | overrides, str(path))
 
 
@@ -369,9 +414,8 @@ def checked(table: Mapping[str, Any], source: str = "the configuration") -> Expe
     try:
         experiment = Experiment.model_validate(table)
     except ValidationError as error:
-        raise ConfigError(
-            "\n".join(f"{source}: {_readable(problem)}" for problem in error.errors())
-        ) from None
+        told = _readable(error.errors())
+        raise ConfigError("\n".join(f"{source}: {line}" for line in told)) from None
     train = experiment.train
     # Two ways to say how long would contradict each other.
     lengths = [train.epochs, train.steps, train.flops, experiment.stages]
@@ -398,25 +442,60 @@ def checked(table: Mapping[str, Any], source: str = "the configuration") -> Expe
     return experiment
 
 
-def _readable(problem: Any) -> str:
-    location = [
-        str(part)
-        for part in problem["loc"]
-        if not str(part).startswith(("dict[", "function-"))
-    ]
-    key = ".".join(location)
-    if problem["type"] == "extra_forbidden":
-        tables: dict[str, type[BaseModel]] = {
-            "train": Train,
-            "grow": Grow,
-            "stages": StagesTable,
-            "budget": BudgetTable,
-        }
-        table: type[BaseModel] = Experiment
-        for part in location[:-1]:
-            table = tables.get(part, table)
-        valid = list(table.model_fields)
-        return f"unknown key {key!r}.{nearest(location[-1], valid)} Known here: {', '.join(valid)}"
-    if problem["type"] == "missing":
+# What a value can be, by the beginning of pydantic's name for the error.
+_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "list": "a list",
+    "dict": "a table",
+    "model": "a table",
+    "string": "text",
+    "bool": "true or false",
+}
+# Where pydantic names the alternatives that it tried, and not a key.
+_TRIED = re.compile(r"(int|float|str|bool|(list|dict)\[.*|function-.*)$")
+
+
+def _readable(problems: Sequence[Any]) -> list[str]:
+    """One sentence for every key that is wrong."""
+    by_key: dict[str, list[Any]] = {}
+    for problem in problems:
+        path = [part for part in map(str, problem["loc"]) if not _TRIED.match(part)]
+        by_key.setdefault(".".join(path), []).append(problem)
+    told = []
+    for key, listed in by_key.items():
+        # What lies inside of a wrong value was tried in vain.
+        if key.rpartition(".")[0] not in by_key:
+            told.append(_sentence(key, listed))
+    return told
+
+
+def _sentence(key: str, problems: Sequence[Any]) -> str:
+    first = problems[0]
+    if first["type"] == "extra_forbidden":
+        return _unknown(key)
+    if first["type"] == "missing":
         return f"key {key!r} is missing"
-    return f"{key}: {problem['msg'].removeprefix('Value error, ')}"
+    words = {_WORDS.get(one["type"].partition("_")[0]): None for one in problems}
+    got = f"got {first['input']!r}"
+    if None not in words and all(one["input"] == first["input"] for one in problems):
+        return f"{key} must be {' or '.join(map(str, words))}; {got}"
+    said = [one["msg"] for one in problems if one["type"] == "value_error"]
+    if said:
+        return f"{key}: {said[0].removeprefix('Value error, ')}"
+    return f"{key}: {first['msg'].replace('Input should', 'it should')}; {got}"
+
+
+def _unknown(key: str) -> str:
+    tables: dict[str, type[BaseModel]] = {
+        "train": Train,
+        "grow": Grow,
+        "stages": StagesTable,
+        "budget": BudgetTable,
+    }
+    table: type[BaseModel] = Experiment
+    *above, last = key.split(".")
+    for part in above:
+        table = tables.get(part, table)
+    valid = list(table.model_fields)
+    return f"unknown key {key!r}.{nearest(last, valid)} Known here: {', '.join(valid)}"

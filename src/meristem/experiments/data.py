@@ -9,7 +9,9 @@ import math
 import os
 import pickle
 import tarfile
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -296,11 +298,16 @@ def load(
     root = os.environ.get("MERISTEM_DATA")
     kind, _, stem = name.rpartition("/")
     if kind == "text":
-        return _text(name, _file(root, f"{name}.txt", name))
+        with _reading(_file(root, f"{name}.txt", name), "text in UTF-8") as path:
+            return _text(name, path)
     if kind == "tabular":
-        return _tabular(name, _npz(_file(root, f"{name}.npz", name)))
+        with _reading(_file(root, f"{name}.npz", name), "x and y") as path:
+            return _tabular(name, _npz(path))
     if root is not None and (Path(root) / f"{stem}.npz").exists():
-        return _images(name, _npz(Path(root) / f"{stem}.npz"))
+        with _reading(
+            Path(root) / f"{stem}.npz", "x_train, y_train, x_test, y_test"
+        ) as path:
+            return _images(name, _npz(path))
     if name not in sources:
         known = ["digits", *sources, *_files_under(root)]
         raise DataError(
@@ -308,6 +315,18 @@ def load(
             f"{', '.join(known)}"
         )
     return _images(name, _download(name, *sources[name]))
+
+
+@contextmanager
+def _reading(path: Path, holds: str) -> Iterator[Path]:
+    """Within, a file is read; whatever is wrong with it names the file."""
+    try:
+        yield path
+    except (OSError, EOFError, ValueError, LookupError, zipfile.BadZipFile) as error:
+        raise DataError(
+            f"{path} is damaged, or no such data ({type(error).__name__}: {error}). hint: "
+            f"a file of this kind holds {holds}"
+        ) from error
 
 
 def _files_under(root: str | None) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -215,6 +215,29 @@ class ResNet(nn.Module):
         return out
 
 
+def imported_model(name: str, parameters: Mapping[str, Any]) -> nn.Module:
+    """The model that "package.module:name" gives: a module, or what makes one.
+
+    Raises:
+        ConfigError: It cannot be imported, does not take the parameters, or makes none.
+    """
+    made = imported(name)
+    if not isinstance(made, nn.Module):
+        if not callable(made):
+            raise ConfigError(f"{name!r} is neither a module nor makes one")
+        try:
+            made = made(**parameters)
+        except TypeError as error:
+            raise ConfigError(
+                f"{name!r} does not take these arguments: {error}"
+            ) from None
+    if not isinstance(made, nn.Module):
+        raise ConfigError(
+            f"model = {name!r} gives a {type(made).__name__}, not a torch.nn.Module"
+        )
+    return made
+
+
 def build(choice: Choice, data: Data) -> nn.Module:
     """The model that a configuration names, sized for the data.
 
@@ -225,13 +248,7 @@ def build(choice: Choice, data: Data) -> nn.Module:
         (choice, {}) if isinstance(choice, str) else next(iter(choice.items()))
     )
     if ":" in name:
-        model = imported(name)(**parameters)
-        if not isinstance(model, nn.Module):
-            raise ConfigError(
-                f"model = {name!r} gives a {type(model).__name__}, not a "
-                "torch.nn.Module"
-            )
-        return model
+        return imported_model(name, parameters)
     shape = data.x_train.shape[1:]
     make: Callable[..., nn.Module]
     kinds: dict[str, Callable[..., nn.Module]] = {

@@ -6,6 +6,7 @@ A plain loop; started again, it resumes.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import math
@@ -488,11 +489,17 @@ def run(
 
     A finished run is not run again. The checkpoint lies beside the result until the run
     is finished.
+
+    Raises:
+        ConfigError: The result of another configuration stands there.
     """
-    result = out / f"{name}_seed{experiment.seed}.json"
+    result = _result(experiment, out, name)
     with _lock(result):
-        if not (result.exists() and _asks_for(result, experiment)):
-            folder = out / "checkpoints" / result.stem
+        if finished_before(experiment, out, name) is None:
+            asked = json.dumps(experiment.model_dump(mode="json"), sort_keys=True)
+            digest = hashlib.sha256(asked.encode()).hexdigest()[:8]
+            # Of one configuration: after an edit of the file another run begins.
+            folder = out / "checkpoints" / f"{result.stem}-{digest}"
             running = Run(experiment, report)
             running.train(folder)
             found = result_of(running)
@@ -527,8 +534,32 @@ def _lock(result: Path) -> Iterator[None]:
         yield
 
 
-def _asks_for(result: Path, experiment: Experiment) -> bool:
-    return _same(json.loads(result.read_text())["config"], experiment)
+def _result(experiment: Experiment, out: Path, name: str) -> Path:
+    return out / f"{name}_seed{experiment.seed}.json"
+
+
+def finished_before(experiment: Experiment, out: Path, name: str) -> Path | None:
+    """The result of an experiment, where it stands there already.
+
+    Raises:
+        ConfigError: What stands there is the result of another configuration, or none.
+    """
+    result = _result(experiment, out, name)
+    if not result.exists():
+        return None
+    try:
+        config = json.loads(result.read_text())["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{result} is not the result of a run ({type(error).__name__}: {error}). "
+            "hint: move it away"
+        ) from None
+    if not _same(config, experiment):
+        raise ConfigError(
+            f"{result} holds the result of another configuration. hint: --out names "
+            "another folder; or move it away"
+        )
+    return result
 
 
 def _same(config: Any, experiment: Experiment) -> bool:

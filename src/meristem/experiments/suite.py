@@ -46,32 +46,36 @@ TUNING_VALIDATION = 0.1
 
 
 class Suite(BaseModel):
-    """What a suite file says. A method's table is merged into the task's [grow] or
-    [stages]; what it says of `model` and `train`, into the task's own.
+    """What a suite file says: tasks x methods x seeds, and the baselines they call for."""
 
-    `score` is what differences are in and what is plotted, for the rows in `drawn` (all
-    of them where nothing is said). Baselines are those of the methods in `baselines_of`
-    (of all where nothing is said); where several methods end in one shape, `final_of`
-    names the one whose final shape is trained. `learning_rates` are tried for every row
-    named in `tuned` (for all of them where nothing is said); the other rows take the
-    rate of the first tuned one of their kind: grown, small, final or equal (of these
-    two, the other's where there is none). `rates` names rates by row, found elsewhere.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True
+    )
 
     seeds: list[int] = Field([0, 1, 2], min_length=1)
+    """Every row is run with each."""
     reference: str
+    """The row that all others are compared with."""
     score: Literal["accuracy", "loss"] = "accuracy"
+    """What differences are in and what is plotted."""
     drawn: list[str] | None = None
+    """The rows that are plotted; all where nothing is said."""
     baselines: list[Baseline] = ["small", "final", "equal"]
+    """The first shape; the final shape trained in full; the same at the method's cost."""
     baselines_of: list[str] | None = None
+    """The methods whose baselines are run; all where nothing is said."""
     final_of: list[str] | None = None
+    """Where several methods end in one shape, the one whose final shape is trained."""
     learning_rates: list[float] = []
+    """Tried for every tuned row, on a tenth of the training data that is held out."""
     tuned: list[str] | None = None
+    """Rows whose rate is tuned; the others take that of the first tuned row of their kind."""
     rates: dict[str, float] = {}
+    """Rates by row that were found elsewhere."""
     tasks: dict[str, dict[str, Any]] = Field(min_length=1)
+    """Experiments by name, without what the methods say."""
     methods: dict[str, dict[str, Any]] = Field(min_length=1)
+    """Tables by name, merged into a task's [grow] or [stages]; `model` and `train` into its own."""
 
 
 @dataclass(frozen=True)
@@ -254,8 +258,11 @@ class Comparison:
 
 def _validated(path: Path) -> Suite:
     """The suite in a file."""
+    table = toml(path)
+    if "train" in table and "methods" not in table:
+        raise ConfigError(f"{path} is one experiment. hint: meristem run {path}")
     try:
-        return Suite.model_validate(toml(path))
+        return Suite.model_validate(table)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))

@@ -1,0 +1,5 @@
+"""`python -m meristem`: the command."""
+
+from meristem.cli import main
+
+main()
