@@ -266,6 +266,24 @@ def compare(
 
 
 @app.command()
+def report(
+    results: Annotated[
+        list[Path],
+        typer.Argument(help="Result files, or folders of them; seeds are averaged."),
+    ],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path(
+        "meristem-report.html"
+    ),
+    title: Annotated[str, typer.Option(help="Its heading.")] = "Meristem report",
+) -> None:
+    """Write one HTML page of finished runs; the last line on stdout is its path."""
+    from meristem.report import of_files, write
+
+    _check_writable(out)
+    print(write(of_files(results), out, title))
+
+
+@app.command()
 def axes(
     model: Annotated[
         str, typer.Argument(help='A module or factory, as "package.module:name".')

@@ -7,7 +7,9 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from numbers import Real
-from typing import Any
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +39,16 @@ from meristem.lab.laboratory import Progress
 from meristem.lab.losses import Loss
 from meristem.methods import Clock, When, Where, check_counts, check_part, rations
 from meristem.pruning import prune_each
+from meristem.report.records import Point, Record
 from meristem.structure import Structure, structure_of
 from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.aftercare import aftercare_state, load_aftercare
 from meristem.surgery.host import inner, opened_host, ranks_of
 from meristem.when import TRIGGERS, counts_epochs
 from meristem.where import Proportional, Uniform
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _STATE = frozenset(
     [
@@ -53,6 +59,7 @@ _STATE = frozenset(
         "done",
         "reason",
         "losses",
+        "curve",
         "passing",
         "generator",
         "aftercare",
@@ -304,6 +311,7 @@ class Grower:
         if loss is not None:
             loss = _over_ranks(loss, self.ranks)
             self.calendar.losses.add(loss)
+            self.calendar.curve.add(self.clock.step + 1, loss)
         # Only such a trigger weighs growth against training; others need no count.
         counted = self._rationed and not self.done
         if counted and self._step_cost is None:
@@ -406,6 +414,64 @@ class Grower:
                 self.calendar.forget(axis, self.clock.step)
         return done
 
+    # -- looking -----------------------------------------------------------------------
+
+    def record(self, name: str = "this run") -> Record:
+        """The run so far, as reports show it: training loss, metric, sizes, growths."""
+        metrics = dict(self.metrics)
+        points = []
+        for step, loss in self.calendar.curve.points():
+            points.append(Point(step, loss=loss))
+        for step, metric in metrics.items():
+            points.append(Point(step, accuracy=metric))
+        points.sort(key=lambda point: point.step)
+        parameters = sum(p.numel() for p in self.model.parameters())
+        growths = [growth.json() for growth in self.history]
+        return Record(
+            name, points or [Point(0)], growths, parameters, self.clock.growing
+        )
+
+    def plot(self) -> Figure:
+        """The training loss and the sizes over the steps, as a matplotlib figure.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+
+        Examples:
+            >>> import torch, meristem as ms
+            >>> net = torch.nn.Sequential(
+            ...     torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)
+            ... )
+            >>> grower = ms.Grower(
+            ...     net, torch.optim.SGD(net.parameters(), lr=0.1),
+            ...     loss=lambda net, x: net(x).square().mean(), data=[torch.randn(3, 4)],
+            ...     when=ms.when.Every(steps=2), how=ms.how.Random(), amount=2,
+            ... )
+            >>> for _ in range(4):
+            ...     growth = grower.step(1.0)
+            >>> grower.plot().savefig("growth.png")  # doctest: +SKIP
+        """
+        from meristem.report import figures
+
+        return figures.overview(self.record())
+
+    def report(self, path: str | PathLike[str], title: str = "Meristem report") -> Path:
+        """Write the run so far as one HTML file that needs nothing else.
+
+        Args:
+            path: The file.
+            title: Its heading.
+
+        Returns:
+            The path.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from meristem.report import write
+
+        return write([self.record()], Path(path), title)
+
     # -- state -------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -416,6 +482,7 @@ class Grower:
             "done": self.done,
             "reason": self.reason,
             "losses": self.calendar.losses.numbers(),
+            "curve": self.calendar.curve.points(),
             "generator": self.settings.generator.get_state(),
             "aftercare": aftercare_state(self.model, self.optimizers),
         }
@@ -429,6 +496,7 @@ class Grower:
         self.clockwork.load_state_dict(state)
         # The model and its optimizer are somebody else's to load.
         self.calendar.restore(state["history"], state["losses"])
+        self.calendar.curve.restore(state["curve"])
         self.done, self.reason = bool(state["done"]), str(state["reason"])
         self._step_cost = None
         self.settings.generator.set_state(state["generator"])

@@ -87,12 +87,51 @@ class LossRecord:
         }
 
 
+class Curve:
+    """The training loss of a whole run, in few points: means over as many steps as keep
+    their number below `LIMIT`.
+    """
+
+    LIMIT = 512
+
+    def __init__(self) -> None:
+        self._means: list[tuple[int, Tensor | float]] = []
+        self._width = 1
+        self._sum: Tensor | float = 0.0
+        self._count = 0
+
+    def add(self, step: int, loss: Tensor | float) -> None:
+        """One more loss; on a device it is not waited for."""
+        self._sum = self._sum + (loss.detach() if isinstance(loss, Tensor) else loss)
+        self._count += 1
+        if self._count < self._width:
+            return
+        self._means.append((step, self._sum / self._count))
+        self._sum, self._count = 0.0, 0
+        if len(self._means) >= self.LIMIT:
+            pairs = zip(self._means[::2], self._means[1::2], strict=True)
+            self._means = [(step, (a + b) / 2) for (_, a), (step, b) in pairs]
+            self._width *= 2
+
+    def points(self) -> list[tuple[int, float]]:
+        """Steps, and the mean loss of those up to them."""
+        return [(step, float(mean)) for step, mean in self._means]
+
+    def restore(self, points: Iterable[Sequence[float]]) -> None:
+        """Go on from points; what has come since the last one is forgotten."""
+        self._means = [(int(step), float(mean)) for step, mean in points]
+        steps = [step for step, _ in self._means]
+        self._width = steps[-1] - steps[-2] if len(steps) > 1 else 1
+        self._sum, self._count = 0.0, 0
+
+
 class Calendar:
     """When the units of past growths are looked at, and what was found.
 
     Attributes:
         history: Every growth so far.
         losses: The last training losses.
+        curve: The training loss of the whole run.
     """
 
     def __init__(
@@ -105,6 +144,7 @@ class Calendar:
     ) -> None:
         self.history: list[Growth] = []
         self.losses = LossRecord()
+        self.curve = Curve()
         self._structure, self._loss = structure, loss
         self._data, self._generator = data, generator
         self._ranks = ranks

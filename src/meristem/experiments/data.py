@@ -353,7 +353,8 @@ def _file(root: str | None, relative: str, name: str) -> Path:
 
 
 def _npz(path: Path) -> Arrays:
-    with np.load(path, allow_pickle=False) as archive:
+    # Opened here: numpy does not close what is no archive.
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
         return dict(archive)
 
 

@@ -1,0 +1,176 @@
+"""One HTML file that shows runs: figures, growths and a table that can be sorted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from meristem.report import figures
+from meristem.report.records import Record
+
+HEADER = (
+    "run",
+    "accuracy",
+    "loss",
+    "parameters",
+    "training FLOPs",
+    "of it growth",
+    "growths",
+    "seconds",
+)
+
+
+def write(
+    records: Sequence[Record], path: Path, title: str = "Meristem report"
+) -> Path:
+    """Write the report of some runs.
+
+    The file is whole in itself: no network, no other file. Figures are SVG, lines are
+    told apart without colour, and without scripts only the sorting is missing.
+
+    Args:
+        records: The runs, in the order in which they are shown.
+        path: The file to write.
+        title: Its heading.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    style = resources.files("meristem.report").joinpath("page.css").read_text("utf-8")
+    script = resources.files("meristem.report").joinpath("page.js").read_text("utf-8")
+    body = "\n".join(_sections(records))
+    path.write_text(
+        "<!doctype html>\n"
+        f'<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<style>{style}</style></head>\n"
+        f"<body><main><h1>{escape(title)}</h1>\n{body}\n</main>\n"
+        f"<script>{script}</script></body></html>\n",
+        encoding="utf-8",
+    )
+    return path
+
+
+def _sections(records: Sequence[Record]) -> Iterator[str]:
+    yield _section("Runs", _table(records))
+    keys = []
+    for key, smaller in (("loss", True), ("accuracy", False)):
+        if any(record.final(key) is not None for record in records):
+            keys.append((key, smaller))
+    for key, smaller in keys:
+        title = f"{key.capitalize()} over the cost of training"
+        told = "Solid lines grow; an upright mark stands before and after a growth."
+        drawn = figures.svg(figures.curves(records, key, smaller), title)
+        yield _section(title, f"<p>{told}</p>{drawn}")
+    if len(records) > 1 and all(one.last.flops is not None for one in records):
+        key, smaller = keys[-1]
+        title = f"{key.capitalize()} against size and cost"
+        drawn = figures.svg(figures.pareto(records, key, smaller), title)
+        yield _section(title, f"<p>Nothing below the grey line is worth it.</p>{drawn}")
+    for record in records:
+        if record.growths:
+            yield _section(f"How {record.name} grew", _grown(record))
+    for record in records:
+        if record.notes:
+            yield _section(record.name, _notes(record.notes))
+
+
+def _section(title: str, inside: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>\n{inside}\n</section>"
+
+
+def _table(records: Sequence[Record]) -> str:
+    """All runs; a click on a heading sorts by it."""
+    head = "".join(
+        f'<th scope="col"><button type="button">{escape(name)}</button></th>'
+        for name in HEADER
+    )
+    rows = "\n".join(_row(record) for record in records)
+    return (
+        '<div class="wide"><table class="sorted"><thead><tr>'
+        f"{head}</tr></thead><tbody>\n{rows}\n</tbody></table></div>"
+    )
+
+
+def _row(record: Record) -> str:
+    last = record.last
+    share = None
+    if record.growth_flops is not None and last.flops:
+        share = 100 * record.growth_flops / last.flops
+    seeds = f", mean of {record.seeds}" if record.seeds > 1 else ""
+    cells = [
+        f'<th scope="row">{escape(record.name)}{seeds}</th>',
+        _cell(record.final("accuracy"), "{:.4f}"),
+        _cell(record.final("loss"), "{:.4f}"),
+        _cell(record.parameters, "{:,.0f}"),
+        _cell(last.flops, "{:.3g}"),
+        _cell(share, "{:.1f} %"),
+        _cell(len(record.growths), "{}"),
+        _cell(record.seconds, "{:.1f}"),
+    ]
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def _cell(value: float | None, form: str) -> str:
+    if value is None:
+        return '<td data-value="">–</td>'
+    return f'<td data-value="{value}">{form.format(value)}</td>'
+
+
+def _grown(record: Record) -> str:
+    parts = [
+        figures.svg(figures.sizes(record), f"Sizes of {record.name} over the steps")
+    ]
+    drawn = figures.health(record)
+    if drawn is not None:
+        parts.append("<h3>Health of the new units</h3>")
+        parts.append(figures.svg(drawn, f"Inactive new units of {record.name}"))
+    rows = "\n".join(map(_growth, record.growths))
+    parts.append(
+        '<h3>Growths</h3><div class="wide"><table class="growths"><thead><tr><th>step</th><th>what grew'
+        "</th><th>parameters</th><th>outputs moved by</th><th>FLOPs</th><th>votes and "
+        f"notes</th></tr></thead><tbody>\n{rows}\n</tbody></table></div>"
+    )
+    return "\n".join(parts)
+
+
+def _growth(growth: Mapping[str, Any]) -> str:
+    changed = []
+    for name, after in growth["after"].items():
+        changed.append(f"{name} {growth['before'][name]} → {after}")
+    told = [f"{name}: {_votes(votes)}" for name, votes in growth["votes"].items()]
+    told += [f"{name}: {note}" for name, note in growth["notes"].items()]
+    sizes, change = growth["parameters"], growth["max_change"]
+    cells = (
+        "–" if growth["step"] is None else str(growth["step"]),
+        _lines(changed),
+        "–" if sizes is None else "{:,} → {:,}".format(*sizes),
+        "–" if change is None else f"{change:.1e}",
+        f"{growth['flops']:.2g}",
+        _lines(told) or "–",
+    )
+    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
+
+def _lines(texts: Sequence[str]) -> str:
+    """A list of texts; a long one is folded."""
+    shown = "<br>".join(escape(text) for text in texts)
+    if len(texts) <= 6:
+        return shown
+    return f"<details><summary>{len(texts)} axes</summary>{shown}</details>"
+
+
+def _votes(votes: Any) -> str:
+    if not isinstance(votes, Mapping):
+        return str(votes)
+    return ", ".join(f"{name} {value:.3g}" for name, value in votes.items())
+
+
+def _notes(notes: Mapping[str, str]) -> str:
+    return "\n".join(
+        f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
+        for title, text in notes.items()
+    )

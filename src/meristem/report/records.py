@@ -1,0 +1,148 @@
+"""What a report shows: runs by name, from files of results or from a grower."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from meristem.core.errors import DataError
+
+# What results of earlier versions do not say of a growth.
+_UNTOLD: dict[str, Any] = {
+    "step": None,
+    "parameters": None,
+    "max_change": None,
+    "flops": 0,
+    "votes": {},
+    "notes": {},
+    "health": {},
+}
+_SEED = re.compile(r"_seed(\d+)$")
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a run stood.
+
+    Attributes:
+        step: Optimizer steps.
+        flops: Floating-point operations so far; None where nobody counted them.
+        loss, accuracy: What was measured then; None where it was not.
+        sizes: Units or blocks by axis.
+    """
+
+    step: int
+    flops: float | None = None
+    loss: float | None = None
+    accuracy: float | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run, or the mean of the runs of several seeds.
+
+    Attributes:
+        name: What it is called.
+        points: The curve.
+        growths: Every growth, as `Growth.json` gives it; those of the first seed.
+        parameters: Of the final net.
+        growth_flops: What all growths cost.
+        seconds: The whole run.
+        seeds: How many runs it is the mean of.
+        notes: More to show of it, by title.
+    """
+
+    name: str
+    points: Sequence[Point]
+    growths: Sequence[Mapping[str, Any]] = ()
+    parameters: float | None = None
+    growth_flops: float | None = None
+    seconds: float | None = None
+    seeds: int = 1
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def last(self) -> Point:
+        return self.points[-1]
+
+    def final(self, key: str) -> float | None:
+        """The last value of a measure, where it was taken."""
+        values = [getattr(point, key) for point in self.points]
+        known: list[float] = [value for value in values if value is not None]
+        return known[-1] if known else None
+
+
+def of_files(paths: Sequence[Path]) -> list[Record]:
+    """The records of result files, and of all that lie in folders; seeds are averaged.
+
+    Raises:
+        DataError: There are none, or a file that was named is no result.
+    """
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for path in paths:
+        if not path.exists():
+            raise DataError(f"there is no {path}")
+        for file in sorted(path.rglob("*.json")) if path.is_dir() else [path]:
+            result = _read(file)
+            if result is not None:
+                found.setdefault(_SEED.sub("", file.stem), []).append(result)
+            elif file == path:
+                raise DataError(f"{path} is not the result of a run")
+    if not found:
+        raise DataError(
+            f"no results of runs in {', '.join(map(str, paths))}. hint: `meristem run` "
+            "and `meristem compare` write them"
+        )
+    return [_averaged(name, results) for name, results in found.items()]
+
+
+def _read(file: Path) -> Mapping[str, Any] | None:
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError):
+        return None
+    needed = {"curve", "growths", "training_flops", "parameters", "seconds"}
+    is_result = isinstance(result, dict) and needed <= result.keys()
+    return result if is_result and result["curve"] else None
+
+
+def _averaged(name: str, results: Sequence[Mapping[str, Any]]) -> Record:
+    first = results[0]
+    length = min(len(result["curve"]) for result in results)
+    points = []
+    for place in range(length):
+        at = [result["curve"][place] for result in results]
+        points.append(
+            Point(
+                at[0]["step"],
+                _mean([one["flops"] for one in at]),
+                _mean([one["loss"] for one in at]),
+                _mean([one["accuracy"] for one in at]),
+                at[0]["sizes"],
+            )
+        )
+    notes = {}
+    for key in ("config", "versions", "hardware"):
+        if key in first:
+            notes[key] = json.dumps(first[key], indent=1)
+    return Record(
+        name,
+        points,
+        [_UNTOLD | growth for growth in first["growths"]],
+        _mean([result["parameters"] for result in results]),
+        _mean([result.get("growth_flops", 0) for result in results]),
+        _mean([result["seconds"] for result in results]),
+        len(results),
+        notes,
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
