@@ -5,11 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from numbers import Real
-from os import PathLike
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,16 +36,13 @@ from meristem.lab.laboratory import Progress
 from meristem.lab.losses import Loss
 from meristem.methods import Clock, When, Where, check_counts, check_part, rations
 from meristem.pruning import prune_each
-from meristem.report.records import Point, Record
+from meristem.report.shown import Shown
 from meristem.structure import Structure, structure_of
 from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.aftercare import aftercare_state, load_aftercare
 from meristem.surgery.host import inner, opened_host, ranks_of
 from meristem.when import TRIGGERS, counts_epochs
 from meristem.where import Proportional, Uniform
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _STATE = frozenset(
     [
@@ -71,16 +65,6 @@ def _ranks(model: nn.Module) -> Ranks:
     """The processes that grow alike: those of a wrapper, else all with the same model."""
     ranks = ranks_of(model)
     return ranks if ranks.several else replicas_of(inner(model))
-
-
-def _short(part: object) -> str:
-    """A dataclass as it is written: what differs from its defaults."""
-    said = []
-    for one in fields(part) if is_dataclass(part) else ():
-        value = getattr(part, one.name)
-        if value != one.default:
-            said.append(f"{one.name}={value!r}")
-    return f"{type(part).__name__}({', '.join(said)})"
 
 
 def _over_ranks(loss: Tensor | float, ranks: Ranks) -> Tensor | float:
@@ -113,13 +97,21 @@ def _check_state(state: Mapping[str, Any]) -> None:
         )
 
 
-def _steps(batches: int | None, accumulation: int) -> int | None:
-    """Optimizer steps of an epoch."""
+def _steps(batches: int | None, accumulation: int, when: When) -> int | None:
+    """Optimizer steps of an epoch; tells where a trigger needs them and they are not known."""
     check_counts("Grower", accumulation=accumulation)
-    return None if batches is None else math.ceil(batches / accumulation)
+    if batches is not None:
+        return math.ceil(batches / accumulation)
+    if counts_epochs(when):
+        warnings.warn(
+            f"data has no length, so that {type(when).__name__} is due only where the "
+            "loop calls grower.epoch() at the end of every epoch",
+            stacklevel=3,
+        )
+    return None
 
 
-class Grower:
+class Grower(Shown):
     """Grows `model` while you train it: call `step` after every optimizer step.
 
     Args:
@@ -137,9 +129,10 @@ class Grower:
         care: What optimizer and old weights get; by default a warm second moment, and
             running statistics of batch norms that follow faster for 100 steps.
         amount: Units per growth: an int over all axes, a fraction of the present widths
-            (1.0 doubles every one), a list of either (one per growth), or {axis: count}. An int goes to widths, or
-            to depths where `axes` or the methods speak for these alone (runs of blocks
-            first); `where.ByGain(per_flop=True)` weighs both, where methods for both are given.
+            (1.0 doubles every one), a list of either (one per growth), or {axis: count}.
+            An int goes to widths, or to depths where `axes` or the methods speak for
+            these alone (runs of blocks first); `where.ByGain(per_flop=True)` weighs
+            both, where methods for both are given.
         budget: Upper limits; a growth that would pass one grows what fits.
         axes: Names or glob patterns of the axes that may grow, or words of all layers
             (`mlp`, `heads`, `width`, `depth` and the others of `expand_`, here, in
@@ -208,10 +201,10 @@ class Grower:
         self.host, self.model, self.when = model, inner(model), when
         generator = generator or private_generator(self.model)
         self.ranks = _ranks(model)
-        data = shared(data, self.ranks)
+        self.loss, self.data = loss, shared(data, self.ranks)
         self.settings = Settings(
             loss=loss,
-            data=data,
+            data=self.data,
             generator=generator,
             progress=progress,
             how=methods(how),
@@ -224,17 +217,9 @@ class Grower:
             round_to=round_to,
             ranks=self.ranks,
         )
-        steps = _steps(length(data), accumulation)
-        if steps is None and counts_epochs(when):
-            warnings.warn(
-                f"data has no length, so that {_short(when)} is due only where the loop "
-                "calls grower.epoch() at the end of every epoch",
-                stacklevel=2,
-            )
-        self.clockwork = Clockwork(when, steps)
-        self.calendar = Calendar(self.structure, loss, data, generator, self.ranks)
-        self.done, self.reason = False, ""
-        self._example = example
+        self.clockwork = Clockwork(when, _steps(length(data), accumulation, when))
+        self.calendar = Calendar(self.structure, loss, self.data, generator, self.ranks)
+        self.done, self.reason, self._example = False, "", example
         self._step_cost: float | None = None
         # Asked once: an idle step must cost next to nothing.
         self._rationed = rations(when)
@@ -243,23 +228,6 @@ class Grower:
         with undisturbed():
             self.settings.check_model(self.structure())
         self._witness = Witness(self.model, self.settings.optimizers)
-
-    def __repr__(self) -> str:
-        growths = len(self.history)
-        sizes = {name: size for one in self.history for name, size in one.after.items()}
-        ended = f", done: {self.reason}" if self.done else ""
-        return (
-            f"Grower({type(self.model).__name__}, {_short(self.when)}, step {self.clock.step}, "
-            f"growths {growths}{f', sizes {sizes}' if sizes else ''}{ended})"
-        )
-
-    @property
-    def loss(self) -> Loss:
-        return self.settings.loss
-
-    @property
-    def data(self) -> Iterable[Any]:
-        return self.settings.data
 
     @property
     def optimizers(self) -> tuple[Optimizer, ...]:
@@ -307,18 +275,16 @@ class Grower:
                 another optimizer. Nothing has changed.
             DataError: The loss of a growth batch is not finite. Nothing has changed.
         """
-        given = loss
-        if loss is not None:
-            loss = _over_ranks(loss, self.ranks)
-            self.calendar.losses.add(loss)
-            self.calendar.curve.add(self.clock.step + 1, loss)
+        mean = None if loss is None else _over_ranks(loss, self.ranks)
+        if mean is not None:
+            self.calendar.heard(self.clock.step + 1, mean)
         # Only such a trigger weighs growth against training; others need no count.
         counted = self._rationed and not self.done
         if counted and self._step_cost is None:
             self._step_cost = self.settings.step_cost(self.model)
-        self.clockwork.step(loss, (self._step_cost or 0.0) if counted else 0.0)
+        self.clockwork.step(mean, (self._step_cost or 0.0) if counted else 0.0)
         self.calendar.turn(self.clock.step)
-        return self._grow_if_due(given)
+        return self._grow_if_due(loss)
 
     def epoch(self, metric: float | None = None) -> Growth | None:
         """Record the end of an epoch and its metric.
@@ -413,64 +379,6 @@ class Grower:
             for axis in growth.added:
                 self.calendar.forget(axis, self.clock.step)
         return done
-
-    # -- looking -----------------------------------------------------------------------
-
-    def record(self, name: str = "this run") -> Record:
-        """The run so far, as reports show it: training loss, metric, sizes, growths."""
-        metrics = dict(self.metrics)
-        points = []
-        for step, loss in self.calendar.curve.points():
-            points.append(Point(step, loss=loss))
-        for step, metric in metrics.items():
-            points.append(Point(step, accuracy=metric))
-        points.sort(key=lambda point: point.step)
-        parameters = sum(p.numel() for p in self.model.parameters())
-        growths = [growth.json() for growth in self.history]
-        return Record(
-            name, points or [Point(0)], growths, parameters, self.clock.growing
-        )
-
-    def plot(self) -> Figure:
-        """The training loss and the sizes over the steps, as a matplotlib figure.
-
-        Raises:
-            ImportError: matplotlib is not installed.
-
-        Examples:
-            >>> import torch, meristem as ms
-            >>> net = torch.nn.Sequential(
-            ...     torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)
-            ... )
-            >>> grower = ms.Grower(
-            ...     net, torch.optim.SGD(net.parameters(), lr=0.1),
-            ...     loss=lambda net, x: net(x).square().mean(), data=[torch.randn(3, 4)],
-            ...     when=ms.when.Every(steps=2), how=ms.how.Random(), amount=2,
-            ... )
-            >>> for _ in range(4):
-            ...     growth = grower.step(1.0)
-            >>> grower.plot().savefig("growth.png")  # doctest: +SKIP
-        """
-        from meristem.report import figures
-
-        return figures.overview(self.record())
-
-    def report(self, path: str | PathLike[str], title: str = "Meristem report") -> Path:
-        """Write the run so far as one HTML file that needs nothing else.
-
-        Args:
-            path: The file.
-            title: Its heading.
-
-        Returns:
-            The path.
-
-        Raises:
-            ImportError: matplotlib is not installed.
-        """
-        from meristem.report import write
-
-        return write([self.record()], Path(path), title)
 
     # -- state -------------------------------------------------------------------------
 

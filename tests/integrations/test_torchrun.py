@@ -67,17 +67,17 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     launcher.write_text(OFTEN)
     file.write_text(EXPERIMENT)
     several = ["-m", "torch.distributed.run", "--nproc-per-node=2"]
-    manifest = out / "checkpoints" / "experiment_seed0" / "meristem.json"
+    manifests = "checkpoints/experiment_seed0-*/meristem.json"
     running = subprocess.Popen(
         [sys.executable, *several, str(launcher), "run", str(file), "--out", str(out)]
     )
     # Until it has grown.
-    while not (manifest.exists() and json.loads(manifest.read_text())["lineage"]):
+    while not any(json.loads(m.read_text())["lineage"] for m in out.glob(manifests)):
         assert running.poll() is None
         time.sleep(0.01)
     running.terminate()
     running.wait()
-    assert manifest.exists()
+    assert list(out.glob(manifests))
     again = [sys.executable, "-m", "meristem.cli", "run", str(file), "--out", str(out)]
     subprocess.run(again, check=True)
     resumed = json.loads((out / "experiment_seed0.json").read_text())

@@ -70,9 +70,12 @@ def new_entries(name: str, tensor: Tensor) -> Tensor:
 
 
 def hooks(optimizer: torch.optim.Optimizer) -> int:
-    return len(optimizer._optimizer_step_pre_hooks) + len(
-        optimizer._optimizer_step_post_hooks
-    )
+    """Those of aftercare: a Grower counts steps with one of its own."""
+    listed = [
+        *optimizer._optimizer_step_pre_hooks.values(),
+        *optimizer._optimizer_step_post_hooks.values(),
+    ]
+    return len([one for one in listed if "Witness" not in repr(one)])
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)

@@ -193,15 +193,16 @@ class Stream(IterableDataset[Any]):
 
 def test_iterable_data_sets_have_epochs_of_unknown_length() -> None:
     model = mlp()
-    grower = ms.Grower(
-        model,
-        None,
-        loss=loss,
-        data=DataLoader(Stream(), 8),
-        when=ms.when.Every(epochs=1),
-        how=ms.how.Random(),
-        amount=2,
-    )
+    with pytest.warns(UserWarning, match="data has no length"):
+        grower = ms.Grower(
+            model,
+            None,
+            loss=loss,
+            data=DataLoader(Stream(), 8),
+            when=ms.when.Every(epochs=1),
+            how=ms.how.Random(),
+            amount=2,
+        )
     assert grower.step() is None
     assert grower.epoch().after == {"0": 9, "2": 10}
 
@@ -394,7 +395,9 @@ def test_iterable_datasets_keep_drop_last_and_one_shot_ones_are_refused() -> Non
     )
     loader = torch.utils.data.DataLoader(Endless(33), batch_size=8, drop_last=True)
     arguments = {"loss": mse, "when": ms.when.Every(epochs=1), "amount": 6}
-    assert ms.recipes.swe_svod(model, None, data=loader, **arguments).epoch()
+    with pytest.warns(UserWarning, match="data has no length"):
+        growing = ms.recipes.swe_svod(model, None, data=loader, **arguments)
+    assert growing.epoch()
     with pytest.raises(ms.DataError, match="one-shot"):
         ms.recipes.swe_svod(
             small(),

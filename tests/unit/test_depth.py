@@ -499,7 +499,7 @@ def test_an_error_while_blocks_are_placed_rolls_everything_back(
             model,
             {"blocks": 2, "blocks.0.up": 3, "head:depth": 1},
             X,
-            how=ms.how.ZeroBlock(),
+            how=[ms.how.ZeroBlock(), ms.how.Random()],
             optimizer=opt,
         )
     assert list(model.state_dict()) == list(before)
@@ -540,7 +540,10 @@ def test_one_grower_over_width_and_depth() -> None:
 def test_gains_per_flop_rank_units_and_blocks() -> None:
     model = Net()
     ranked = grower(
-        model, how=ms.how.GradMax(), where=ms.where.ByGain(per_flop=True), amount=6
+        model,
+        how=[ms.how.GradMax(), ms.how.ZeroBlock()],
+        where=ms.where.ByGain(per_flop=True),
+        amount=6,
     )
     growth = ranked.step()
     assert growth is not None

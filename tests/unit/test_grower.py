@@ -220,7 +220,8 @@ def test_epochs_of_unknown_length_are_counted_by_epoch() -> None:
 
     model, data = MLP(), Stream()
     opt = torch.optim.SGD(model.parameters(), lr=0.1)
-    one = grower(model, opt, data)
+    with pytest.warns(UserWarning, match="data has no length"):
+        one = grower(model, opt, data)
     for batch in data:
         value = loss(model, batch)
         opt.zero_grad()

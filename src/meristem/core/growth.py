@@ -14,6 +14,10 @@ LINEAGE = "_meristem_lineage"
 """The attribute in which a model keeps its growths."""
 
 
+SHOWN = 4
+"""Axes in the short form of a growth."""
+
+
 @dataclass(repr=False)
 class Growth:
     """What one growth did. Falsy when nothing grew.
@@ -73,9 +77,9 @@ class Growth:
         return any(self.added.values())
 
     def __repr__(self) -> str:
-        changed = ", ".join(
-            f"{n}: {self.before[n]} -> {self.after[n]}" for n in self.after
-        )
+        axes = [f"{n}: {self.before[n]} -> {self.after[n]}" for n in self.after]
+        more = f" and {len(axes) - SHOWN} more" if len(axes) > SHOWN else ""
+        changed = ", ".join(axes[:SHOWN]) + more
         step = "" if self.step is None else f" at step {self.step}"
         parameters = "{:,} -> {:,}".format(*self.parameters)
         return (

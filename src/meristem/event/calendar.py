@@ -149,6 +149,11 @@ class Calendar:
         self._data, self._generator = data, generator
         self._ranks = ranks
 
+    def heard(self, step: int, loss: Tensor | float) -> None:
+        """Keep the training loss of a step."""
+        self.losses.add(loss)
+        self.curve.add(step, loss)
+
     def turn(self, step: int) -> None:
         """Complete the health of growths one of whose moments is now."""
         for growth in self.history:

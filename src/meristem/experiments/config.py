@@ -227,7 +227,7 @@ class Grow(_Strict):
     """When, where and how to grow."""
 
     when: dict[str, Any]
-    """{ every = "2 epochs" }, { at = ["4 epochs"] }, { at = 0.5 }, or a trigger with its parameters."""
+    """{ every = "2 epochs" }, { at = ["4 epochs"] }, { at = 0.5 }, or a table of parameters."""
     how: Choice | list[Choice] = "random"
     """The method, or several for several kinds of axes; `meristem methods` lists them."""
     where: Choice | None = None
@@ -235,7 +235,7 @@ class Grow(_Strict):
     care: list[Choice] = ["warm_moments", "fresh_statistics"]
     """What optimizer and old weights get."""
     amount: int | float | list[int | float] | dict[str, int] = 32
-    """Units over all axes, a fraction of the present widths, a list of either, or { axis = units }."""
+    """Units over all axes, a fraction of the present widths, a list, or { axis = units }."""
     budget: BudgetTable = BudgetTable()
     """Upper limits."""
     axes: str | list[str] = "*"
@@ -328,11 +328,11 @@ class Experiment(_Strict):
     model: Choice
     """mlp, convnet, vgg, resnet or gpt with its parameters, or "package.module:factory"."""
     data: Choice
-    """A data set by name: digits, mnist, fashion_mnist, cifar10, cifar100, text/NAME, tabular/NAME."""
+    """digits, mnist, fashion_mnist, cifar10, cifar100, text/NAME or tabular/NAME."""
     seed: int = 0
     """Of weights, order of the data, and growth."""
     sizes: dict[str, int] = {}
-    """Sizes of axes that the net starts with, freshly initialised, where they are not the model's."""
+    """Sizes of axes that the net starts with, freshly drawn, where they are not the model's."""
     train: Train
     """How to train."""
     grow: Grow | None = None

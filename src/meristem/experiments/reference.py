@@ -22,8 +22,9 @@ from meristem.experiments.suite import Suite
 
 HEAD = """# Configuration files
 
-Every key that a file may have, written from the models that check it. `meristem run FILE` reads an experiment,
-`meristem compare FILE` a suite; a key that is not here is refused with the nearest one that is.
+Every key that a file may have, written from the models that check it. `meristem run FILE`
+reads an experiment, `meristem compare FILE` a suite; a key that is not here is refused with
+the nearest one that is.
 """
 TABLES: dict[str, tuple[str, type[BaseModel]]] = {
     "An experiment": ("", Experiment),

@@ -130,7 +130,8 @@ def _grown(record: Record) -> str:
         parts.append(figures.svg(drawn, f"Inactive new units of {record.name}"))
     rows = "\n".join(map(_growth, record.growths))
     parts.append(
-        '<h3>Growths</h3><div class="wide"><table class="growths"><thead><tr><th>step</th><th>what grew'
+        '<h3>Growths</h3><div class="wide"><table class="growths"><thead>'
+        "<tr><th>step</th><th>what grew"
         "</th><th>parameters</th><th>outputs moved by</th><th>FLOPs</th><th>votes and "
         f"notes</th></tr></thead><tbody>\n{rows}\n</tbody></table></div>"
     )

@@ -10,7 +10,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from torch import nn
+
 from meristem.core.errors import DataError
+from meristem.core.growth import Growth
 
 # What results of earlier versions do not say of a growth.
 _UNTOLD: dict[str, Any] = {
@@ -78,6 +81,23 @@ class Record:
         return known[-1] if known else None
 
 
+def of_training(
+    name: str,
+    model: nn.Module,
+    losses: Sequence[tuple[int, float]],
+    metrics: Sequence[tuple[int, float]],
+    growths: Sequence[Growth],
+    cost: float,
+) -> Record:
+    """The record of a user's own loop."""
+    points = [Point(step, loss=loss) for step, loss in losses]
+    points += [Point(step, accuracy=metric) for step, metric in metrics]
+    points.sort(key=lambda point: point.step)
+    parameters = sum(p.numel() for p in model.parameters())
+    listed = [growth.json() for growth in growths]
+    return Record(name, points or [Point(0)], listed, parameters, cost)
+
+
 def of_files(paths: Sequence[Path]) -> list[Record]:
     """The records of result files, and of all that lie in folders; seeds are averaged.
 
@@ -118,15 +138,8 @@ def _averaged(name: str, results: Sequence[Mapping[str, Any]]) -> Record:
     points = []
     for place in range(length):
         at = [result["curve"][place] for result in results]
-        points.append(
-            Point(
-                at[0]["step"],
-                _mean([one["flops"] for one in at]),
-                _mean([one["loss"] for one in at]),
-                _mean([one["accuracy"] for one in at]),
-                at[0]["sizes"],
-            )
-        )
+        means = {key: _mean(at, key) for key in ("flops", "loss", "accuracy")}
+        points.append(Point(at[0]["step"], **means, sizes=at[0]["sizes"]))
     notes = {}
     for key in ("config", "versions", "hardware"):
         if key in first:
@@ -135,14 +148,14 @@ def _averaged(name: str, results: Sequence[Mapping[str, Any]]) -> Record:
         name,
         points,
         [_UNTOLD | growth for growth in first["growths"]],
-        _mean([result["parameters"] for result in results]),
-        _mean([result.get("growth_flops", 0) for result in results]),
-        _mean([result["seconds"] for result in results]),
+        _mean(results, "parameters"),
+        _mean(results, "growth_flops"),
+        _mean(results, "seconds"),
         len(results),
         notes,
     )
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
+def _mean(found: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    known = [one[key] for one in found if one.get(key) is not None]
     return fmean(known) if known else None

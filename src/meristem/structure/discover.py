@@ -30,7 +30,7 @@ from meristem.structure.labels import (
 from meristem.structure.layers import beside_weights, channel_of, contracts
 from meristem.structure.ops import operation_of
 from meristem.structure.ops.written import follow
-from meristem.structure.received import other_dtypes, received, remedy
+from meristem.structure.received import not_taken, other_dtypes
 from meristem.structure.runs import SilentTensors, find_runs
 from meristem.structure.tracer import (
     Dim,
@@ -162,7 +162,7 @@ class Structure:
             # A trace without data does not notice it.
             failure = self._failure()
             if failure is not None:
-                raise self._not_taken(failure) from failure
+                raise not_taken(self.model, self.example, failure) from failure
         try:
             self._trace(fake=True)
         # A model that cannot be copied cannot be traced on real tensors either.
@@ -178,14 +178,7 @@ class Structure:
                         f"fails ({type(error).__name__}: {error}): a fault of Meristem, "
                         "not of the model. hint: report it, with the model"
                     ) from error
-                raise self._not_taken(error) from first
-
-    def _not_taken(self, error: Exception) -> DiscoveryError:
-        return DiscoveryError(
-            f"the forward of {type(self.model).__name__} fails on the example "
-            f"({type(error).__name__}: {error}). Received {received(self.example)}. "
-            f"hint: {remedy(self.example, self.model)}"
-        )
+                raise not_taken(self.model, self.example, error) from first
 
     def _failure(self) -> Exception | None:
         """Why the model, as it is, does not take the example; None where it does."""

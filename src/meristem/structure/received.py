@@ -8,10 +8,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from meristem.core.errors import DiscoveryError
 from meristem.core.example import Example
 
 # Characters of a value that is no array.
 _LONGEST = 40
+
+
+def not_taken(model: nn.Module, example: Example, error: Exception) -> DiscoveryError:
+    """What is told where a model does not take a call."""
+    return DiscoveryError(
+        f"the forward of {type(model).__name__} fails on the example "
+        f"({type(error).__name__}: {error}). Received {received(example)}. "
+        f"hint: {remedy(example, model)}"
+    )
 
 
 def received(example: Example) -> str:
