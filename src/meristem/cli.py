@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import tomllib
 from functools import partial
 from importlib import metadata
@@ -126,45 +125,49 @@ def _state(progress: RunProgress) -> str:
 @app.command()
 def demo(
     seed: Annotated[int, typer.Option(help="Seed of all three runs.")] = 0,
-    plot: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path(
-        "meristem-demo.png"
+    out: Annotated[Path, typer.Option(help="Where the report goes.")] = Path(
+        "meristem-demo.html"
     ),
+    plot: Annotated[
+        Path | None, typer.Option(help="A picture of the curves, too.")
+    ] = None,
 ) -> None:
-    """Watch a conv net grow on real digits, beside the same net fixed small and fixed
-    large. Under a minute.
+    """A GPT gets half of its blocks half-way, beside six blocks from the start and three
+    that stay three. Half a minute on two cores.
     """
     from meristem.experiments import demo as demonstration
+    from meristem.report import figures, write
 
-    _check_writable(plot)
-    with _bars() as bars, tempfile.TemporaryDirectory() as folder:
+    for path in (out, plot):
+        if path is not None:
+            _check_writable(path)
+    with _bars() as bars:
         tasks: dict[str, Any] = {}
 
-        def report(name: str, progress: RunProgress) -> None:
+        def report(name: str, step: int, loss: float) -> None:
             if name not in tasks:
-                tasks[name] = bars.add_task(name, total=progress.steps, state="")
-            bars.update(tasks[name], completed=progress.step, state=_state(progress))
+                total = demonstration.STEPS
+                tasks[name] = bars.add_task(name, total=total, state="")
+            bars.update(tasks[name], completed=step, state=f"loss {loss:.3f}")
 
-        outcomes = demonstration.demo(report, Path(folder), seed)
-    demonstration.draw(outcomes, plot)
-    table = Table(
-        "net",
-        "accuracy",
-        "parameters",
-        "training GFLOPs",
-        "seconds",
-        title="digits, test set",
-    )
+        outcomes = demonstration.demo(report, seed)
+    table = Table("net", "loss", "parameters", "training GFLOPs", "seconds")
+    table.title = "a character GPT on Shakespeare, held-out text"
     for outcome in outcomes:
         r = outcome.result
         table.add_row(
             outcome.name,
-            f"{r['accuracy']:.4f}",
+            f"{r['loss']:.3f}",
             f"{r['parameters']:,}",
-            f"{r['training_flops'] / 1e9:.1f}",
-            f"{r['seconds']:.1f}",
+            f"{r['training_flops'] / 1e9:.0f}",
+            f"{r['seconds']:.0f}",
         )
     Console().print(table)
-    _err.print(f"picture: {plot}", markup=False)
+    print(demonstration.verdict(outcomes))
+    records = [outcome.record for outcome in outcomes]
+    if plot is not None:
+        figures.curves(records, "loss", True).savefig(plot, dpi=120)
+    _err.print(f"report: {write(records, out, 'Meristem demo')}", markup=False)
 
 
 @app.command()

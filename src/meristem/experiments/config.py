@@ -328,7 +328,7 @@ class Experiment(_Strict):
     model: Choice
     """mlp, convnet, vgg, resnet or gpt with its parameters, or "package.module:factory"."""
     data: Choice
-    """digits, mnist, fashion_mnist, cifar10, cifar100, text/NAME or tabular/NAME."""
+    """digits, shakespeare, mnist, fashion_mnist, cifar10, cifar100, text/NAME or tabular/NAME."""
     seed: int = 0
     """Of weights, order of the data, and growth."""
     sizes: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Data sets by name: bundled digits, plain NAME.npz files under MERISTEM_DATA, or a
+"""Data sets by name: bundled digits and text, plain NAME.npz files under MERISTEM_DATA, or a
 checked download.
 """
 
@@ -73,6 +73,8 @@ SOURCES: dict[str, tuple[str, dict[str, str]]] = {
     ),
 }
 """Where a data set is downloaded from, and the checksum of every file."""
+BUNDLED = ("digits", "shakespeare")
+"""What needs no file."""
 
 CONTEXT = 64
 """Characters per example of a text."""
@@ -287,7 +289,8 @@ def _held_out(data: Data, fraction: float) -> Data:
 def load(
     name: str, sources: Mapping[str, tuple[str, dict[str, str]]] = SOURCES
 ) -> Data:
-    """A data set by name: "digits", an image set, "tabular/NAME" or "text/NAME".
+    """A data set by name: "digits", "shakespeare" (300 kB of his plays), an image set,
+    "tabular/NAME" or "text/NAME".
 
     Raises:
         DataError: The name is unknown, or its file is neither under MERISTEM_DATA nor
@@ -295,6 +298,8 @@ def load(
     """
     if name == "digits":
         return _digits()
+    if name == "shakespeare":
+        return _text(name, Path(__file__).with_name("shakespeare.txt"))
     root = os.environ.get("MERISTEM_DATA")
     kind, _, stem = name.rpartition("/")
     if kind == "text":
@@ -309,7 +314,7 @@ def load(
         ) as path:
             return _images(name, _npz(path))
     if name not in sources:
-        known = ["digits", *sources, *_files_under(root)]
+        known = [*BUNDLED, *sources, *_files_under(root)]
         raise DataError(
             f"no data set is called {name!r}.{nearest(name, known)} Known: "
             f"{', '.join(known)}"

@@ -1,41 +1,46 @@
-"""The demo: a small conv net grows on the bundled digits, beside the same net fixed
-small and fixed large.
+"""The demo: a GPT that gets half of its blocks half-way, beside six blocks from the start
+and three that stay three.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from pathlib import Path
+from queue import Empty
 from typing import Any
+
+import torch
 
 from meristem.experiments.config import Experiment, checked
 from meristem.experiments.run import Progress, Run, result_of
+from meristem.report import Record
+from meristem.report.records import of_result
 
+GROWN, LARGE, SMALL = "three blocks, then six", "six blocks", "three blocks"
+STEPS = 350
+ROWS = 96
+"""Rows of the held-out text that every evaluation reads."""
 _TRAIN = {
-    "epochs": 20,
-    "batch_size": 64,
-    "optimizer": {
-        "sgd": {"lr": 0.02, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
-    },
-    "schedule": {"wsd": {"decay": 0.3}},
+    "steps": STEPS,
+    "batch_size": 16,
+    "clip": 1.0,
+    "evaluate": 25,
+    "optimizer": {"adamw": {"lr": 4e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}},
+    "schedule": {"wsd": {"warmup": 0.05, "decay": 0.3}},
 }
 _GROW = {
-    "when": {"at": ["5 epochs", "10 epochs"]},
-    "how": "gradmax",
-    "where": "proportional",
-    "amount": 1.0,
+    "when": {"at": 0.5},
+    # Silent copies of the present blocks, each behind its own: no output moves.
+    "how": {"interpose": {"zero": True}},
+    "axes": "depth",
+    "amount": [3],
 }
-SMALL, LARGE = 4, 16
-RUNS: dict[str, dict[str, Any]] = {
-    f"fixed, width {SMALL}": {"model": {"convnet": {"width": SMALL}}},
-    f"grown {SMALL} -> {LARGE}": {
-        "model": {"convnet": {"width": SMALL}},
-        "grow": _GROW,
-    },
-    f"fixed, width {LARGE}": {"model": {"convnet": {"width": LARGE}}},
-}
+Report = Callable[[str, int, float], None]
+_told: Any = None
 
 
 @dataclass(frozen=True)
@@ -45,69 +50,88 @@ class Outcome:
     name: str
     result: dict[str, Any]
 
+    @property
+    def record(self) -> Record:
+        return of_result(self.name, self.result)
+
 
 def experiments(seed: int = 0) -> dict[str, Experiment]:
-    """The three runs of the demo by name."""
+    """The three runs of the demo by name; the longest first."""
+
+    def experiment(depth: int, **more: Any) -> Experiment:
+        model = {"gpt": {"width": 48, "heads": 4, "hidden": 192, "depth": depth}}
+        table = {"model": model, "data": "shakespeare", "seed": seed, "train": _TRAIN}
+        return checked(table | more)
+
     return {
-        name: checked({"data": "digits", "seed": seed, "train": _TRAIN, **run})
-        for name, run in RUNS.items()
+        LARGE: experiment(6),
+        GROWN: experiment(3, grow=_GROW),
+        SMALL: experiment(3),
     }
 
 
-def demo(
-    report: Callable[[str, Progress], None], folder: Path, seed: int = 0
-) -> list[Outcome]:
-    """Run all three; `report(name, progress)` is called after every step."""
-    outcomes = []
-    for number, (name, experiment) in enumerate(experiments(seed).items()):
-        running = Run(experiment, partial(report, name))
-        running.train(folder / str(number))
-        outcomes.append(Outcome(name, result_of(running)))
-    return outcomes
+def demo(report: Report, seed: int = 0) -> list[Outcome]:
+    """Run all three, two at a time with a thread each, so that nobody's number of cores
+    changes what comes out; `report(name, step, loss)` is called meanwhile.
+    """
+    context = multiprocessing.get_context("spawn")
+    told = context.Queue()
+    pool = ProcessPoolExecutor(2, context, initializer=_listen, initargs=(told,))
+    with pool:
+        futures = {}
+        for name, experiment in experiments(seed).items():
+            futures[pool.submit(_trained, name, experiment)] = name
+        waiting = set(futures)
+        while waiting:
+            waiting -= {future for future in waiting if future.done()}
+            try:
+                report(*told.get(timeout=0.2))
+            except Empty:
+                continue
+        done = {futures[future]: future.result() for future in as_completed(futures)}
+    return [Outcome(name, done[name]) for name in (SMALL, LARGE, GROWN)]
 
 
-def draw(outcomes: list[Outcome], path: Path) -> None:
-    """Widths of the grown net and accuracy of all nets over training steps, as a PNG."""
-    import matplotlib
+def _listen(told: Any) -> None:
+    """Where the runs of a process tell how far they are."""
+    global _told
+    _told = told
+    torch.set_num_threads(1)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    figure, (top, bottom) = plt.subplots(
-        2, 1, figsize=(8, 6), sharex=True, height_ratios=[3, 2], layout="constrained"
+def _trained(name: str, experiment: Experiment) -> dict[str, Any]:
+    """The result of one run."""
+
+    def report(progress: Progress) -> None:
+        if progress.step % 10 == 0:
+            _told.put((name, progress.step, progress.loss))
+
+    running = Run(experiment, report)
+    data = running.data
+    running.data = replace(data, x_test=data.x_test[:ROWS], y_test=data.y_test[:ROWS])
+    with tempfile.TemporaryDirectory() as folder:
+        running.train(Path(folder))
+    # What units do is looked at on as many rows.
+    few = replace(data, x_train=data.x_train[:ROWS], y_train=data.y_train[:ROWS])
+    running.data = few
+    return result_of(running)
+
+
+def verdict(outcomes: list[Outcome]) -> str:
+    """What came out, in a sentence of figures."""
+    grown, large, small = (
+        next(one.result for one in outcomes if one.name == name)
+        for name in (GROWN, LARGE, SMALL)
     )
-    for outcome, colour in zip(
-        outcomes, ("#9aa5b1", "#2f855a", "#2b6cb0"), strict=True
-    ):
-        curve = outcome.result["curve"]
-        steps = [point["step"] for point in curve]
-        top.plot(
-            steps,
-            [100 * point["accuracy"] for point in curve],
-            color=colour,
-            label=outcome.name,
-            linewidth=2,
-        )
-        for growth in outcome.result["growths"]:
-            top.axvline(growth["step"], color=colour, linestyle=":", linewidth=1)
-    grown = next(outcome.result for outcome in outcomes if outcome.result["growths"])
-    for name in grown["widths"]:
-        steps = [0, *[point["step"] for point in grown["curve"]]]
-        first = grown["growths"][0]["before"].get(name, grown["widths"][name])
-        bottom.step(
-            steps,
-            [first, *[point["sizes"][name] for point in grown["curve"]]],
-            where="post",
-            label=name,
-            linewidth=2,
-        )
-    top.set_ylabel("test accuracy, %")
-    top.set_title("A conv net grows while it trains (digits; dotted: growths)")
-    top.legend(loc="lower right")
-    bottom.set_ylabel("channels")
-    bottom.set_xlabel("training steps")
-    bottom.set_yscale("log", base=2)
-    bottom.yaxis.set_major_formatter("{x:.0f}")
-    bottom.legend(loc="upper left")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    share = grown["training_flops"] / large["training_flops"]
+    step = grown["growths"][0]["step"]
+    before, after = (
+        next(point["loss"] for point in grown["curve"] if point["step"] >= moment)
+        for moment in (step - _TRAIN["evaluate"], step)
+    )
+    return (
+        f"Grown, it ends at a loss of {grown['loss']:.3f} for {100 * share:.0f} % of the "
+        f"cost of six blocks from the start ({large['loss']:.3f}); three blocks end at "
+        f"{small['loss']:.3f}. Around the growth the loss goes from {before:.3f} to "
+        f"{after:.3f}: no dip. One seed, one learning rate for all."
+    )

@@ -186,7 +186,9 @@ def pareto(records: Sequence[Record], key: str, smaller_is_better: bool) -> Figu
                 panel.plot([x], [y], marker=marker, label=record.name, **style)
         front = _front(known, smaller_is_better)
         panel.step(*zip(*front, strict=True), where="post", color="#999999", zorder=0)
-        panel.set_xscale("log")
+        costs_known = [x for x, _ in known]
+        if max(costs_known) > 10 * min(costs_known):
+            panel.set_xscale("log")
         panel.set_xlabel(label)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel(key)

@@ -132,6 +132,11 @@ def _read(file: Path) -> Mapping[str, Any] | None:
     return result if is_result and result["curve"] else None
 
 
+def of_result(name: str, result: Mapping[str, Any]) -> Record:
+    """The record of one result, as the runner gives it."""
+    return _averaged(name, [result])
+
+
 def _averaged(name: str, results: Sequence[Mapping[str, Any]]) -> Record:
     first = results[0]
     length = min(len(result["curve"]) for result in results)
