@@ -182,6 +182,13 @@ def run(
             help="Folder of the result; `results` beside the file by default."
         ),
     ] = None,
+    track: Annotated[
+        str | None,
+        typer.Option(
+            help="A tracker of Accelerate that follows the run, as tensorboard; it writes "
+            "to the folder tracking beside the result."
+        ),
+    ] = None,
 ) -> None:
     """Run one experiment, or what is left of it; the last line on stdout is the path of
     its JSON file.
@@ -213,6 +220,7 @@ def run(
             folder,
             file.stem,
             report,
+            track,
         )
     if _speaks():
         print(path)

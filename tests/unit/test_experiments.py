@@ -457,3 +457,34 @@ def test_a_wrong_import_path_is_told(how: Any, message: str) -> None:
     table = {**SMALL, "grow": {"when": {"every": "1 epochs"}, "how": how}}
     with pytest.raises(ConfigError, match=message):
         checked(table)
+
+
+def test_a_tracker_of_accelerate_follows_a_run(tmp_path: Path) -> None:
+    from accelerate.tracking import GeneralTracker
+
+    seen: list[tuple[int, dict[str, float]]] = []
+
+    class Notes(GeneralTracker):
+        name = "notes"
+        requires_logging_directory = False
+        main_process_only = True
+
+        def __init__(self) -> None:
+            super().__init__()
+
+        @property
+        def tracker(self) -> object:
+            return seen
+
+        def store_init_configuration(self, values: object) -> None: ...
+
+        def log(self, values: dict[str, float], step: int, **_: object) -> None:
+            seen.append((step, values))
+
+    path = run(checked(SMALL), tmp_path, "small", track=Notes())
+    curve = json.loads(path.read_text())["curve"]
+    assert [step for step, _ in seen] == [point["step"] for point in curve]
+    assert seen[-1][1]["accuracy"] == curve[-1]["accuracy"]
+    assert any(name.startswith("size/") for name in seen[-1][1])
+    with pytest.raises(ConfigError, match="not installed"), pytest.warns(UserWarning):
+        run(checked(SMALL | {"seed": 5}), tmp_path, "small", track="dvclive")

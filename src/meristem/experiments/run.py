@@ -118,18 +118,42 @@ class Shares:
         return map(self._share, self._batches)
 
 
+@dataclasses.dataclass(frozen=True)
+class Tracking:
+    """A tracker of Accelerate that follows a run.
+
+    Attributes:
+        by: Its name, as "tensorboard", or a tracker.
+        name: Of the run.
+        folder: Where it writes.
+    """
+
+    by: Any
+    name: str
+    folder: Path
+
+
 class Run:
     """One experiment in progress."""
 
     def __init__(
-        self, experiment: Experiment, report: Report = lambda progress: None
+        self,
+        experiment: Experiment,
+        report: Report = lambda progress: None,
+        tracking: Tracking | None = None,
     ) -> None:
         self.experiment, self.report = experiment, report
         self.accelerator = Accelerator(
             mixed_precision=experiment.train.precision,
             # Else several processes without an accelerator would not know each other.
             cpu=not torch.accelerator.is_available(),
+            log_with=None if tracking is None else tracking.by,
+            project_dir=None if tracking is None else tracking.folder,
         )
+        if tracking is not None:
+            if not self.accelerator.log_with:
+                raise ConfigError(f"the tracker {tracking.by!r} is not installed")
+            self.accelerator.init_trackers(tracking.name)
         # Under torchrun or accelerate launch every process trains on its share.
         self.ranks = ALONE
         if self.accelerator.num_processes > 1:
@@ -373,6 +397,10 @@ class Run:
         if self.data.held_out is not None:
             point["validation"] = self.evaluate(*self.data.held_out)[1]
         progress.curve.append({**point, "sizes": dict(progress.sizes)})
+        sizes = {f"size/{name}": size for name, size in progress.sizes.items()}
+        known = {key: value for key, value in point.items() if value is not None}
+        # To no tracker, where none was asked for.
+        self.accelerator.log({**known, **sizes}, step=progress.step)
 
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, targets: Tensor) -> tuple[float | None, float]:
@@ -483,12 +511,17 @@ def result_of(run: Run) -> dict[str, Any]:
 
 
 def run(
-    experiment: Experiment, out: Path, name: str, report: Report = lambda progress: None
+    experiment: Experiment,
+    out: Path,
+    name: str,
+    report: Report = lambda progress: None,
+    track: Any = None,
 ) -> Path:
     """Run an experiment, or what is left of it; returns the path of its JSON file.
 
     A finished run is not run again. The checkpoint lies beside the result until the run
-    is finished.
+    is finished. `track` names a tracker of Accelerate ("tensorboard"), which writes to
+    the folder `tracking`.
 
     Raises:
         ConfigError: The result of another configuration stands there.
@@ -500,8 +533,12 @@ def run(
             digest = hashlib.sha256(asked.encode()).hexdigest()[:8]
             # Of one configuration: after an edit of the file another run begins.
             folder = out / "checkpoints" / f"{result.stem}-{digest}"
-            running = Run(experiment, report)
+            tracking = None
+            if track is not None:
+                tracking = Tracking(track, result.stem, out / "tracking")
+            running = Run(experiment, report, tracking)
             running.train(folder)
+            running.accelerator.end_training()
             found = result_of(running)
             if running.accelerator.is_main_process:
                 draft = result.with_suffix(".json.part")
