@@ -486,5 +486,8 @@ def test_a_tracker_of_accelerate_follows_a_run(tmp_path: Path) -> None:
     assert [step for step, _ in seen] == [point["step"] for point in curve]
     assert seen[-1][1]["accuracy"] == curve[-1]["accuracy"]
     assert any(name.startswith("size/") for name in seen[-1][1])
-    with pytest.raises(ConfigError, match="not installed"), pytest.warns(UserWarning):
+    with (
+        pytest.raises(ConfigError, match="not installed"),
+        pytest.warns(UserWarning, match="trackers"),
+    ):
         run(checked(SMALL | {"seed": 5}), tmp_path, "small", track="dvclive")
