@@ -80,7 +80,8 @@ def check_free(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
             raise PendingBackward(
                 f"{name} is still held by a graph that waits for its backward pass. "
                 "hint: grow after optimizer.step(), when no loss is waiting for "
-                "backward() and no retained graph or view of the weights is alive"
+                "backward() and no retained graph or view of the weights is alive; detach() "
+                "what you keep"
             )
 
 
