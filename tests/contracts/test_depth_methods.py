@@ -224,9 +224,12 @@ WIDTHS: dict[str, Callable[[str], bool]] = {
     "convnext": lambda name: name.endswith("pwconv1"),
     "mlp": lambda name: name in ("fc1", "fc2"),
 }
+SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("name", WIDTHS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=SLOW) if n == "resnet18" else n for n in WIDTHS]
+)
 def test_depth_and_width_grow_in_one_event_and_in_turn(name: str) -> None:
     model, x, opt = trained(name, torch.float64)
 

@@ -325,32 +325,6 @@ amount = 8
     assert len(json.loads(path.read_text())["growths"]) == 3
 
 
-def test_the_command_tells_a_users_mistakes_without_a_traceback(tmp_path: Path) -> None:
-    (tmp_path / "bad.toml").write_text(
-        'model = "mlp"\ndata = "digits"\n[train]\nepoch = 3\n'
-    )
-    (tmp_path / "mine.py").write_text(
-        "import torch\ndef net():\n    return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))\n"
-    )
-    for words, message in (
-        (("run", "bad.toml"), "Did you mean 'epochs'"),
-        (("run", "none.toml"), "there is no file"),
-        (("axes", "mine:nte", "--input", "1,3"), "Did you mean 'net'"),
-        (("axes", "mine:net", "--input", "1,x"), "--input takes sizes"),
-        (("axes", "mine:net", "--input", "1,5"), "fails on the example"),
-        (("axes", "nowhere:net", "--input", "1,5"), "cannot be imported"),
-    ):
-        result = command(*words, cwd=tmp_path)
-        assert result.returncode == 2, result.stderr
-        assert result.stdout == ""
-        assert message in result.stderr
-        assert "Traceback" not in result.stderr
-    good = command("axes", "mine:net", "--input", "1,3", cwd=tmp_path)
-    assert good.returncode == 0
-    assert good.stdout.splitlines()[1].split()[:3] == ["0", "width", "4"]
-    assert "gradmax" in command("methods", cwd=tmp_path).stdout
-
-
 def test_empty_choices_and_odd_files_are_told(tmp_path: Path) -> None:
     for change in (
         {"model": {}},

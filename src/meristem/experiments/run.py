@@ -133,6 +133,21 @@ class Tracking:
     folder: Path
 
 
+def _accelerator(experiment: Experiment, tracking: Tracking | None) -> Accelerator:
+    accelerator = Accelerator(
+        mixed_precision=experiment.train.precision,
+        # Else several processes without an accelerator would not know each other.
+        cpu=not torch.accelerator.is_available(),
+        log_with=None if tracking is None else tracking.by,
+        project_dir=None if tracking is None else tracking.folder,
+    )
+    if tracking is not None:
+        if not accelerator.log_with:
+            raise ConfigError(f"the tracker {tracking.by!r} is not installed")
+        accelerator.init_trackers(tracking.name)
+    return accelerator
+
+
 class Run:
     """One experiment in progress."""
 
@@ -143,17 +158,7 @@ class Run:
         tracking: Tracking | None = None,
     ) -> None:
         self.experiment, self.report = experiment, report
-        self.accelerator = Accelerator(
-            mixed_precision=experiment.train.precision,
-            # Else several processes without an accelerator would not know each other.
-            cpu=not torch.accelerator.is_available(),
-            log_with=None if tracking is None else tracking.by,
-            project_dir=None if tracking is None else tracking.folder,
-        )
-        if tracking is not None:
-            if not self.accelerator.log_with:
-                raise ConfigError(f"the tracker {tracking.by!r} is not installed")
-            self.accelerator.init_trackers(tracking.name)
+        self.accelerator = _accelerator(experiment, tracking)
         # Under torchrun or accelerate launch every process trains on its share.
         self.ranks = ALONE
         if self.accelerator.num_processes > 1:
@@ -397,10 +402,7 @@ class Run:
         if self.data.held_out is not None:
             point["validation"] = self.evaluate(*self.data.held_out)[1]
         progress.curve.append({**point, "sizes": dict(progress.sizes)})
-        sizes = {f"size/{name}": size for name, size in progress.sizes.items()}
-        known = {key: value for key, value in point.items() if value is not None}
-        # To no tracker, where none was asked for.
-        self.accelerator.log({**known, **sizes}, step=progress.step)
+        self.accelerator.log(_figures(progress), step=progress.step)
 
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, targets: Tensor) -> tuple[float | None, float]:
@@ -444,6 +446,16 @@ class Run:
         self.progress = Progress(**extra["progress"])
         torch.set_rng_state(extra["rng"])
         self.flops_per_example = self._flops_per_example()
+
+
+def _figures(progress: Progress) -> dict[str, float]:
+    """The last point of a curve, as trackers take it."""
+    point = progress.curve[-1]
+    figures = {f"size/{name}": float(size) for name, size in progress.sizes.items()}
+    for key in ("flops", "accuracy", "loss", "validation"):
+        if point.get(key) is not None:
+            figures[key] = point[key]
+    return figures
 
 
 def health_of(run: Run) -> dict[str, dict[str, dict[str, float]]]:
@@ -538,7 +550,8 @@ def run(
                 tracking = Tracking(track, result.stem, out / "tracking")
             running = Run(experiment, report, tracking)
             running.train(folder)
-            running.accelerator.end_training()
+            for tracker in running.accelerator.trackers:
+                tracker.finish()
             found = result_of(running)
             if running.accelerator.is_main_process:
                 draft = result.with_suffix(".json.part")
