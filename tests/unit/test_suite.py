@@ -184,7 +184,7 @@ def test_a_rate_that_diverges_is_not_chosen_and_a_run_that_diverges_is_named(
             'baselines_of = ["voter"]',
             "Did you mean 'voted'",
         ),
-        ('"small", "final"', '"tiny", "final"', "'small', 'final' or 'equal'"),
+        ('"small", "final"', '"tiny", "final"', "'small', 'final', 'equal' or 'best'"),
         (
             'how = "swe"',
             'how = { swe = { coupling = "half" } }',
@@ -380,3 +380,94 @@ def test_batches_can_be_read_again_and_from_the_middle() -> None:
         [4, 5, 6],
         [7, 8, 9],
     ]
+
+
+BEST = """
+seeds = [0, 1]
+reference = "random"
+score = "loss"
+baselines = ["equal", "best"]
+budgets = [0.6, 1.0]
+[best]
+four = { model = { mlp = { hidden = [4] } } }
+sixteen = { model = { mlp = { hidden = [16] } } }
+wide = { model = { mlp = { hidden = [64] } } }
+[tasks.digits]
+model = { mlp = { hidden = [8] } }
+data = { digits = { examples = 256 } }
+train = { epochs = 2, batch_size = 64, optimizer = { adam = { lr = 3e-3 } } }
+grow = { when = { at = "1 epochs" }, amount = 8 }
+[methods]
+random = { how = "random" }
+"""
+
+
+def test_the_best_fixed_size_is_swept_at_equal_cost(tmp_path: Path) -> None:
+    comparison = suite(tmp_path, BEST)
+    comparison.finish(1, lambda done, name: None)
+    swept = tables.sweep_of(comparison, "digits", "random")
+    method = tables.of(comparison, Row("digits", "random", "random"))
+    cost = sum(result["training_flops"] for result in method.values()) / 2
+    assert sorted(swept) == [0.6 * cost, cost]
+    assert {len(by_size) for by_size in swept.values()} == {3}
+    for row in comparison.rows("digits"):
+        for seed, result in tables.of(comparison, row).items():
+            if row.baseline == "best":
+                wanted = row.budget * method[seed]["training_flops"]
+                # To half a step of the budget, which is one of a few here.
+                assert abs(result["training_flops"] / wanted - 1) < 0.3
+    text = tables.markdown(comparison)
+    assert "random: compute multiplier" in text
+    assert text.count("parameters |") >= 3
+    tables.draw(comparison, tmp_path / "plot.png")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('wide = { model = { mlp = { hidden = [64] } } }\n', "", "three at least"),
+        ('"equal", "best"', '"equal"', "go together"),
+        ("budgets = [0.6, 1.0]", "budgets = [1.0]", "budgets"),
+        ("[16]", '["x"]', "hidden"),
+    ],
+)  # fmt: skip
+def test_a_sweep_that_cannot_be_fitted_is_told(
+    tmp_path: Path, old: str, new: str, words: str
+) -> None:
+    with pytest.raises((ConfigError, ms.DataError), match=words):
+        suite(tmp_path, BEST.replace(old, new)).finish(1, lambda done, name: None)
+
+
+def test_texts_are_read_as_bytes_without_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MERISTEM_DATA", str(tmp_path))
+    (tmp_path / "text").mkdir()
+    drawn = np.random.default_rng(0).integers(256, size=64 * 40 + 1, dtype=np.uint8)
+    (tmp_path / "text/b.train.bin").write_bytes(drawn.tobytes())
+    (tmp_path / "text/b.valid.bin").write_bytes(drawn[: 64 * 9 + 1].tobytes())
+    data = prepared("text/b", test=5)
+    assert (data.task, data.outputs) == ("language", 256)
+    assert data.x_train.dtype == torch.uint8
+    assert data.x_train.shape == (40, 64)
+    assert torch.equal(data.y_train[0, :-1], data.x_train[0, 1:])
+    assert len(data.x_test) == 5
+    x, y = next(iter(Batches(data.x_train, data.y_train, 8)))
+    assert x.dtype == y.dtype == torch.int64
+    table = {
+        "model": {"gpt": {"width": 8, "heads": 2, "hidden": 16, "depth": 1}},
+        "data": {"text/b": {"test": 5}},
+        "train": {"steps": 2, "batch_size": 8},
+    }
+    running = Run(checked(table))
+    running.train(tmp_path / "run")
+    assert result_of(running)["loss"] < 7
+    (tmp_path / "text/b.valid.bin").write_bytes(b"short")
+    with pytest.raises(ms.DataError, match=r"b.valid.bin is damaged"):
+        prepared("text/b")
+
+
+def test_a_budget_below_a_step_is_told() -> None:
+    table = {"model": "mlp", "data": "digits", "train": {"flops": 10.0}}
+    with pytest.raises(ConfigError, match="less than half a step"):
+        Run(checked(table))

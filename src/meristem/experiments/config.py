@@ -320,6 +320,8 @@ class DataOptions(_Strict):
     """What images are normalised by, per channel; their own where nothing is said."""
     std: list[float] | None = None
     """See mean."""
+    test: int | None = Field(None, ge=1)
+    """Score on so many of the test examples."""
 
 
 class Experiment(_Strict):

@@ -169,10 +169,15 @@ class Batches:
             else None
         )
         for chosen in order.tensor_split(len(self))[skip:]:
-            x = self.x[chosen]
+            x = as_input(self.x[chosen])
             if self.black is not None and corner is not None and flipped is not None:
                 x = crop_and_flip(x, self.black, corner[chosen], flipped[chosen])
-            yield x, self.y[chosen]
+            yield x, as_input(self.y[chosen])
+
+
+def as_input(values: Tensor) -> Tensor:
+    """Bytes as the indices that an embedding takes; anything else as it is."""
+    return values.long() if values.dtype == torch.uint8 else values
 
 
 def crop_and_flip(x: Tensor, black: Tensor, corner: Tensor, flipped: Tensor) -> Tensor:
@@ -200,6 +205,7 @@ def prepared(
     augment: bool = False,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    test: int | None = None,
 ) -> Data:
     """A data set as an experiment asks for it.
 
@@ -211,6 +217,7 @@ def prepared(
         mean: Per channel, in [0, 1]; with `std`, what images are normalised by. Their
             own by default.
         std: See `mean`.
+        test: Score on so many of the test examples, chosen at random once and for all.
 
     Raises:
         DataError: As for `load`, or an option does not fit the data.
@@ -245,16 +252,31 @@ def prepared(
         if augment:
             data = replace(data, black=(-wanted[0] / wanted[1]).flatten())
     if examples is not None:
-        if examples > len(data.x_train):
-            raise DataError(
-                f"examples = {examples} asks for more than the {len(data.x_train)} of "
-                f"data = {name!r}"
-            )
-        kept = torch.from_numpy(
-            np.random.default_rng(42).permutation(len(data.x_train))[:examples]
-        )
-        data = replace(data, x_train=data.x_train[kept], y_train=data.y_train[kept])
+        data = _with_fewer(data, examples)
+    if test is not None and test < len(data.x_test):
+        some = _some(len(data.x_test), test)
+        data = replace(data, x_test=data.x_test[some], y_test=data.y_test[some])
     return _held_out(data, validation) if validation else data
+
+
+def _with_fewer(data: Data, examples: int) -> Data:
+    """`data` with so many training examples.
+
+    Raises:
+        DataError: It has not as many.
+    """
+    if examples > len(data.x_train):
+        raise DataError(
+            f"examples = {examples} asks for more than the {len(data.x_train)} of "
+            f"data = {data.name!r}"
+        )
+    kept = _some(len(data.x_train), examples)
+    return replace(data, x_train=data.x_train[kept], y_train=data.y_train[kept])
+
+
+def _some(count: int, wanted: int) -> Tensor:
+    """Places of some examples, chosen at random once and for all."""
+    return torch.from_numpy(np.random.default_rng(42).permutation(count)[:wanted])
 
 
 def _held_out(data: Data, fraction: float) -> Data:
@@ -302,6 +324,8 @@ def load(
         return _text(name, Path(__file__).with_name("shakespeare.txt"))
     root = os.environ.get("MERISTEM_DATA")
     kind, _, stem = name.rpartition("/")
+    if kind == "text" and root is not None and _bytes_of(root, name, "train").exists():
+        return _bytes(name, *(_bytes_of(root, name, p) for p in ("train", "valid")))
     if kind == "text":
         with _reading(_file(root, f"{name}.txt", name), "text in UTF-8") as path:
             return _text(name, path)
@@ -339,8 +363,8 @@ def _files_under(root: str | None) -> list[str]:
         return []
     folder = Path(root)
     return [
-        f"{p.parent.name}/{p.stem}"
-        for kind in ("text/*.txt", "tabular/*.npz")
+        f"{p.parent.name}/{p.stem.removesuffix('.train')}"
+        for kind in ("text/*.txt", "text/*.train.bin", "tabular/*.npz")
         for p in sorted(folder.glob(kind))
     ]
 
@@ -468,6 +492,26 @@ def _text(name: str, path: Path) -> Data:
     )
     cut = int(0.9 * rows)
     return Data(name, "language", x[:cut], y[:cut], x[cut:], y[cut:], len(characters))
+
+
+def _bytes_of(root: str, name: str, part: str) -> Path:
+    return Path(root) / f"{name}.{part}.bin"
+
+
+def _bytes(name: str, train: Path, valid: Path) -> Data:
+    """Bytes as they lie in two files, which are mapped and not read; 256 characters."""
+    rows = []
+    for path in (train, valid):
+        with _reading(path, f"more than {CONTEXT} bytes of text"):
+            mapped = torch.from_numpy(np.memmap(path, mode="c"))
+            count = (len(mapped) - 1) // CONTEXT
+            if count < 1:
+                raise ValueError(f"{len(mapped)} bytes")
+            rows += [
+                mapped[i : i + count * CONTEXT].view(count, CONTEXT) for i in (0, 1)
+            ]
+    x_train, y_train, x_test, y_test = rows
+    return Data(name, "language", x_train, y_train, x_test, y_test, 256)
 
 
 def _download(name: str, base: str, files: dict[str, str]) -> Arrays:

@@ -49,7 +49,7 @@ from meristem.experiments.config import (
     named,
     trigger,
 )
-from meristem.experiments.data import Batches, Data
+from meristem.experiments.data import Batches, Data, as_input
 from meristem.grower import Grower
 from meristem.growing import listed_sizes
 from meristem.how import METHODS
@@ -166,7 +166,7 @@ class Run:
             _check_shares(experiment, self.accelerator.num_processes)
         name, options = experiment.data_options
         self.data = datasets.prepared(name, **options.model_dump())
-        self.example = self.data.x_train[: min(8, len(self.data.x_train))]
+        self.example = as_input(self.data.x_train[: min(8, len(self.data.x_train))])
         # The weights depend on the seed alone, not on the data.
         torch.manual_seed(experiment.seed)
         model = models.build(experiment.model, self.data)
@@ -271,7 +271,9 @@ class Run:
         example.
         """
         return step_flops(
-            self.model, self.loss, (self.data.x_train[:8], self.data.y_train[:8])
+            self.model,
+            self.loss,
+            (as_input(self.data.x_train[:8]), as_input(self.data.y_train[:8])),
         )
 
     def train(self, folder: Path) -> None:
@@ -640,6 +642,11 @@ def _steps(
     if train.steps is not None:
         return train.steps
     assert train.flops is not None
+    if 2 * train.flops < flops_per_example * train.batch_size:
+        raise ConfigError(
+            f"train.flops = {train.flops:.3g} is less than half a step of this net, "
+            f"{flops_per_example * train.batch_size:.3g}"
+        )
     epochs, rest = divmod(train.flops / flops_per_example, len(data.x_train))
     return max(1, int(epochs) * batches + round(rest / train.batch_size))
 

@@ -32,14 +32,15 @@ from meristem.experiments.config import (
 )
 from meristem.experiments.run import Interrupted, run
 
-Baseline = Literal["small", "final", "equal"]
+Baseline = Literal["small", "final", "equal", "best"]
 TITLES: dict[str, str] = {
     "small": "small, fixed",
     "final": "final shape of {}, fixed",
     "equal": "final shape of {}, equal FLOPs",
+    "best": "{size}, fixed, {budget:g} x the FLOPs of {}",
 }
 """B1; B2 and B4 (the grown shape from scratch, on the full budget); B3 (the same,
-stopped at the method's total FLOPs).
+stopped at the method's total FLOPs); the sweep that finds the best fixed size.
 """
 TUNING_VALIDATION = 0.1
 """Share of the training data on which learning rates are chosen."""
@@ -61,7 +62,11 @@ class Suite(BaseModel):
     drawn: list[str] | None = None
     """The rows that are plotted; all where nothing is said."""
     baselines: list[Baseline] = ["small", "final", "equal"]
-    """The first shape; the final shape trained in full; the same at the method's cost."""
+    """small: the first shape; final: the final shape in full; equal: at the method's cost; best."""
+    best: dict[str, dict[str, Any]] = {}
+    """Fixed sizes by name, as tables of `model` and `train`, for the baseline best."""
+    budgets: list[float] = Field([0.7, 1.0, 1.4], min_length=2)
+    """Of that sweep, as multiples of the cost of the method."""
     baselines_of: list[str] | None = None
     """The methods whose baselines are run; all where nothing is said."""
     final_of: list[str] | None = None
@@ -86,6 +91,8 @@ class Row:
     title: str
     method: str | None
     baseline: Baseline | None = None
+    size: str | None = None
+    budget: float | None = None
 
 
 @dataclass(frozen=True)
@@ -122,11 +129,21 @@ class Comparison:
                 if baseline == "final" and self.suite.final_of is not None:
                     of = self.suite.final_of
                 of = list(self.suite.methods) if of is None else of
-                rows += [
-                    Row(task, TITLES[baseline].format(method), method, baseline)
-                    for method in of
-                ]
+                for method in of:
+                    rows += self._baseline(task, baseline, method)
         return rows
+
+    def _baseline(self, task: str, baseline: Baseline, method: str) -> list[Row]:
+        """The rows of one kind that a method is compared with."""
+        title = TITLES[baseline]
+        if baseline != "best":
+            return [Row(task, title.format(method), method, baseline)]
+        found = []
+        for size in self.suite.best:
+            for budget in self.suite.budgets:
+                named = title.format(method, size=size, budget=budget)
+                found.append(Row(task, named, method, baseline, size, budget))
+        return found
 
     def experiment(self, row: Row, seed: int) -> Experiment:
         """The experiment of a row.
@@ -148,21 +165,23 @@ class Comparison:
         if "stages" in table and row.baseline != "equal":
             table["stages"] |= {"amount": []}
         table.pop("grow", None)
-        if row.baseline != "small":
-            result = self.done[_method(row), seed]
+        if row.baseline == "best":
+            asked = dict(self.suite.best[str(row.size)])
+            table["model"] = asked.pop("model", table["model"])
+            table["train"] = table["train"] | asked.pop("train", {})
+            table |= asked
+        elif row.baseline != "small":
             table["sizes"] = {
                 name: size
-                for growth in result["growths"]
+                for growth in self.done[_method(row), seed]["growths"]
                 for name, size in growth["after"].items()
             }
-            if row.baseline == "equal":
-                table.pop("stages", None)
-                table["train"] = {
-                    k: v
-                    for k, v in table["train"].items()
-                    if k not in ("epochs", "steps")
-                }
-                table["train"]["flops"] = float(result["training_flops"])
+        if row.baseline in ("equal", "best"):
+            table.pop("stages", None)
+            cost = self.done[_method(row), seed]["training_flops"]
+            train = table["train"]
+            kept = {k: v for k, v in train.items() if k not in ("epochs", "steps")}
+            table["train"] = kept | {"flops": float(cost) * (row.budget or 1.0)}
         return checked(table | {"seed": seed}, f"{self.path}: {row.task}, {row.title}")
 
     def waves(self) -> Iterator[list[Row]]:
@@ -171,7 +190,7 @@ class Comparison:
         """
         rows = [row for task in self.suite.tasks for row in self.rows(task)]
         yield [row for row in rows if row.baseline in (None, "small")]
-        yield [row for row in rows if row.baseline in ("final", "equal")]
+        yield [row for row in rows if row.baseline in ("final", "equal", "best")]
 
     def runs(self) -> int:
         """How many runs the suite takes, tuning included."""
@@ -297,6 +316,24 @@ def _check_names(path: Path, suite: Suite, comparison: Comparison) -> None:
         )
 
 
+def _check_best(path: Path, suite: Suite) -> None:
+    """Raise where a sweep could not be run or fitted."""
+    if ("best" in suite.baselines) != bool(suite.best):
+        raise ConfigError(
+            f"{path}: the baseline best and the table [best] of its sizes go together"
+        )
+    if suite.best and len(suite.best) < 3:
+        raise ConfigError(
+            f"{path}: [best] names {len(suite.best)} sizes; a best one is found among "
+            "three at least"
+        )
+    for task, table in suite.tasks.items():
+        for size, asked in suite.best.items():
+            train = table.get("train", {}) | asked.get("train", {})
+            fixed = {k: v for k, v in table.items() if k not in ("grow", "stages")}
+            checked(fixed | asked | {"train": train}, f"{path}: {task}, best.{size}")
+
+
 def read(path: Path, out: Path | None = None) -> Comparison:
     """The comparison that a suite file describes, checked: every run of it that is
     known now.
@@ -310,6 +347,7 @@ def read(path: Path, out: Path | None = None) -> Comparison:
         out = path.parent / "results" / path.stem
     comparison = Comparison(path, suite, out)
     _check_names(path, suite, comparison)
+    _check_best(path, suite)
     for task, table in suite.tasks.items():
         if "grow" not in table and "stages" not in table:
             raise ConfigError(

@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import fmean, pstdev, stdev
 from typing import Any
 
+from meristem.core.errors import DataError
+from meristem.experiments.frontier import frontier, multiplier
 from meristem.experiments.suite import Comparison, Row
 
 Result = Mapping[str, Any]
@@ -42,7 +44,7 @@ def _task(comparison: Comparison, task: str) -> str:
     lines = [f"### {task}", "", _line(HEADER), "|" + "---|" * len(HEADER)]
     grown = []
     for row in comparison.rows(task):
-        if not of(comparison, row):
+        if not of(comparison, row) or row.baseline == "best":
             continue
         lines.append(_line(cells(comparison, row)))
         if row.baseline is None:
@@ -51,6 +53,7 @@ def _task(comparison: Comparison, task: str) -> str:
     for row in grown:
         added = allocation(list(of(comparison, row).values()))
         lines.append(f"- {row.title}: {added}")
+    lines += _against_the_best(comparison, task)
     if "stages" in comparison.suite.tasks[task]:
         lines += [
             "",
@@ -62,6 +65,55 @@ def _task(comparison: Comparison, task: str) -> str:
             accuracies = by_stage(list(of(comparison, row).values()))
             lines.append(f"- {row.title}: {accuracies}")
     return "\n".join(lines)
+
+
+def _against_the_best(comparison: Comparison, task: str) -> list[str]:
+    """What every method saves against the best fixed size, and the sweep behind it."""
+    lines: list[str] = []
+    for method in comparison.suite.methods:
+        swept = sweep_of(comparison, task, method)
+        if not swept:
+            continue
+        runs = of(comparison, Row(task, method, method))
+        losses = {seed: result["loss"] for seed, result in runs.items()}
+        cost = fmean(result["training_flops"] for result in runs.values())
+        try:
+            told = str(multiplier(swept, losses, cost))
+        except DataError as error:
+            told = f"cannot be told ({error})"
+        lines += [
+            "",
+            f"**{method}: compute multiplier {told}** against the best fixed size (cost of "
+            "the best fixed size for the same loss, over its own; 95 % over seeds).",
+            "",
+            "| mean loss of the fixed nets | "
+            + " | ".join(f"{budget:.3g} FLOPs" for budget in sorted(swept))
+            + " |",
+            "|" + "---|" * (len(swept) + 1),
+        ]
+        for size in sorted({s for by_size in swept.values() for s in by_size}):
+            cells = [fmean(swept[budget][size].values()) for budget in sorted(swept)]
+            shown = " | ".join(f"{cell:.4f}" for cell in cells)
+            lines.append(f"| {size:,.0f} parameters | {shown} |")
+    return lines
+
+
+def sweep_of(
+    comparison: Comparison, task: str, method: str
+) -> dict[float, dict[float, dict[int, float]]]:
+    """The losses of the fixed nets by budget, parameters and seed; empty without any."""
+    found: dict[float, dict[float, dict[int, float]]] = {}
+    method_runs = of(comparison, Row(task, method, method))
+    for row in comparison.rows(task):
+        runs = of(comparison, row)
+        if row.baseline != "best" or row.method != method or not runs:
+            continue
+        cost = fmean(result["training_flops"] for result in method_runs.values())
+        budget = cost * (row.budget or 1.0)
+        size = next(iter(runs.values()))["parameters"]
+        losses = {seed: result["loss"] for seed, result in runs.items()}
+        found.setdefault(budget, {})[size] = losses
+    return found
 
 
 def _line(texts: Sequence[str]) -> str:
@@ -278,9 +330,12 @@ def draw(comparison: Comparison, path: Path) -> None:
         rows = [
             r
             for r in comparison.rows(task)
-            if of(comparison, r) and (suite.drawn is None or r.title in suite.drawn)
+            if of(comparison, r)
+            and r.baseline != "best"
+            and (suite.drawn is None or r.title in suite.drawn)
         ]
         _draw_curves(panels[0][column], comparison, rows)
+        _draw_frontiers(panels[0][column], comparison, task)
         panels[0][column].set_title(task)
         if len(heights) == 2:
             _draw_inactive(panels[1][column], comparison, rows)
@@ -322,6 +377,22 @@ def _draw_curves(panel: Any, comparison: Comparison, rows: Sequence[Row]) -> Non
         room = max(ends) - min(ends) or 0.1
         panel.set_ylim(min(ends) - 0.2 * room, max(ends) + room)
     panel.set_xlabel("training TFLOP, growth included")
+
+
+def _draw_frontiers(panel: Any, comparison: Comparison, task: str) -> None:
+    """Where losses are compared: the best fixed size at every budget of the sweep."""
+    if comparison.suite.score != "loss":
+        return
+    for method in comparison.suite.methods:
+        swept = sweep_of(comparison, task, method)
+        try:
+            line = frontier(swept, comparison.suite.seeds)
+        except DataError:  # the table says why
+            continue
+        x = [budget / 1e12 for budget, _ in line]
+        y = [loss for _, loss in line]
+        if line:
+            panel.plot(x, y, "k.-", linewidth=1, label=f"best fixed size ({method})")
 
 
 def _draw_inactive(panel: Any, comparison: Comparison, rows: Sequence[Row]) -> None:
