@@ -71,7 +71,7 @@ def record(name: str, stem: str) -> Record:
 def main() -> None:
     for suite, (key, rows) in SUITES.items():
         records = [record(name, stem) for name, stem in rows.items()]
-        drawn = figures.curves(records, key, smaller_is_better=key == "loss")
+        drawn = figures.curves(records, key)
         drawn.savefig(IMAGES / f"bench_{suite}.png", dpi=110)
 
 

@@ -29,7 +29,7 @@ grower = ms.Grower(
     optimizer,
     loss=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
     data=loader,
-    when=ms.when.Every("3 epochs"),
+    when=ms.when.Every("3 epochs", growths=4),
     where=ms.where.ByGain(),
     how=ms.how.GradMax(),
     amount=8,

@@ -140,7 +140,7 @@ def _whole_or_none(*files: Path) -> Iterator[None]:
 
 def _folder(path: object) -> Path:
     if isinstance(path, nn.Module):
-        raise TypeError("the folder comes first, then the model: ms.save(path, model)")
+        raise TypeError("the folder comes first, then the model: (path, model)")
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"path must be a folder; got {type(path).__name__}")
     return Path(path)

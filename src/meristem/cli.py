@@ -4,6 +4,7 @@ mistake, 130 for an interrupt.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tomllib
@@ -166,7 +167,7 @@ def demo(
     print(demonstration.verdict(outcomes))
     records = [outcome.record for outcome in outcomes]
     if plot is not None:
-        figures.curves(records, "loss", True).savefig(plot, dpi=120)
+        figures.curves(records, "loss").savefig(plot, dpi=120)
     _err.print(f"report: {write(records, out, 'Meristem demo')}", markup=False)
 
 
@@ -223,6 +224,8 @@ def run(
             track,
         )
     if _speaks():
+        if experiment.grow is not None and not json.loads(path.read_text())["growths"]:
+            _err.print("nothing has grown: [grow] was never due, or found no room")
         print(path)
 
 

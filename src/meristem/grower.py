@@ -123,7 +123,8 @@ class Grower(Shown):
         data: A DataLoader or any re-iterable of batches; read on the side.
         when: The trigger.
         how: The method, or several: the first that speaks for the kind of an axis grows
-            it. An axis that none of them speaks for takes no part.
+            it. An axis that none of them speaks for takes no part. By default random
+            units with zero fan-out, and silent blocks.
         where: Which axis gets how many units; by default all the same number, or, of a
             fraction, in proportion to their sizes.
         care: What optimizer and old weights get; by default a warm second moment, and
@@ -184,7 +185,7 @@ class Grower(Shown):
         loss: Loss,
         data: Iterable[Any],
         when: When,
-        how: Methods,
+        how: Methods = None,
         where: Where | None = None,
         care: Cares = None,
         amount: Amount = 32,
@@ -277,7 +278,7 @@ class Grower(Shown):
         """
         mean = None if loss is None else _over_ranks(loss, self.ranks)
         if mean is not None:
-            self.calendar.heard(self.clock.step + 1, mean)
+            self.calendar.heard(self.clock.step, mean)
         # Only such a trigger weighs growth against training; others need no count.
         counted = self._rationed and not self.done
         if counted and self._step_cost is None:

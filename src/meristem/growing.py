@@ -127,9 +127,10 @@ def plan(model: nn.Module, counts: Mapping[str, int], example: Any) -> Plan:
           2.in_features: 8 -> 10
         parameters: 58 -> 72; forward FLOPs: 288 -> 360
     """
+    checked = _counts(counts)
     with undisturbed():
         structure = structure_of(inner(model), example)
-        planned = with_mirrors(structure, planned_for(structure, _counts(counts)))
+        planned = with_mirrors(structure, planned_for(structure, checked))
         return replace(planned, unsaid=unsaid(structure, planned))
 
 

@@ -257,6 +257,8 @@ def check_part(kind: str, part: Any, known: Mapping[str, type]) -> None:
     if isinstance(part, str):
         # A name, as a configuration file would have it.
         hint = nearest(part, known)
+        if kind == "when" and any(unit in part for unit in ("step", "epoch")):
+            hint = f" hint: meristem.when.Every({part!r})"
         if part in known:
             hint = f" hint: meristem.{kind}.{known[part].__name__}()"
         raise TypeError(f"{kind} must be {example}; got {part!r}.{hint}")

@@ -87,7 +87,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "load, optimizer": (
         lambda: ms.load("x", net(), optimizer=torch.optim.SGD), TypeError, "build it, SGD"  # type: ignore[arg-type]
     ),
-    "save, swapped": (lambda: ms.save(net(), "x"), TypeError, r"ms.save\(path, model\)"),  # type: ignore[arg-type]
+    "save, swapped": (lambda: ms.save(net(), "x"), TypeError, r"\(path, model\)"),  # type: ignore[arg-type]
     "save, nowhere": (lambda: ms.save(None, net()), TypeError, "got NoneType"),  # type: ignore[arg-type]
     "half": (
         lambda: ms.find_axes(net().half(), EXAMPLE), ms.DiscoveryError, "in that dtype"

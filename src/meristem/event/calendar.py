@@ -150,7 +150,7 @@ class Calendar:
         self._ranks = ranks
 
     def heard(self, step: int, loss: Tensor | float) -> None:
-        """Keep the training loss of a step."""
+        """Keep the training loss after so many steps."""
         self.losses.add(loss)
         self.curve.add(step, loss)
 

@@ -123,6 +123,8 @@ class Settings:
             asked = [name for name in found.frozen if matches(name, patterns)]
             listed = [(name, found.frozen[name]) for name in asked[:3]]
             reasons = "; ".join(f"{name}: {reason}" for name, reason in listed)
+            if not asked:
+                reasons = f"This model has {', '.join([*every()][:8]) or 'no axis'}"
             raise GrowthRefused(
                 f"nothing in the model can grow under axes={self.axes!r}. {reasons}"
             )

@@ -244,6 +244,8 @@ def methods(how: Methods) -> tuple[How, ...]:
     """One method, several or none as a tuple; checked."""
     listed = _listed(how)
     for one in listed:
+        if isinstance(one, Optimizer):
+            raise TypeError("how got an optimizer. hint: optimizer=...")
         check_part("how", one, METHODS)
         check_kinds(one)
     return listed

@@ -56,6 +56,9 @@ def imported(name: str) -> Any:
     The current folder counts as a place to import from.
     """
     module_name, _, attribute = name.partition(":")
+    if module_name.endswith(".py"):
+        bare = module_name.removesuffix(".py").replace("/", ".")
+        raise ConfigError(f"{name!r} is a file. hint: {bare}:{attribute}")
     # As python -m does: a module beside the file is found.
     here = str(Path.cwd())
     if here not in sys.path:

@@ -133,5 +133,5 @@ def verdict(outcomes: list[Outcome]) -> str:
         f"Grown, it ends at a loss of {grown['loss']:.3f} for {100 * share:.0f} % of the "
         f"cost of six blocks from the start ({large['loss']:.3f}); three blocks end at "
         f"{small['loss']:.3f}. Around the growth the loss goes from {before:.3f} to "
-        f"{after:.3f}: no dip. One seed, one learning rate for all."
+        f"{after:.3f}: no jump. One seed, one learning rate for all."
     )

@@ -273,7 +273,7 @@ def build(choice: Choice, data: Data) -> nn.Module:
                 "model = 'gpt' needs text; hint: data = 'text/tinyshakespeare'"
             )
         make, fixed = GPT, {"vocabulary": data.outputs, "context": int(shape[0])}
-    defaults = _DEFAULTS[name]
+    defaults = DEFAULTS[name]
     for key in parameters:
         if key not in defaults:
             raise ConfigError(
@@ -288,7 +288,7 @@ def build(choice: Choice, data: Data) -> nn.Module:
         ) from None
 
 
-_DEFAULTS: dict[str, dict[str, Any]] = {
+DEFAULTS: dict[str, dict[str, Any]] = {
     "mlp": {"hidden": [32, 32], "norm": False},
     "convnet": {"width": 16},
     "vgg": {

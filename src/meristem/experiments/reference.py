@@ -18,6 +18,7 @@ from meristem.experiments.config import (
     StagesTable,
     Train,
 )
+from meristem.experiments.models import DEFAULTS
 from meristem.experiments.suite import Suite
 
 HEAD = """# Configuration files
@@ -47,7 +48,15 @@ def page() -> str:
         parts.append("| key | meaning | default |\n|---|---|---|")
         parts += [_row(name, field) for name, field in model.model_fields.items()]
         parts.append("")
-    return "\n".join(parts)
+    parts.append("## Models\n")
+    parts.append("`model = { NAME = { ... } }`; the rest is made to fit the data.\n")
+    parts.append("| name | parameters and their defaults |\n|---|---|")
+    for name, defaults in DEFAULTS.items():
+        listed = ", ".join(
+            f"`{key} = {_toml(value)}`" for key, value in defaults.items()
+        )
+        parts.append(f"| `{name}` | {listed} |")
+    return "\n".join(parts) + "\n"
 
 
 def _row(name: str, field: Any) -> str:

@@ -216,7 +216,8 @@ def first_call(model: nn.Module, loss: Loss, batch: Any) -> Example:
         except Exception as error:
             raise DataError(
                 f"loss(model, batch) fails on the first batch of data "
-                f"({type(error).__name__}: {error}). It got the model and {in_short(batch)}"
+                f"({type(error).__name__}: {error}). It got the model and {in_short(batch)}. hint: "
+                "lambda model, batch: criterion(model(batch[0]), batch[1])"
             ) from error
     raise DataError(
         "loss(model, batch) never calls the model, so no example input is known. "

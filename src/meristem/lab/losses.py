@@ -96,11 +96,16 @@ def _told(error: Exception, mode: str) -> Exception:
             "was changed. hint: use a larger batch size, or drop_last=True where only "
             "the last batch is that small"
         )
-    return GrowthRefused(
+    told = (
         f"the loss fails on a copy of the model in {mode} mode "
-        f"({type(error).__name__}: {error}); nothing was changed. hint: a weight that "
-        "only the loss uses does not grow; let the model's forward use it"
+        f"({type(error).__name__}: {error}); nothing was changed"
     )
+    if any(word in str(error) for word in ("size", "shape")):
+        told += (
+            ". hint: a weight that only the loss uses does not grow; let the model's "
+            "forward use it"
+        )
+    return GrowthRefused(told)
 
 
 @torch.no_grad()

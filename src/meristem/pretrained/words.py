@@ -46,6 +46,12 @@ def wishes(to: str) -> list[Wish]:
         amount = _AMOUNT.match(text)
         if not part.strip():
             raise GrowthRefused(f"a part of {to!r} is empty")
+        bare = re.match(r"[a-z_]*", word)
+        if not equals and bare is not None and bare[0] in WORDS:
+            amount_told = word.removeprefix(bare[0]) or "+4"
+            raise GrowthRefused(
+                f"{part.strip()!r} is no growth. hint: write {bare[0]}={amount_told}"
+            )
         if word not in WORDS:
             known = ", ".join(WORDS)
             raise GrowthRefused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ _LINES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _MOST = 10
 """Lines of a figure of sizes; the rest is left out."""
+EARLY = 0.15
+"""Share of a run that is left out of sight where it is out of scale."""
+Cost = Callable[[Point], float]
 _MOMENTS = ("insertion", "1", "10", "100", "1000")
 
 
@@ -49,7 +53,7 @@ def svg(drawn: Figure, title: str) -> str:
     return text[start:].replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
 
 
-def curves(records: Sequence[Record], key: str, smaller_is_better: bool) -> Figure:
+def curves(records: Sequence[Record], key: str) -> Figure:
     """One measure over the cost of training: FLOPs where they are known, else steps.
 
     A mark stands where a net grew; a large one where a run ended.
@@ -62,9 +66,8 @@ def curves(records: Sequence[Record], key: str, smaller_is_better: bool) -> Figu
         if points:
             _curve(panel, number, record, points, key, _cost(counted))
     panel.set_xlabel("training FLOPs, growth included" if counted else "steps")
-    panel.set_ylabel(key)
-    ends = [record.final(key) for record in records]
-    _focus(panel, [end for end in ends if end is not None], smaller_is_better)
+    panel.set_ylabel(records[0].score if key == "accuracy" else key)
+    _focus(panel, records, key, _cost(counted))
     _legend(panel)
     return drawn
 
@@ -80,7 +83,7 @@ def overview(record: Record) -> Figure:
     return drawn
 
 
-def _cost(counted: bool) -> Callable[[Point], float]:
+def _cost(counted: bool) -> Cost:
     def cost(point: Point) -> float:
         return point.flops if counted and point.flops is not None else point.step
 
@@ -93,7 +96,7 @@ def _curve(
     record: Record,
     points: Sequence[Point],
     key: str,
-    cost: Callable[[Point], float],
+    cost: Cost,
 ) -> None:
     style = _style(number, grows=bool(record.growths))
     x = [cost(point) for point in points]
@@ -119,16 +122,17 @@ def _curve(
         )
 
 
-def _focus(panel: Axes, ends: Sequence[float], smaller_is_better: bool) -> None:
+def _focus(panel: Axes, records: Sequence[Record], key: str, cost: Cost) -> None:
     """Leave the first steps out of sight, where they would flatten everything else."""
-    low, high = panel.get_ylim()
-    if not ends:
-        return
-    room = 4 * (max(ends) - min(ends)) + 0.1 * abs(max(ends))
-    if smaller_is_better:
-        panel.set_ylim(low, min(high, max(ends) + 2 * room))
-    else:
-        panel.set_ylim(max(low, min(ends) - 2 * room), high)
+    shown: list[float] = []
+    for record in records:
+        points = [one for one in record.points if getattr(one, key) is not None]
+        begun = EARLY * cost(record.last)
+        values = [getattr(one, key) for one in points if cost(one) >= begun]
+        shown += [value for value in values if math.isfinite(value)]
+    if len(shown) > 1:
+        room = 0.05 * (max(shown) - min(shown)) or 0.05
+        panel.set_ylim(min(shown) - room, max(shown) + room)
 
 
 def sizes(record: Record) -> Figure:
@@ -149,7 +153,9 @@ def _sizes(panel: Axes, record: Record) -> None:
         panel.step(steps, values, where="post", label=label, linewidth=1.8, **style)
     panel.set_xlabel("steps")
     panel.set_ylabel("units or blocks")
-    panel.set_yscale("log", base=2)
+    sizes_seen = [size for _, moments in _paths(record) for _, size in moments]
+    if sizes_seen and max(sizes_seen) > 8 * min(sizes_seen):
+        panel.set_yscale("log", base=2)
     panel.yaxis.set_major_formatter("{x:.0f}")
     _legend(panel)
 
@@ -191,7 +197,7 @@ def pareto(records: Sequence[Record], key: str, smaller_is_better: bool) -> Figu
             panel.set_xscale("log")
         panel.set_xlabel(label)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel(key)
+    panels[0].set_ylabel(records[0].score if key == "accuracy" else key)
     _legend(panels[0])
     return drawn
 
@@ -230,7 +236,7 @@ def health(record: Record) -> Figure | None:
     panel.set_xticks(range(len(_MOMENTS)), _MOMENTS)
     panel.set_xlabel("steps since the growth")
     panel.set_ylabel("inactive new units, %")
-    panel.set_ylim(bottom=0)
+    panel.set_ylim(0, max(5.0, panel.get_ylim()[1]))
     _legend(panel)
     return drawn
 

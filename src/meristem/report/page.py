@@ -11,17 +11,6 @@ from typing import Any
 from meristem.report import figures
 from meristem.report.records import Record
 
-HEADER = (
-    "run",
-    "accuracy",
-    "loss",
-    "parameters",
-    "training FLOPs",
-    "of it growth",
-    "growths",
-    "seconds",
-)
-
 
 def write(
     records: Sequence[Record], path: Path, title: str = "Meristem report"
@@ -60,19 +49,25 @@ def _sections(records: Sequence[Record]) -> Iterator[str]:
     for key, smaller in (("loss", True), ("accuracy", False)):
         if any(record.final(key) is not None for record in records):
             keys.append((key, smaller))
-    for key, smaller in keys:
-        title = f"{key.capitalize()} over the cost of training"
+    for key, _ in keys:
+        name = records[0].score if key == "accuracy" else key
+        title = f"{name.capitalize()} over the cost of training"
         told = "Solid lines grow; an upright mark stands before and after a growth."
-        drawn = figures.svg(figures.curves(records, key, smaller), title)
+        drawn = figures.svg(figures.curves(records, key), title)
         yield _section(title, f"<p>{told}</p>{drawn}")
     if len(records) > 1 and all(one.last.flops is not None for one in records):
         key, smaller = keys[-1]
-        title = f"{key.capitalize()} against size and cost"
+        name = records[0].score if key == "accuracy" else key
+        title = f"{name.capitalize()} against size and cost"
         drawn = figures.svg(figures.pareto(records, key, smaller), title)
-        yield _section(title, f"<p>Nothing below the grey line is worth it.</p>{drawn}")
+        yield _section(
+            title,
+            f"<p>The grey line joins the runs that no cheaper one beats.</p>{drawn}",
+        )
     for record in records:
         if record.growths:
-            yield _section(f"How {record.name} grew", _grown(record))
+            one = f", the first of {record.seeds} seeds" if record.seeds > 1 else ""
+            yield _section(f"How {record.name} grew{one}", _grown(record))
     for record in records:
         if record.notes:
             yield _section(record.name, _notes(record.notes))
@@ -83,35 +78,41 @@ def _section(title: str, inside: str) -> str:
 
 
 def _table(records: Sequence[Record]) -> str:
-    """All runs; a click on a heading sorts by it."""
+    """All runs; a click on a heading sorts by it. Columns without a figure are left out."""
+    rows = [_figures(record) for record in records]
+    kept = [name for name in rows[0] if any(row[name][0] is not None for row in rows)]
     head = "".join(
         f'<th scope="col"><button type="button">{escape(name)}</button></th>'
-        for name in HEADER
+        for name in ("run", *kept)
     )
-    rows = "\n".join(_row(record) for record in records)
+    lines = []
+    for record, row in zip(records, rows, strict=True):
+        seeds = f", mean of {record.seeds}" if record.seeds > 1 else ""
+        cells = "".join(_cell(*row[name]) for name in kept)
+        lines.append(
+            f'<tr><th scope="row">{escape(record.name)}{seeds}</th>{cells}</tr>'
+        )
+    body = "\n".join(lines)
     return (
         '<div class="wide"><table class="sorted"><thead><tr>'
-        f"{head}</tr></thead><tbody>\n{rows}\n</tbody></table></div>"
+        f"{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>"
     )
 
 
-def _row(record: Record) -> str:
-    last = record.last
-    share = None
-    if record.growth_flops is not None and last.flops:
-        share = 100 * record.growth_flops / last.flops
-    seeds = f", mean of {record.seeds}" if record.seeds > 1 else ""
-    cells = [
-        f'<th scope="row">{escape(record.name)}{seeds}</th>',
-        _cell(record.final("accuracy"), "{:.4f}"),
-        _cell(record.final("loss"), "{:.4f}"),
-        _cell(record.parameters, "{:,.0f}"),
-        _cell(last.flops, "{:.3g}"),
-        _cell(share, "{:.1f} %"),
-        _cell(len(record.growths), "{}"),
-        _cell(record.seconds, "{:.1f}"),
-    ]
-    return f"<tr>{''.join(cells)}</tr>"
+def _figures(record: Record) -> dict[str, tuple[float | None, str]]:
+    """The figures of one row by column, with the form in which they are shown."""
+    flops, share = record.last.flops, None
+    if record.growth_flops is not None and flops:
+        share = 100 * record.growth_flops / flops
+    return {
+        record.score: (record.final("accuracy"), "{:.4f}"),
+        "loss": (record.final("loss"), "{:.4f}"),
+        "parameters": (record.parameters, "{:,.0f}"),
+        "training FLOPs": (flops, "{:.3g}"),
+        "of it growth": (share, "{:.1f} %"),
+        "growths": (len(record.growths), "{}"),
+        "seconds": (record.seconds, "{:.1f}"),
+    }
 
 
 def _cell(value: float | None, form: str) -> str:

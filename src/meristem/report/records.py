@@ -59,6 +59,7 @@ class Record:
         seconds: The whole run.
         seeds: How many runs it is the mean of.
         notes: More to show of it, by title.
+        score: What the points call accuracy.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Record:
     seconds: float | None = None
     seeds: int = 1
     notes: Mapping[str, str] = field(default_factory=dict)
+    score: str = "accuracy"
 
     @property
     def last(self) -> Point:
@@ -90,12 +92,28 @@ def of_training(
     cost: float,
 ) -> Record:
     """The record of a user's own loop."""
-    points = [Point(step, loss=loss) for step, loss in losses]
+    points = [Point(step, loss=loss) for step, loss in _smooth(losses, growths)]
     points += [Point(step, accuracy=metric) for step, metric in metrics]
     points.sort(key=lambda point: point.step)
     parameters = sum(p.numel() for p in model.parameters())
     listed = [growth.json() for growth in growths]
-    return Record(name, points or [Point(0)], listed, parameters, cost)
+    return Record(name, points or [Point(0)], listed, parameters, cost, score="metric")
+
+
+def _smooth(
+    losses: Sequence[tuple[int, float]], growths: Sequence[Growth]
+) -> list[tuple[int, float]]:
+    """Means over a fiftieth of the run, none of which reaches across a growth."""
+    width = max(len(losses) // 50, 1)
+    moments = {growth.step for growth in growths}
+    found: list[tuple[int, float]] = []
+    some: list[float] = []
+    for step, loss in losses:
+        some.append(loss)
+        if len(some) == width or step + 1 in moments:
+            found.append((step, fmean(some)))
+            some = []
+    return found if not some else [*found, (losses[-1][0], fmean(some))]
 
 
 def of_files(paths: Sequence[Path]) -> list[Record]:

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -113,7 +116,7 @@ class _Builder:
         # A class may refuse sizes in any way; what cannot be built is not said.
         try:
             config = _written(with_values(self.model.config, values))
-            with undisturbed(), torch.device("meta"):
+            with undisturbed(), _quiet(), torch.device("meta"):
                 built = type(self.model)(config)
         except Exception as error:
             return " ".join(str(error).split())[:_LONGEST]
@@ -135,6 +138,19 @@ class _Builder:
     def differing(self, built: _Described) -> list[tuple[str, str]]:
         """The numbers in which a built model differs, of those that configs do say."""
         return [key for key in self.target.differing(built) if key not in self.unsaid]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within, nobody warns of a config that is only tried."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def with_values(config: Any, values: Mapping[Path, Any]) -> Any:
@@ -351,10 +367,11 @@ def _why(
     model: nn.Module, plan: Plan, target: _Described, built: _Described | str
 ) -> str:
     name = type(model.config).__name__
-    grown = ", ".join(plan.after)
-    shown = grown if len(grown) < 80 else f"{grown[:80]}..."
+    names = list(plan.after)
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    shown = ", ".join(names[:2]) + more
     if isinstance(built, str):
-        why = f"with these sizes its model cannot be built ({built})"
+        why = f"with these sizes its model cannot be built ({built.rstrip('.')})"
     else:
         tensor = target.misshapen(built)[0]
         wanted = target.shapes.get(tensor, "absent")

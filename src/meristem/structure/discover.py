@@ -30,7 +30,7 @@ from meristem.structure.labels import (
 from meristem.structure.layers import beside_weights, channel_of, contracts
 from meristem.structure.ops import operation_of
 from meristem.structure.ops.written import follow
-from meristem.structure.received import not_taken, other_dtypes
+from meristem.structure.received import check_numbers, not_taken, other_dtypes
 from meristem.structure.runs import SilentTensors, find_runs
 from meristem.structure.tracer import (
     Dim,
@@ -158,6 +158,7 @@ class Structure:
     # -- the trace ---------------------------------------------------------------------
 
     def _trace_with_fallback(self) -> None:
+        check_numbers(self.example)
         if other_dtypes(self.example, self.model):
             # A trace without data does not notice it.
             failure = self._failure()

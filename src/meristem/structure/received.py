@@ -8,20 +8,35 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from meristem.core.errors import DiscoveryError
+from meristem.core.errors import DataError, DiscoveryError
 from meristem.core.example import Example
 
-# Characters of a value that is no array.
+# Characters of a value that is no array, and of torch's own words.
 _LONGEST = 40
+_MESSAGE = 200
 
 
 def not_taken(model: nn.Module, example: Example, error: Exception) -> DiscoveryError:
     """What is told where a model does not take a call."""
     return DiscoveryError(
         f"the forward of {type(model).__name__} fails on the example "
-        f"({type(error).__name__}: {error}). Received {received(example)}. "
+        f"({type(error).__name__}: {_first_line(error)}). Received {received(example)}. "
         f"hint: {remedy(example, model)}"
     )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:_MESSAGE]
+
+
+def check_numbers(example: Example) -> None:
+    """Raise where a call holds NaN, of which nothing can be told."""
+    for value in _leaves(example):
+        real = _floating(value) and not value.is_meta
+        if real and bool(torch.isnan(value).any()):
+            raise DataError(
+                f"the example holds NaN: {in_short(tuple(example))}. hint: clean the data"
+            )
 
 
 def received(example: Example) -> str:
@@ -74,6 +89,12 @@ def remedy(example: Example, model: nn.Module) -> str:
     dtypes = other_dtypes(example, model)
     if dtypes:
         return f"the weights are {dtypes[1]}; pass the example in that dtype"
+    if len(example.args) == 1 and isinstance(example.args[0], list):
+        return "a list is one argument; pass batch[0], or a tuple of arguments"
+    if len(leaves) == 1 and isinstance(leaves[0], Tensor):
+        return (
+            "it does not take a tensor of this shape; pass one as the model is called"
+        )
     return (
         "pass the example as the model is called: a tensor, a tuple of arguments or a "
         "dict of keyword arguments"
