@@ -156,6 +156,8 @@ def _sizes(panel: Axes, record: Record) -> None:
     sizes_seen = [size for _, moments in _paths(record) for _, size in moments]
     if sizes_seen and max(sizes_seen) > 8 * min(sizes_seen):
         panel.set_yscale("log", base=2)
+    else:
+        panel.locator_params(axis="y", integer=True)
     panel.yaxis.set_major_formatter("{x:.0f}")
     _legend(panel)
 
