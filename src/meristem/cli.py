@@ -86,9 +86,10 @@ def _fail(told: str) -> NoReturn:
 
 def _check_writable(path: Path) -> None:
     """Raise now where a file cannot be written in the end."""
+    new = not path.exists()
     with open(path, "ab"):
         pass
-    if not path.stat().st_size:
+    if new:
         path.unlink()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 import torch
@@ -74,7 +73,7 @@ def _over_ranks(loss: Tensor | float, ranks: Ranks) -> Tensor | float:
             "step(loss) takes the scalar training loss; got a tensor of shape "
             f"{tuple(loss.shape)}"
         )
-    if not isinstance(loss, (Tensor, Real)):
+    if not hasattr(loss, "__float__"):
         raise TypeError(
             f"step(loss) takes the scalar training loss; got {type(loss).__name__}"
         )
@@ -123,8 +122,7 @@ class Grower(Shown):
         data: A DataLoader or any re-iterable of batches; read on the side.
         when: The trigger.
         how: The method, or several: the first that speaks for the kind of an axis grows
-            it. An axis that none of them speaks for takes no part. By default random
-            units with zero fan-out, and silent blocks.
+            it; what none speaks for takes no part. By default Random and ZeroBlock.
         where: Which axis gets how many units; by default all the same number, or, of a
             fraction, in proportion to their sizes.
         care: What optimizer and old weights get; by default a warm second moment, and
@@ -136,11 +134,10 @@ class Grower(Shown):
             both, where methods for both are given.
         budget: Upper limits; a growth that would pass one grows what fits.
         axes: Names or glob patterns of the axes that may grow, or words of all layers
-            (`mlp`, `heads`, `width`, `depth` and the others of `expand_`, here, in
-            `amount` and in the sizes of a budget); a leading "!" excludes.
+            (`mlp`, `heads`, `kv_heads`, `width`, `depth`, `lora_rank`; in `amount` and
+            in a budget's sizes, too); a leading "!" excludes.
         round_to: Grown sizes are rounded down to a multiple of this.
-        accumulation: Batches per optimizer step, where gradients are accumulated: an
-            epoch is as many steps fewer.
+        accumulation: Batches per optimizer step, where gradients are accumulated.
         example: The example input; by default the model's first call inside `loss` on
             the first batch.
         generator: The source of randomness; by default a private one of the model.
@@ -320,7 +317,8 @@ class Grower(Shown):
     def _grow_if_due(self, loss: object = None) -> Growth | None:
         if self.done or not self.ranks.first(self.when.due(self.clock)):
             return None
-        self._witness.check(loss)
+        with self.ranks.together():
+            self._witness.check(loss)
         allowance = math.inf
         if self._rationed:
             allowance = self.when.allowance(self.clock)  # type: ignore[attr-defined]
@@ -379,6 +377,7 @@ class Grower(Shown):
             self.done, self.reason, self._step_cost = False, "", None
             for axis in growth.added:
                 self.calendar.forget(axis, self.clock.step)
+        self._witness.renew()
         return done
 
     # -- state -------------------------------------------------------------------------

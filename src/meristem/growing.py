@@ -212,7 +212,7 @@ def grow_(
         if isinstance(wish, Plan):
             planned = _same(event.structure, wish)
         else:
-            planned = planned_for(event.structure, wish)
+            planned = planned_for(event.structure, wish, event.how)
         return carry_out(event, accepted(planned))
 
 
@@ -358,14 +358,20 @@ def narrow_(
     with opened_host(model) as model, ranks.together(), undisturbed():
         loan = Loan(torch.Generator(), ranks=ranks)
         event = prepare(model, example, loan, optimizer=optimizers(optimizer))
-        return carry_out(event, accepted(planned_for(event.structure, _drops(units))))
+        structure = event.structure
+        # What does not grow can become smaller all the same.
+        every = partial(growable, structure)
+        drops = by_axis(structure, every, _drops(units), limits=True)
+        return carry_out(event, accepted(planned_for(structure, drops)))
 
 
-def planned_for(structure: Structure, wishes: Mapping[str, Any]) -> Plan:
+def planned_for(
+    structure: Structure, wishes: Mapping[str, Any], how: Methods = ()
+) -> Plan:
     """The plan of wishes, names of axes written out; it may be a refusal."""
     if not wishes:
         raise GrowthRefused("no axis was named: pass {axis: count}")
-    wishes = by_axis(structure, partial(growable, structure), wishes)
+    wishes = by_axis(structure, partial(growable, structure, how=how), wishes)
     plan = resolve(structure, wishes)
     if plan.refusal is not None:
         # What does not follow alone may grow together with others.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import meristem as ms
+from meristem.event.calendar import Curve
 
 X, Y = torch.randn(64, 20), torch.randint(0, 3, (64,))
 BATCHES = [(X[i : i + 16], Y[i : i + 16]) for i in range(0, 64, 16)]
@@ -200,3 +203,48 @@ def test_short_reprs() -> None:
 def test_no_strangers_in_a_module() -> None:
     for module in (ms, ms.how, ms.where, ms.when, ms.care, ms.recipes):
         assert dir(module) == sorted(module.__all__)
+
+
+def test_a_copied_grower_goes_on() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    mine, its, one = copy.deepcopy((model, optimizer, grower(model, optimizer)))
+    train(one, mine, its, 2)
+    assert mine[0].out_features == 12
+
+
+def test_a_load_and_a_skipped_step_are_no_other_optimizer() -> None:
+    model = net()
+    one = grower(model)
+    model.load_state_dict(net().state_dict())
+    one.step(1.0)
+    assert one.step(1.0)
+
+
+def test_a_head_that_is_trained_alone_is_no_other_model() -> None:
+    model, head = net(), nn.Linear(3, 3)
+    optimizer = torch.optim.SGD([*model.parameters(), *head.parameters()], lr=0.1)
+    one = grower(model, optimizer)
+    for _ in range(2):
+        value = F.cross_entropy(head(model(X).detach()), Y)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        growth = one.step(value)
+    assert growth
+
+
+def test_a_grower_that_is_gone_leaves_nothing_in_the_optimizer() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        grower(model, optimizer)
+    gc.collect()
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_a_long_run_in_half_precision_has_its_curve() -> None:
+    curve = Curve()
+    for step in range(40_000):
+        curve.add(step, torch.ones((), dtype=torch.bfloat16))
+    assert {loss for _, loss in curve.points()} == {1.0}

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,33 @@ def test_a_report_is_whole_in_itself(tmp_path: Path) -> None:
     assert "&lt;zero&gt; fan-out" in text
     assert "h.0 4 → 8" in text
     assert "<a>" not in re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL)
+
+
+def test_odd_names_and_empty_records(tmp_path: Path) -> None:
+    odd = [replace(one, name='a" onload="x cost$x^$') for one in records()]
+    text = write(odd, tmp_path / "odd.html").read_text()
+    # Letters that are drawn stand in comments, too.
+    assert 'onload="x' not in re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    write([Record("a", [Point(0)]), Record("b", [Point(0)])], tmp_path / "empty.html")
+
+
+def test_runs_of_other_folders_and_configurations_are_not_averaged(
+    tmp_path: Path,
+) -> None:
+    for folder, seed, width in (("a", 0, 8), ("a", 1, 8), ("b", 0, 8), ("b", 1, 16)):
+        point = {"step": 1, "flops": 1e6, "loss": 1.0, "accuracy": None, "sizes": {}}
+        result = {
+            "curve": [point],
+            "growths": [],
+            "training_flops": 1e6,
+            "parameters": 10,
+            "seconds": 1.0,
+            "config": {"seed": seed, "width": width},
+        }
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / f"net_seed{seed}.json").write_text(json.dumps(result))
+    found = {(record.name, record.seeds) for record in of_files([tmp_path])}
+    assert found == {("a/net", 2), ("b/net", 1)}
 
 
 def test_a_report_is_the_same_every_time(tmp_path: Path) -> None:

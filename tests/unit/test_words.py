@@ -27,8 +27,7 @@ def grower(net: nn.Module, **options: object) -> ms.Grower:
         loss=lambda net, x: net(x).square().mean(),
         data=[X],
         when=ms.when.Every(steps=1),
-        how=ms.how.Random(),
-        **options,  # type: ignore[arg-type]
+        **{"how": ms.how.Random()} | options,  # type: ignore[arg-type]
     )
 
 
@@ -74,3 +73,26 @@ def test_an_axis_of_that_name_comes_first() -> None:
     net.add_module("mlp", nn.Linear(4, 8))
     net.add_module("out", nn.Linear(8, 2))
     assert ms.grow_(net, {"mlp": 2}, torch.randn(3, 4)).after == {"mlp": 10}
+
+
+def test_what_cannot_grow_may_be_excluded_limited_and_narrowed() -> None:
+    net = encoder()
+    chosen = grower(net, axes=["*", "!depth"])
+    assert chosen.step(1.0)
+    assert grower(net, axes=["*", "!heads"], amount=3).step(1.0)
+    limited = grower(net, how=ms.how.GradMax(), budget=ms.Budget(sizes={"depth": 6}))
+    assert limited.step(1.0)
+    assert not set(ms.find_axes(net, X, axes="!kv_heads")) & {"kv_heads"}
+
+
+def test_a_word_is_read_with_the_method_that_is_named() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    net = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    assert ms.grow_(net, {"depth": 1}, X, how=ms.how.Stack()).after == {"layers": 3}
+    assert ms.narrow_(net, {"depth": 1}, X).after == {"layers": 2}
+
+
+def test_an_axis_that_is_named_wins_over_a_word() -> None:
+    after = ms.plan(encoder(), {"layers.0.linear1": 8, "mlp": 4}, X).after
+    assert after == {**dict.fromkeys(MLP, 20), "layers.0.linear1": 24}

@@ -42,6 +42,8 @@ class Budget:
                     f"Budget(sizes={{{axis!r}: ...}}) must be a number in [1, inf); got "
                     f"{size!r}"
                 )
+        whole = {axis: int(size) for axis, size in self.sizes.items()}
+        object.__setattr__(self, "sizes", whole)
 
 
 def _counts(value: object) -> bool:

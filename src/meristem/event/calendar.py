@@ -102,7 +102,9 @@ class Curve:
 
     def add(self, step: int, loss: Tensor | float) -> None:
         """One more loss; on a device it is not waited for."""
-        self._sum = self._sum + (loss.detach() if isinstance(loss, Tensor) else loss)
+        # Half precision cannot add up many.
+        value = loss.detach().float() if isinstance(loss, Tensor) else loss
+        self._sum = self._sum + value
         self._count += 1
         if self._count < self._width:
             return

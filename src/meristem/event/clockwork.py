@@ -51,7 +51,7 @@ class Clockwork:
                 f"{self._trigger} watches the training loss: call grower.step(loss)"
             )
         total, number = self._passing
-        value = loss.detach() if isinstance(loss, Tensor) else loss
+        value = loss.detach().float() if isinstance(loss, Tensor) else loss
         self._passing = (total + value, number + 1)
 
     def _close_epoch(self) -> None:

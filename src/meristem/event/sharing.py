@@ -115,8 +115,10 @@ class Settings:
         patterns = [self.axes] if isinstance(self.axes, str) else self.axes
         for pattern in patterns:
             if not set(pattern) & set("*?["):
-                by_axis(structure, every, {pattern.removeprefix("!"): 0})
-        by_axis(structure, every, self.budget.sizes)
+                excludes = pattern.startswith("!")
+                name = pattern.removeprefix("!")
+                by_axis(structure, every, {name: 0}, limits=excludes)
+        by_axis(structure, every, self.budget.sizes, limits=True)
         chosen = [found.named(name) for name in by_axis(structure, every, named)]
         if not chosen:
             patterns = spelled(structure, every(), self.axes)
@@ -165,11 +167,13 @@ class Check:
     def budget(self) -> Budget:
         """The budget, its sizes by axis."""
         budget = self.settings.budget
-        return replace(budget, sizes=self._by_axis(budget.sizes))
+        return replace(budget, sizes=self._by_axis(budget.sizes, limits=True))
 
-    def _by_axis(self, named: Mapping[str, int]) -> dict[str, int]:
+    def _by_axis(
+        self, named: Mapping[str, int], limits: bool = False
+    ) -> dict[str, int]:
         growing = partial(growable, self.structure, how=self.settings.how)
-        return by_axis(self.structure, growing, named)
+        return by_axis(self.structure, growing, named, limits=limits)
 
     def asked(self, axis: Axis, total: int) -> int:
         """For how many units of an axis its method is asked."""

@@ -50,7 +50,7 @@ from meristem.structure.undisturbed import undisturbed
 from meristem.surgery.aftercare import begin, check_aftercare, follow
 from meristem.surgery.deferred import signals_deferred
 from meristem.surgery.exchange import OptimizerChange, check_free, exchange
-from meristem.surgery.host import check_optimizer
+from meristem.surgery.host import check_optimizer, plain
 from meristem.surgery.lineage import draws_of, note_draws
 from meristem.surgery.optimizers import (
     Followed,
@@ -235,7 +235,6 @@ def method_for(how: Methods, axis: Axis) -> How:
 
 def batches_for(how: Methods) -> int:
     """Growth batches that the methods, and a look at the new units, need."""
-    # The default methods may be called in, too.
     asked = [one.batches for one in (*methods(how), *DEFAULTS.values())]
     return max(HEALTH_BATCHES, *asked)
 
@@ -276,8 +275,9 @@ def optimizers(optimizer: Optimizers) -> tuple[Optimizer, ...]:
     """One optimizer, several or none as a tuple; checked."""
     if optimizer is None:
         return ()
-    several = isinstance(optimizer, (list, tuple))
-    listed: Sequence[Any] = optimizer if several else [optimizer]  # type: ignore[assignment]
+    given: Any = optimizer
+    single = isinstance(plain(given), Optimizer) or not isinstance(given, Iterable)
+    listed = [given] if single else tuple(given)
     return tuple(check_optimizer(one) for one in listed)
 
 

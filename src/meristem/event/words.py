@@ -29,7 +29,9 @@ def spelled(
         name = pattern.removeprefix("!")
         sign = pattern[: len(pattern) - len(name)]
         if _is_word(structure, name):
-            meant = Reader(structure, growing).axes(name)
+            reader = Reader(structure, growing)
+            # What cannot grow may be left out all the same.
+            meant = reader.meant(name) if sign else reader.axes(name)
             found += [sign + axis.name for axis in meant]
         else:
             found.append(pattern)
@@ -37,27 +39,34 @@ def spelled(
 
 
 def by_axis(
-    structure: Structure, growing: Callable[[], Axes], named: Mapping[str, T]
+    structure: Structure,
+    growing: Callable[[], Axes],
+    named: Mapping[str, T],
+    *,
+    limits: bool = False,
 ) -> dict[str, T]:
     """What is said of axes by their names, by short names or by words, by whole names.
 
     Args:
         structure: Of the model.
         growing: Gives the axes that grow; asked only where there is a word.
-        named: By name.
+        named: By name; what is named itself wins over what a word means.
+        limits: Whether this forbids rather than asks: of axes that do not grow, too.
 
     Raises:
         UnknownAxis: A name is neither.
         GrowthRefused: A word means nothing in this model.
     """
-    found = {}
+    found: dict[str, T] = {}
+    explicit: dict[str, T] = {}
     for name, value in named.items():
         if _is_word(structure, name):
-            for axis in Reader(structure, growing()).axes(name):
-                found[axis.name] = value
+            reader = Reader(structure, growing())
+            for axis in reader.meant(name) if limits else reader.axes(name):
+                found.setdefault(axis.name, value)
         else:
-            found[structure.axes.named(name).name] = value
-    return found
+            explicit[structure.axes.named(name).name] = value
+    return found | explicit
 
 
 def _is_word(structure: Structure, name: str) -> bool:
@@ -83,6 +92,12 @@ class Reader:
         for axis in every.values():
             if axis.kind == "width" and self._through(axis):
                 self._streams.update(slot.name for slot in axis.slots)
+
+    def meant(self, word: str) -> list[Axis]:
+        """The axes that a word means, whether they grow or not."""
+        axes = self._structure.axes
+        every = {**axes, **axes.every_end}
+        return [axis for axis in every.values() if WORDS[word](self, axis)]
 
     def axes(self, word: str) -> list[Axis]:
         """The axes that a word means; at least one.

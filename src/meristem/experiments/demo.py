@@ -4,10 +4,13 @@ and three that stay three.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import signal
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty
@@ -15,6 +18,7 @@ from typing import Any
 
 import torch
 
+from meristem.core.errors import DataError
 from meristem.experiments.config import Experiment, checked
 from meristem.experiments.run import Progress, Run, result_of
 from meristem.report import Record
@@ -77,18 +81,24 @@ def demo(report: Report, seed: int = 0) -> list[Outcome]:
     context = multiprocessing.get_context("spawn")
     told = context.Queue()
     pool = ProcessPoolExecutor(2, context, initializer=_listen, initargs=(told,))
-    with pool:
-        futures = {}
+    futures = {}
+    try:
         for name, experiment in experiments(seed).items():
             futures[pool.submit(_trained, name, experiment)] = name
-        waiting = set(futures)
-        while waiting:
-            waiting -= {future for future in waiting if future.done()}
-            try:
+        while not all(future.done() for future in futures):
+            with contextlib.suppress(Empty):
                 report(*told.get(timeout=0.2))
-            except Empty:
-                continue
-        done = {futures[future]: future.result() for future in as_completed(futures)}
+        done = {name: future.result() for future, name in futures.items()}
+    except BrokenProcessPool:
+        raise DataError(
+            "a run of the demo was killed; is there memory enough?"
+        ) from None
+    finally:
+        # After Ctrl-C nobody waits for the end of a run.
+        running = list((pool._processes or {}).values())
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in running:
+            process.terminate()
     return [Outcome(name, done[name]) for name in (SMALL, LARGE, GROWN)]
 
 
@@ -96,6 +106,8 @@ def _listen(told: Any) -> None:
     """Where the runs of a process tell how far they are."""
     global _told
     _told = told
+    # The one who reads them ends them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -222,6 +223,8 @@ def imported_model(name: str, parameters: Mapping[str, Any]) -> nn.Module:
         ConfigError: It cannot be imported, does not take the parameters, or makes none.
     """
     made = imported(name)
+    if isinstance(made, nn.Module) and parameters:
+        raise ConfigError(f"{name!r} is a module already, and takes no arguments")
     if not isinstance(made, nn.Module):
         if not callable(made):
             raise ConfigError(f"{name!r} is neither a module nor makes one")
@@ -248,7 +251,8 @@ def build(choice: Choice, data: Data) -> nn.Module:
         (choice, {}) if isinstance(choice, str) else next(iter(choice.items()))
     )
     if ":" in name:
-        return imported_model(name, parameters)
+        # Runs of one process must not train one object.
+        return copy.deepcopy(imported_model(name, parameters))
     shape = data.x_train.shape[1:]
     make: Callable[..., nn.Module]
     kinds: dict[str, Callable[..., nn.Module]] = {

@@ -440,7 +440,7 @@ class Run:
     def _resume(self, folder: Path) -> None:
         extra = checkpoint.load_extra(folder)
         if extra is None or not _same(json.loads(extra["config"]), self.experiment):
-            return  # left by a run of another configuration
+            return  # written by something else
         if self.stages is not None:
             self.stages.load_state_dict(extra["stages"])
         optimizer = self.stages.optimizer if self.stages is not None else self.optimizer
@@ -551,9 +551,11 @@ def run(
             if track is not None:
                 tracking = Tracking(track, result.stem, out / "tracking")
             running = Run(experiment, report, tracking)
-            running.train(folder)
-            for tracker in running.accelerator.trackers:
-                tracker.finish()
+            try:
+                running.train(folder)
+            finally:
+                for tracker in running.accelerator.trackers:
+                    tracker.finish()
             found = result_of(running)
             if running.accelerator.is_main_process:
                 draft = result.with_suffix(".json.part")

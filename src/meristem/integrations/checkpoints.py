@@ -170,10 +170,6 @@ def example_from(
             call["input_ids"] = tokens
             if "decoder_input_ids" in call:
                 call["decoder_input_ids"] = tokens[:, : tokens.shape[1] // 2]
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    for name, value in call.items():
-        if value.is_floating_point():
-            call[name] = value.to(dtype)
     return call
 
 

@@ -219,13 +219,14 @@ def _call_of(
     if config is None or not _INPUTS.keys() >= set(names):
         return None
     device = next(model.parameters()).device
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     drawn = torch.Generator().manual_seed(0)
     call = {}
     for name in names:
         made = _INPUTS[name](config, drawn)
         if made is None:
             return None
-        call[name] = made.to(device)
+        call[name] = made.to(device, dtype if made.is_floating_point() else None)
     if getattr(config, "is_encoder_decoder", False):
         tokens = _tokens(config, drawn).to(device)
         length = max(tokens.shape[1] // 2, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from meristem.report.records import Point, Record
@@ -50,7 +51,8 @@ def svg(drawn: Figure, title: str) -> str:
         drawn.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     start = text.index("<svg")
-    return text[start:].replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+    label = escape(title, quote=True)
+    return text[start:].replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
 def curves(records: Sequence[Record], key: str) -> Figure:
@@ -101,9 +103,19 @@ def _curve(
     style = _style(number, grows=bool(record.growths))
     x = [cost(point) for point in points]
     y = [getattr(point, key) for point in points]
-    panel.plot(x, y, label=record.name, linewidth=1.8, **style)
+    # A mark of its own tells a line apart without colour.
     panel.plot(
-        x[-1:], y[-1:], marker=_marker(number), color=style["color"], markersize=7
+        x,
+        y,
+        label=_plain(record.name),
+        linewidth=1.8,
+        marker=_marker(number),
+        markevery=max(len(points) // 6, 1),
+        markersize=4,
+        **style,
+    )
+    panel.plot(
+        x[-1:], y[-1:], marker=_marker(number), color=style["color"], markersize=8
     )
     for growth in record.growths:
         if growth.get("step") is None:
@@ -144,12 +156,11 @@ def sizes(record: Record) -> Figure:
 
 def _sizes(panel: Axes, record: Record) -> None:
     for number, (names, moments) in enumerate(_paths(record)[:_MOST]):
-        label = (
-            names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} alike"
-        )
+        first = _plain(names[0])
+        label = first if len(names) == 1 else f"{first} and {len(names) - 1} alike"
         steps = [step for step, _ in moments]
         values = [size for _, size in moments]
-        style = _style(number, grows=number % 2 == 0)
+        style = _style(number, grows=number == 0)
         panel.step(steps, values, where="post", label=label, linewidth=1.8, **style)
     panel.set_xlabel("steps")
     panel.set_ylabel("units or blocks")
@@ -191,10 +202,12 @@ def pareto(records: Sequence[Record], key: str, smaller_is_better: bool) -> Figu
                 known.append((x, y))
                 style = {"color": _COLOURS[number % len(_COLOURS)], "linestyle": ""}
                 marker = _marker(number)
-                panel.plot([x], [y], marker=marker, label=record.name, **style)
+                panel.plot([x], [y], marker=marker, label=_plain(record.name), **style)
         front = _front(known, smaller_is_better)
-        panel.step(*zip(*front, strict=True), where="post", color="#999999", zorder=0)
-        costs_known = [x for x, _ in known]
+        if front:
+            best = zip(*front, strict=True)
+            panel.step(*best, where="post", color="#999999", zorder=0)
+        costs_known = [x for x, _ in known] or [1.0]
         if max(costs_known) > 10 * min(costs_known):
             panel.set_xscale("log")
         panel.set_xlabel(label)
@@ -257,6 +270,11 @@ def _inactive(figures: Any) -> float | None:
         return None
     inactive = sum(axis["units"] * axis["inactive_forward"] for axis in known)
     return 100 * float(inactive / units)
+
+
+def _plain(name: str) -> str:
+    """A name that is no formula."""
+    return name.replace("$", r"\$")
 
 
 def _style(number: int, grows: bool) -> dict[str, Any]:

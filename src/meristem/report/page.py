@@ -55,7 +55,7 @@ def _sections(records: Sequence[Record]) -> Iterator[str]:
         told = "Solid lines grow; an upright mark stands before and after a growth."
         drawn = figures.svg(figures.curves(records, key), title)
         yield _section(title, f"<p>{told}</p>{drawn}")
-    if len(records) > 1 and all(one.last.flops is not None for one in records):
+    if keys and len(records) > 1 and all(one.last.flops is not None for one in records):
         key, smaller = keys[-1]
         name = records[0].score if key == "accuracy" else key
         title = f"{name.capitalize()} against size and cost"

@@ -122,14 +122,17 @@ def of_files(paths: Sequence[Path]) -> list[Record]:
     Raises:
         DataError: There are none, or a file that was named is no result.
     """
-    found: dict[str, list[Mapping[str, Any]]] = {}
+    found: dict[tuple[Path, str, str], list[Mapping[str, Any]]] = {}
     for path in paths:
         if not path.exists():
             raise DataError(f"there is no {path}")
         for file in sorted(path.rglob("*.json")) if path.is_dir() else [path]:
             result = _read(file)
             if result is not None:
-                found.setdefault(_SEED.sub("", file.stem), []).append(result)
+                config = dict(result.get("config", {})) | {"seed": None}
+                stem = _SEED.sub("", file.stem)
+                key = (file.parent, stem, json.dumps(config, sort_keys=True))
+                found.setdefault(key, []).append(result)
             elif file == path:
                 raise DataError(f"{path} is not the result of a run")
     if not found:
@@ -137,7 +140,13 @@ def of_files(paths: Sequence[Path]) -> list[Record]:
             f"no results of runs in {', '.join(map(str, paths))}. hint: `meristem run` "
             "and `meristem compare` write them"
         )
-    return [_averaged(name, results) for name, results in found.items()]
+    stems = [stem for _, stem, _ in found]
+    records = []
+    for (folder, stem, _), results in found.items():
+        # The same name in two folders, or with two configurations, is two experiments.
+        name = stem if stems.count(stem) == 1 else f"{folder.name}/{stem}"
+        records.append(_averaged(name, results))
+    return records
 
 
 def _read(file: Path) -> Mapping[str, Any] | None:

@@ -28,8 +28,8 @@ from meristem.structure.repair import Search
 from meristem.structure.twin import apply_edits
 from meristem.structure.undisturbed import undisturbed
 
-BUILDS = 400
-"""Most models that one search may build."""
+BUILDS, FEW = 400, 60
+"""Most models that one search may build: for a growth, and for a dry run."""
 
 Path = tuple[str, ...]
 """Where a number stands in a config: the names of inner configs, and its own."""
@@ -100,6 +100,7 @@ class _Builder:
     target: _Described
     pairs: Sequence[tuple[Any, Any]]
     meant: frozenset[str]
+    most: int
     unsaid: frozenset[tuple[str, str]] = frozenset()
     spent: int = 0
     kept: dict[str, _Described | str] = field(default_factory=dict)
@@ -171,7 +172,7 @@ def _written(config: Any) -> Any:
     return type(config).from_dict(json.loads(config.to_json_string()))
 
 
-def said_by_config(structure: Structure, plan: Plan) -> Plan:
+def said_by_config(structure: Structure, plan: Plan, builds: int = BUILDS) -> Plan:
     """The plan with what the configs in its model must say, and the numbers that models
     built from them have.
 
@@ -190,7 +191,7 @@ def said_by_config(structure: Structure, plan: Plan) -> Plan:
         insert(grown, insertion)
     apply_edits(grown, plan.counts)
     for name in holders:
-        plan = _said(structure, plan, grown, name)
+        plan = _said(structure, plan, grown, name, builds)
     return plan
 
 
@@ -199,10 +200,16 @@ def unsaid(structure: Structure, plan: Plan) -> str | None:
     if not plan:
         return None
     try:
-        said_by_config(structure, plan)
+        said_by_config(structure, plan, FEW)
+    except _SearchEnded:
+        return None
     except GrowthRefused as refusal:
         return str(refusal)
     return None
+
+
+class _SearchEnded(GrowthRefused):
+    """No config was found among so many; there may be one."""
 
 
 def _holders(model: nn.Module) -> list[str]:
@@ -215,7 +222,9 @@ def _holders(model: nn.Module) -> list[str]:
     return found
 
 
-def _said(structure: Structure, plan: Plan, grown: nn.Module, name: str) -> Plan:
+def _said(
+    structure: Structure, plan: Plan, grown: nn.Module, name: str, builds: int
+) -> Plan:
     """The plan with what the config of one module must say."""
     model: Any = structure.model.get_submodule(name)
     part: Any = grown.get_submodule(name)
@@ -225,7 +234,7 @@ def _said(structure: Structure, plan: Plan, grown: nn.Module, name: str) -> Plan
         edit.attribute for edit in plan.attributes if type(edit.after) is float
     )
     pairs = _pairs(plan)
-    builder = _Builder(model, target, pairs, meant)
+    builder = _Builder(model, target, pairs, meant, builds)
     as_built = builder.build({})
     if isinstance(as_built, str) or own.misshapen(as_built):
         if name:  # with adapters inside: no config says it now
@@ -243,7 +252,8 @@ def _said(structure: Structure, plan: Plan, grown: nn.Module, name: str) -> Plan
         # What comes nearest to the wish may be refused, and says more than the rest.
         wished = builder.build(start)
         nearest = wished if isinstance(wished, str) else built
-        raise GrowthRefused(_why(model, plan, target, nearest))
+        ended = _SearchEnded if builder.spent >= builder.most else GrowthRefused
+        raise ended(_why(model, plan, target, nearest))
     differing = builder.differing(built)
     saying = _Saying(name, present, found, target, built, differing, meant, pairs)
     return _with_edits(structure, plan, saying)
@@ -351,9 +361,11 @@ def _search(
     together = found | {p: v for p, v in offered if isinstance(v, (list, tuple))}
     if nearest == _FAR and builder.distance(together) < nearest:
         found, nearest = together, builder.distance(together)
-    while nearest > (0, 0) and builder.spent < BUILDS:
+    while nearest > (0, 0) and builder.spent < builder.most:
         best = found
         for path, value in offered:
+            if builder.spent >= builder.most:
+                break
             trial = {**found, path: value}
             if trial != found and builder.distance(trial) < nearest:
                 best, nearest = trial, builder.distance(trial)

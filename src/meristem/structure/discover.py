@@ -55,7 +55,7 @@ from meristem.structure.twin import (
     table_of,
     twin,
 )
-from meristem.structure.undisturbed import undisturbed
+from meristem.structure.undisturbed import under_autocast, undisturbed
 from meristem.structure.widths import INPUT, Widths
 
 
@@ -160,8 +160,8 @@ class Structure:
     def _trace_with_fallback(self) -> None:
         check_numbers(self.example)
         if other_dtypes(self.example, self.model):
-            # A trace without data does not notice it.
-            failure = self._failure()
+            # A trace without data does not notice it; autocast mends it.
+            failure = None if under_autocast() else self._failure()
             if failure is not None:
                 raise not_taken(self.model, self.example, failure) from failure
         try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,14 @@ def activations_kept() -> Iterator[None]:
             setattr(checkpoint, name, value)
 
 
+_callers_autocast: ContextVar[bool] = ContextVar("_callers_autocast", default=False)
+
+
+def under_autocast() -> bool:
+    """Whether the code around the outermost `undisturbed` runs under autocast."""
+    return _callers_autocast.get()
+
+
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
     """Restore every global random stream (torch on all devices in use, numpy, Python)
@@ -60,6 +69,8 @@ def undisturbed() -> Iterator[None]:
     python, legacy = random.getstate(), np.random.get_state()
     # Asking for CUDA here would start it for a user who has not.
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    cast = any(map(torch.is_autocast_enabled, ["cpu", *(["cuda"] if devices else [])]))
+    outer = _callers_autocast.set(_callers_autocast.get() or cast)
     try:
         with (
             torch.random.fork_rng(devices),
@@ -74,5 +85,6 @@ def undisturbed() -> Iterator[None]:
             torch.clear_autocast_cache()
             yield
     finally:
+        _callers_autocast.reset(outer)
         random.setstate(python)
         np.random.set_state(legacy)

@@ -140,7 +140,7 @@ class At:
     def __post_init__(self, moments: str | Sequence[str] | None) -> None:
         # Empty is the same as not given.
         given = {unit: getattr(self, unit) for unit in ("steps", "epochs")}
-        kept = {unit: None if value == () else value for unit, value in given.items()}
+        kept = {u: None if value in ((), []) else value for u, value in given.items()}
         ((unit, found),) = _read("At", moments, **kept).items()
         listed = tuple(found) if isinstance(found, Iterable) else (found,)
         for one in listed:
