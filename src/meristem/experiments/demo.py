@@ -98,7 +98,7 @@ def demo(report: Report, seed: int = 0) -> list[Outcome]:
         running = list((pool._processes or {}).values())
         pool.shutdown(wait=False, cancel_futures=True)
         for process in running:
-            process.terminate()
+            process.kill()
     return [Outcome(name, done[name]) for name in (SMALL, LARGE, GROWN)]
 
 
