@@ -96,3 +96,11 @@ def test_a_word_is_read_with_the_method_that_is_named() -> None:
 def test_an_axis_that_is_named_wins_over_a_word() -> None:
     after = ms.plan(encoder(), {"layers.0.linear1": 8, "mlp": 4}, X).after
     assert after == {**dict.fromkeys(MLP, 20), "layers.0.linear1": 24}
+
+
+def test_classes_grow_in_a_grower_where_they_are_named() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+    growth = grower(net, amount={"classes": 1}).step(1.0)
+    assert growth is not None
+    assert growth.after == {"2": 3}
