@@ -1,6 +1,6 @@
 """Real weights: what an expansion costs, and what only its new parts learn, beside LoRA and two other tools.
 
-    python benchmarks/expand/real.py                 # an hour and a half of two cores; a row that is there is kept
+    python benchmarks/expand/real.py                 # two hours of two cores; a row that is there is kept
     python benchmarks/expand/real.py gemma/depth     # the rows whose names begin so
     python benchmarks/expand/real.py --table
 
@@ -13,8 +13,8 @@ Every row is a process of its own and a file in results/real. An expansion: the 
 tokens, CPU seconds and the largest memory of `meristem expand`, reading and writing included. Peers: the largest
 change of an output, or the error, of three blocks more by mergekit's passthrough and by cambium-llm's "identity".
 Learning: the loss on held-out files of Python before and after 200 steps of AdamW on what is new alone: three blocks
-of ours, three repeated ones as passthrough makes them, three of cambium-llm, and LoRA with as many parameters; two
-learning rates each.
+of ours, three repeated ones as passthrough makes them, three of cambium-llm, and LoRA with as many parameters; at
+several learning rates.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ EXPANSIONS = {
     "gemma": ["depth=+3", "mlp=x1.25", "heads=x2", "vocabulary=+64"],
     "llama-1b": ["depth=+2", "mlp=x1.25", "vocabulary=+128"],
 }
-RATES = (1e-3, 2e-4)
+RATES = (3e-3, 1e-3, 2e-4, 5e-5)
 STEPS, BATCH, LENGTH, HELD_OUT = 200, 2, 64, 64
 NEW = [6, 13, 20]
 """Where `depth=+3` puts its blocks among 18."""

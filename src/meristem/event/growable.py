@@ -23,7 +23,7 @@ Reason = str | None
 
 _LOUD = (
     "no new block of it leaves the function as it is; it grows when its method is named, "
-    "as how.Stack()"
+    "as how.Stack() (on the command line --how stack)"
 )
 
 
