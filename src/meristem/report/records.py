@@ -129,9 +129,8 @@ def of_files(paths: Sequence[Path]) -> list[Record]:
         for file in sorted(path.rglob("*.json")) if path.is_dir() else [path]:
             result = _read(file)
             if result is not None:
-                config = dict(result.get("config", {})) | {"seed": None}
                 stem = _SEED.sub("", file.stem)
-                key = (file.parent, stem, json.dumps(config, sort_keys=True))
+                key = (file.parent, stem, _experiment(result))
                 found.setdefault(key, []).append(result)
             elif file == path:
                 raise DataError(f"{path} is not the result of a run")
@@ -147,6 +146,17 @@ def of_files(paths: Sequence[Path]) -> list[Record]:
         name = stem if stems.count(stem) == 1 else f"{folder.name}/{stem}"
         records.append(_averaged(name, results))
     return records
+
+
+def _experiment(result: Mapping[str, Any]) -> str:
+    """What the runs of several seeds have in common."""
+    config = dict(result.get("config", {}))
+    # A baseline takes its shape and its cost from the method's run of the same seed.
+    for key in ("seed", "sizes"):
+        config.pop(key, None)
+    train = dict(config.get("train", {}))
+    train.pop("flops", None)
+    return json.dumps(config | {"train": train}, sort_keys=True)
 
 
 def _read(file: Path) -> Mapping[str, Any] | None:
