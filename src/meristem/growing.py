@@ -130,7 +130,8 @@ def plan(model: nn.Module, counts: Mapping[str, int], example: Any) -> Plan:
     checked = _counts(counts)
     with undisturbed():
         structure = structure_of(inner(model), example)
-        planned = with_mirrors(structure, planned_for(structure, checked))
+        whole = by_axis(structure, partial(growable, structure), checked)
+        planned = with_mirrors(structure, planned_for(structure, whole))
         return replace(planned, unsaid=unsaid(structure, planned))
 
 
@@ -212,7 +213,9 @@ def grow_(
         if isinstance(wish, Plan):
             planned = _same(event.structure, wish)
         else:
-            planned = planned_for(event.structure, wish, event.how)
+            every = partial(growable, event.structure, how=event.how)
+            whole = by_axis(event.structure, every, wish)
+            planned = planned_for(event.structure, whole)
         return carry_out(event, accepted(planned))
 
 
@@ -365,13 +368,10 @@ def narrow_(
         return carry_out(event, accepted(planned_for(structure, drops)))
 
 
-def planned_for(
-    structure: Structure, wishes: Mapping[str, Any], how: Methods = ()
-) -> Plan:
-    """The plan of wishes, names of axes written out; it may be a refusal."""
+def planned_for(structure: Structure, wishes: Mapping[str, Any]) -> Plan:
+    """The plan of wishes by whole names of axes; it may be a refusal."""
     if not wishes:
         raise GrowthRefused("no axis was named: pass {axis: count}")
-    wishes = by_axis(structure, partial(growable, structure, how=how), wishes)
     plan = resolve(structure, wishes)
     if plan.refusal is not None:
         # What does not follow alone may grow together with others.

@@ -76,6 +76,11 @@ class Settings:
         """The amounts, where they are named by axis."""
         return self.amount if isinstance(self.amount, Mapping) else None
 
+    @property
+    def patterns(self) -> Sequence[str]:
+        """What `axes` says, as a list."""
+        return [self.axes] if isinstance(self.axes, str) else self.axes
+
     def step_cost(self, model: nn.Module) -> float:
         """Floating-point operations of a training step at the present sizes."""
         # A loss that is not finite is for the training to see.
@@ -99,10 +104,8 @@ class Settings:
                 "loss must be callable as loss(model, batch); got "
                 f"{type(self.loss).__name__}"
             )
-        names = [self.axes] if isinstance(self.axes, str) else self.axes
-        if not isinstance(names, (list, tuple)) or not all(
-            isinstance(name, str) for name in names
-        ):
+        listed = isinstance(self.patterns, (list, tuple))
+        if not listed or not all(isinstance(name, str) for name in self.patterns):
             raise TypeError(
                 f"axes must be a name, a pattern, or a list of them; got {self.axes!r}"
             )
@@ -112,8 +115,7 @@ class Settings:
         every = partial(growable, structure, how=self.how)
         found = growable(structure, self.axes, self.how)
         named = self.by_name or found
-        patterns = [self.axes] if isinstance(self.axes, str) else self.axes
-        for pattern in patterns:
+        for pattern in self.patterns:
             if not set(pattern) & set("*?["):
                 excludes = pattern.startswith("!")
                 name = pattern.removeprefix("!")

@@ -12,6 +12,7 @@ from typing import Any
 from meristem.core.errors import DataError
 from meristem.experiments.frontier import frontier, multiplier
 from meristem.experiments.suite import Comparison, Row
+from meristem.report.records import inactive as units_inactive
 
 Result = Mapping[str, Any]
 
@@ -260,23 +261,11 @@ def inactive(runs: Sequence[Result], which: str) -> str:
 
 def shares_of(run: Result, which: str) -> tuple[float, float] | None:
     """The inactive shares of one run, forward and going out, every unit counting alike."""
-    axes = [
-        figures
-        for figures in run["health"].get(which, {}).values()
-        if "inactive_forward" in figures
-    ]
-    units = sum(figures["units"] for figures in axes)
-    if not units:
+    figures = run["health"].get(which, {})
+    forward = units_inactive(figures)
+    outgoing = units_inactive(figures, "inactive_outgoing")
+    if forward is None or outgoing is None:
         return None
-    forward = (
-        sum(figures["units"] * figures["inactive_forward"] for figures in axes) / units
-    )
-    outgoing = (
-        sum(
-            figures["units"] * figures.get("inactive_outgoing", 0.0) for figures in axes
-        )
-        / units
-    )
     return forward, outgoing
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from meristem.report.records import Point, Record
+from meristem.report.records import Point, Record, inactive
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,11 +64,11 @@ def curves(records: Sequence[Record], key: str) -> Figure:
     panel = drawn.subplots()
     counted = all(record.last.flops is not None for record in records)
     for number, record in enumerate(records):
-        points = [one for one in record.points if getattr(one, key) is not None]
+        points = record.measured(key)
         if points:
             _curve(panel, number, record, points, key, _cost(counted))
     panel.set_xlabel("training FLOPs, growth included" if counted else "steps")
-    panel.set_ylabel(records[0].score if key == "accuracy" else key)
+    panel.set_ylabel(records[0].named(key))
     _focus(panel, records, key, _cost(counted))
     _legend(panel)
     return drawn
@@ -78,8 +78,8 @@ def overview(record: Record) -> Figure:
     """The loss of one run over its steps, and below it what grew."""
     drawn = figure(height=6)
     top, bottom = drawn.subplots(2, 1, sharex=True, height_ratios=[3, 2])
-    points = [one for one in record.points if one.loss is not None]
-    _curve(top, 0, record, points or record.points, "loss", lambda point: point.step)
+    points = record.measured("loss") or record.points
+    _curve(top, 0, record, points, "loss", _cost(counted=False))
     top.set_ylabel("loss")
     _sizes(bottom, record)
     return drawn
@@ -138,10 +138,11 @@ def _focus(panel: Axes, records: Sequence[Record], key: str, cost: Cost) -> None
     """Leave the first steps out of sight, where they would flatten everything else."""
     shown: list[float] = []
     for record in records:
-        points = [one for one in record.points if getattr(one, key) is not None]
         begun = EARLY * cost(record.last)
-        values = [getattr(one, key) for one in points if cost(one) >= begun]
-        shown += [value for value in values if math.isfinite(value)]
+        for point in record.measured(key):
+            value = getattr(point, key)
+            if cost(point) >= begun and math.isfinite(value):
+                shown.append(value)
     if len(shown) > 1:
         room = 0.05 * (max(shown) - min(shown)) or 0.05
         panel.set_ylim(min(shown) - room, max(shown) + room)
@@ -155,7 +156,8 @@ def sizes(record: Record) -> Figure:
 
 
 def _sizes(panel: Axes, record: Record) -> None:
-    for number, (names, moments) in enumerate(_paths(record)[:_MOST]):
+    paths = _paths(record)
+    for number, (names, moments) in enumerate(paths[:_MOST]):
         first = _plain(names[0])
         label = first if len(names) == 1 else f"{first} and {len(names) - 1} alike"
         steps = [step for step, _ in moments]
@@ -164,7 +166,7 @@ def _sizes(panel: Axes, record: Record) -> None:
         panel.step(steps, values, where="post", label=label, linewidth=1.8, **style)
     panel.set_xlabel("steps")
     panel.set_ylabel("units or blocks")
-    sizes_seen = [size for _, moments in _paths(record) for _, size in moments]
+    sizes_seen = [size for _, moments in paths for _, size in moments]
     if sizes_seen and max(sizes_seen) > 8 * min(sizes_seen):
         panel.set_yscale("log", base=2)
     else:
@@ -212,7 +214,7 @@ def pareto(records: Sequence[Record], key: str, smaller_is_better: bool) -> Figu
             panel.set_xscale("log")
         panel.set_xlabel(label)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel(records[0].score if key == "accuracy" else key)
+    panels[0].set_ylabel(records[0].named(key))
     _legend(panels[0])
     return drawn
 
@@ -235,9 +237,9 @@ def health(record: Record) -> Figure | None:
     for growth in record.growths:
         shares = []
         for place, moment in enumerate(_MOMENTS):
-            share = _inactive(growth["health"].get(moment))
+            share = inactive(growth["health"].get(moment, {}))
             if share is not None:
-                shares.append((place, share))
+                shares.append((place, 100 * share))
         if shares:
             lines.append((f"grown at step {growth['step']}", shares))
     if not lines:
@@ -254,22 +256,6 @@ def health(record: Record) -> Figure | None:
     panel.set_ylim(0, max(5.0, panel.get_ylim()[1]))
     _legend(panel)
     return drawn
-
-
-def _inactive(figures: Any) -> float | None:
-    """The share of the units of one look that are inactive, in per cent."""
-    if not isinstance(figures, Mapping):
-        return None
-    known = [
-        axis
-        for axis in figures.values()
-        if isinstance(axis, Mapping) and "inactive_forward" in axis
-    ]
-    units = sum(axis["units"] for axis in known)
-    if not units:
-        return None
-    inactive = sum(axis["units"] * axis["inactive_forward"] for axis in known)
-    return 100 * float(inactive / units)
 
 
 def _plain(name: str) -> str:

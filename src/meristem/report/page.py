@@ -50,15 +50,13 @@ def _sections(records: Sequence[Record]) -> Iterator[str]:
         if any(record.final(key) is not None for record in records):
             keys.append((key, smaller))
     for key, _ in keys:
-        name = records[0].score if key == "accuracy" else key
-        title = f"{name.capitalize()} over the cost of training"
+        title = f"{records[0].named(key).capitalize()} over the cost of training"
         told = "Solid lines grow; an upright mark stands before and after a growth."
         drawn = figures.svg(figures.curves(records, key), title)
         yield _section(title, f"<p>{told}</p>{drawn}")
     if keys and len(records) > 1 and all(one.last.flops is not None for one in records):
         key, smaller = keys[-1]
-        name = records[0].score if key == "accuracy" else key
-        title = f"{name.capitalize()} against size and cost"
+        title = f"{records[0].named(key).capitalize()} against size and cost"
         drawn = figures.svg(figures.pareto(records, key, smaller), title)
         yield _section(
             title,

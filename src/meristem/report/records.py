@@ -76,11 +76,31 @@ class Record:
     def last(self) -> Point:
         return self.points[-1]
 
+    def measured(self, key: str) -> list[Point]:
+        """The points at which a measure was taken."""
+        return [point for point in self.points if getattr(point, key) is not None]
+
     def final(self, key: str) -> float | None:
         """The last value of a measure, where it was taken."""
-        values = [getattr(point, key) for point in self.points]
-        known: list[float] = [value for value in values if value is not None]
-        return known[-1] if known else None
+        points = self.measured(key)
+        return getattr(points[-1], key) if points else None
+
+    def named(self, key: str) -> str:
+        """What a measure is called."""
+        return self.score if key == "accuracy" else key
+
+
+def inactive(figures: Mapping[str, Any], key: str = "inactive_forward") -> float | None:
+    """The share of inactive units in one look at their health, every unit counting alike."""
+    axes = []
+    for axis in figures.values():
+        # An error stands in the place of a look that failed.
+        if isinstance(axis, Mapping) and "inactive_forward" in axis:
+            axes.append(axis)
+    units = sum(axis["units"] for axis in axes)
+    if not units:
+        return None
+    return float(sum(axis["units"] * axis.get(key, 0.0) for axis in axes) / units)
 
 
 def of_training(
