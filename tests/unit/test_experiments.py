@@ -148,6 +148,36 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path) -> None:
     ]
 
 
+def test_muon_trains_the_matrices_and_adamw_the_rest_through_a_growth(
+    tmp_path: Path,
+) -> None:
+    muon = {"muon": {"lr": 1e-3, "betas": [0.9, 0.95], "momentum": 0.9}}
+    table = {
+        "model": {"gpt": {"width": 8, "heads": 2, "hidden": 16, "depth": 1}},
+        "data": {"shakespeare": {"examples": 64, "test": 8}},
+        "train": {"steps": 4, "batch_size": 16, "optimizer": muon},
+        "grow": {"when": {"at": 0.5}, "how": "stack", "axes": "depth", "amount": [1]},
+    }
+    running = Run(checked(table))
+    matrices, rest = running.optimizers
+    assert len(matrices.param_groups[0]["params"]) == 6
+    running.train(tmp_path)
+    held = [p for optimizer in (matrices, rest) for p in optimizer.state]
+    assert {id(p) for p in held} == {id(p) for p in running.model.parameters()}
+    assert all(p.dim() == 2 for p in matrices.state)
+    head = running.model.head.weight
+    assert len(matrices.state) == 12
+    assert head in rest.state
+    for p in held:
+        assert p.isfinite().all()
+    stages = {"amount": [8]}
+    wrong = {k: v for k, v in table.items() if k not in ("grow", "train")}
+    wrong |= {"train": {"optimizer": muon}, "stages": stages}
+    wrong["data"] = {"shakespeare": {"validation": 0.2}}
+    with pytest.raises(ConfigError, match="muon is two"):
+        checked(wrong)
+
+
 def test_equal_flops_sets_the_length_of_training() -> None:
     fixed = {k: v for k, v in SMALL.items() if k != "grow"}
     long = Run(checked(fixed))

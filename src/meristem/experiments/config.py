@@ -39,7 +39,7 @@ class ConfigError(MeristemError, ValueError):
 Choice = str | dict[str, dict[str, Any]]
 """A name, or {name = {parameter = value}}."""
 
-OPTIMIZERS = ("sgd", "adam", "adamw")
+OPTIMIZERS = ("sgd", "adam", "adamw", "muon")
 SCHEDULES = ("constant", "cosine", "wsd")
 MODELS = ("mlp", "convnet", "vgg", "resnet", "gpt")
 
@@ -164,7 +164,8 @@ class Train(_Strict):
     batch_size: int = Field(128, ge=1)
     """Examples per step, over all processes."""
     optimizer: Choice = "adamw"
-    """sgd, adam or adamw, with the parameters of torch: { sgd = { lr = 0.1 } }."""
+    """sgd, adam, adamw or muon, with the parameters of torch: { sgd = { lr = 0.1 } }.
+    muon trains the matrices of the hidden layers and AdamW the rest, at one lr."""
     schedule: Choice = "constant"
     """constant, cosine or wsd; `warmup` and, of wsd, `decay` are fractions of training."""
     clip: float | None = Field(None, gt=0)
@@ -438,6 +439,11 @@ def checked(table: Mapping[str, Any], source: str = "the configuration") -> Expe
             raise ConfigError(
                 f"{source}: [stages] stop early on held-out data. hint: data = "
                 f"{{ name = {{ validation = 0.2 }} }}"
+            )
+        if named(experiment.train.optimizer, OPTIMIZERS, "optimizer")[0] == "muon":
+            raise ConfigError(
+                f"{source}: [stages] make one fresh optimizer each, and muon is two. hint: "
+                'train.optimizer = "adamw"'
             )
         if experiment.train.schedule != "constant":
             raise ConfigError(

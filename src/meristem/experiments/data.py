@@ -108,6 +108,19 @@ class Data:
         """The training data in batches, augmented where the data say so."""
         return Batches(self.x_train, self.y_train, size, shuffle, self.black)
 
+    def to(self, device: torch.device) -> Data:
+        """The same data on a device."""
+        held_out = self.held_out
+        return replace(
+            self,
+            x_train=self.x_train.to(device),
+            y_train=self.y_train.to(device),
+            x_test=self.x_test.to(device),
+            y_test=self.y_test.to(device),
+            black=None if self.black is None else self.black.to(device),
+            held_out=held_out and (held_out[0].to(device), held_out[1].to(device)),
+        )
+
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """The mean training loss of a batch."""
         if self.task == "regression":
@@ -168,6 +181,11 @@ class Batches:
             if self.black is not None
             else None
         )
+        # Drawn on the CPU: the same order on every device.
+        place = self.x.device
+        order = order.to(place)
+        if corner is not None and flipped is not None:
+            corner, flipped = corner.to(place), flipped.to(place)
         for chosen in order.tensor_split(len(self))[skip:]:
             x = as_input(self.x[chosen])
             if self.black is not None and corner is not None and flipped is not None:
@@ -187,11 +205,11 @@ def crop_and_flip(x: Tensor, black: Tensor, corner: Tensor, flipped: Tensor) -> 
     n, c, h, w = x.shape
     padded = black.reshape(1, c, 1, 1).expand(n, c, h + 2 * PAD, w + 2 * PAD).clone()
     padded[:, :, PAD : PAD + h, PAD : PAD + w] = x
-    rows = (corner[:, :1] + torch.arange(h))[:, None, :, None]
-    columns = (corner[:, 1:] + torch.arange(w))[:, None, None, :]
+    rows = (corner[:, :1] + torch.arange(h, device=x.device))[:, None, :, None]
+    columns = (corner[:, 1:] + torch.arange(w, device=x.device))[:, None, None, :]
     cut = padded[
-        torch.arange(n)[:, None, None, None],
-        torch.arange(c)[None, :, None, None],
+        torch.arange(n, device=x.device)[:, None, None, None],
+        torch.arange(c, device=x.device)[None, :, None, None],
         rows,
         columns,
     ]

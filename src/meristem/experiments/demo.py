@@ -116,7 +116,7 @@ def _trained(name: str, experiment: Experiment) -> dict[str, Any]:
 
     def report(progress: Progress) -> None:
         if progress.step % 10 == 0:
-            _told.put((name, progress.step, progress.loss))
+            _told.put((name, progress.step, float(progress.loss)))
 
     running = Run(experiment, report)
     data = running.data

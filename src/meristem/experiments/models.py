@@ -306,6 +306,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+def hidden_matrices(model: nn.Module) -> list[Tensor]:
+    """The weights that Muon is made for: of linear layers, but not of the last one."""
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return [linear.weight for linear in linears[:-1]]
+
+
 def sized(model: nn.Module, example: Tensor, sizes: dict[str, int]) -> nn.Module:
     """`model` with axes of other sizes and fresh weights: every module that has
     `reset_parameters` calls it, the inner ones first. What a model draws elsewhere

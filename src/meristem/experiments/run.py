@@ -15,8 +15,9 @@ import platform
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ class Progress:
     steps: int = 0
     flops: float = 0.0
     seconds: float = 0.0
-    loss: float = math.nan
+    loss: float | Tensor = math.nan
     curve: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)
     beside: str = ""
@@ -165,16 +166,16 @@ class Run:
             self.ranks = ranks_over(dist.group.WORLD)
             _check_shares(experiment, self.accelerator.num_processes)
         name, options = experiment.data_options
-        self.data = datasets.prepared(name, **options.model_dump())
+        data = datasets.prepared(name, **options.model_dump())
+        # Once, and not a batch at a step: a GPU would wait for the copies.
+        self.data = data.to(self.accelerator.device)
         self.example = as_input(self.data.x_train[: min(8, len(self.data.x_train))])
         # The weights depend on the seed alone, not on the data.
         torch.manual_seed(experiment.seed)
         model = models.build(experiment.model, self.data)
-        self.model = models.sized(model, self.example, experiment.sizes).to(
-            self.accelerator.device
-        )
-        self.example = self.example.to(self.accelerator.device)
-        self.optimizer = _optimizer(experiment, self.model.parameters())
+        model = models.sized(model, self.example.cpu(), experiment.sizes)
+        self.model = model.to(self.accelerator.device)
+        self.optimizers = _optimizers(experiment, self.model)
         self.host: nn.Module = self.model
         if self.ranks.several:
             self.host = DistributedDataParallel(self.model)
@@ -192,7 +193,7 @@ class Run:
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The mean loss of a batch, on the model's device."""
-        x, y = (tensor.to(self.accelerator.device) for tensor in batch)
+        x, y = batch
         with self.accelerator.autocast():
             return self.data.loss(model(x), y)
 
@@ -207,7 +208,7 @@ class Run:
     def _grower(self, grow: Grow) -> Grower:
         return Grower(
             self.host,
-            self.optimizer,
+            self.optimizers,
             loss=self.loss,
             data=Shares(self.batches, self._share),
             when=trigger(grow.when, self.progress.steps),
@@ -244,7 +245,7 @@ class Run:
         )
         return Stages(
             grower,
-            lambda parameters: _optimizer(self.experiment, parameters),
+            partial(_optimizer, self.experiment),
             data=self.batches,
             validation=Batches(*self.data.held_out, EVALUATION),
             epochs=stages.epochs,
@@ -359,25 +360,26 @@ class Run:
 
     def _step(self, batch: tuple[Tensor, Tensor]) -> None:
         progress = self.progress
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * rate(
-                self.experiment, progress.step / progress.steps
-            )
+        share_of_peak = rate(self.experiment, progress.step / progress.steps)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * share_of_peak
         self.model.train()
         share = self._share(batch)
         loss = self.loss(self.host, share)
         # The mean over the ranks is that over the batch, however it is shared out.
         weight = len(share[0]) * self.accelerator.num_processes / len(batch[0])
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         self.accelerator.backward(loss * weight)
         if self.experiment.train.clip is not None:
             self.accelerator.clip_grad_norm_(
                 self.model.parameters(), self.experiment.train.clip
             )
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         progress.step += 1
         progress.flops += self.flops_per_example * len(batch[0])
-        progress.loss = loss.item()
+        progress.loss = loss.detach()
         if self.grower is not None:
             growth = self.grower.step(loss)
             if growth:
@@ -394,35 +396,22 @@ class Run:
     def _record(self) -> None:
         """Add a point to the curve."""
         progress = self.progress
-        accuracy, loss = self.evaluate(self.data.x_test, self.data.y_test)
+        model, data = self.model, self.data
+        accuracy, loss = scores(model, data, data.x_test, data.y_test)
         point = {
             "step": progress.step,
             "flops": progress.flops,
             "accuracy": accuracy,
             "loss": loss,
         }
-        if self.data.held_out is not None:
-            point["validation"] = self.evaluate(*self.data.held_out)[1]
+        if data.held_out is not None:
+            point["validation"] = scores(model, data, *data.held_out)[1]
         progress.curve.append({**point, "sizes": dict(progress.sizes)})
         self.accelerator.log(_figures(progress), step=progress.step)
 
-    @torch.no_grad()
-    def evaluate(self, inputs: Tensor, targets: Tensor) -> tuple[float | None, float]:
-        """Accuracy (None for regression) and loss."""
-        self.model.eval()
-        hits, total = 0, 0.0
-        for x, y in Batches(inputs, targets, EVALUATION):
-            output, target = (
-                self.model(x.to(self.accelerator.device)),
-                y.to(self.accelerator.device),
-            )
-            hits += self.data.hits(output, target)
-            total += self.data.loss(output, target).item() * len(x)
-        accuracy = hits / targets.numel() if self.data.task != "regression" else None
-        return accuracy, total / len(inputs)
-
     def _save(self, folder: Path) -> None:
         config = json.dumps(self.experiment.model_dump(mode="json"))
+        self.progress.loss = float(self.progress.loss)
         extra = {
             "progress": dataclasses.asdict(self.progress),
             "rng": torch.get_rng_state(),
@@ -430,12 +419,19 @@ class Run:
         }
         if self.stages is not None:
             extra["stages"] = self.stages.state_dict()
-        optimizer = self.stages.optimizer if self.stages is not None else self.optimizer
         if self.accelerator.is_main_process:
             checkpoint.save(
-                folder, self.model, optimizer=optimizer, grower=self.grower, extra=extra
+                folder,
+                self.model,
+                optimizer=self._trained_by(),
+                grower=self.grower,
+                extra=extra,
             )
         self.accelerator.wait_for_everyone()
+
+    def _trained_by(self) -> Sequence[Optimizer]:
+        """What holds the state now; stages make a fresh optimizer each."""
+        return [self.stages.optimizer] if self.stages is not None else self.optimizers
 
     def _resume(self, folder: Path) -> None:
         extra = checkpoint.load_extra(folder)
@@ -443,11 +439,27 @@ class Run:
             return  # written by something else
         if self.stages is not None:
             self.stages.load_state_dict(extra["stages"])
-        optimizer = self.stages.optimizer if self.stages is not None else self.optimizer
-        checkpoint.load(folder, self.host, optimizer=optimizer, grower=self.grower)
+        checkpoint.load(
+            folder, self.host, optimizer=self._trained_by(), grower=self.grower
+        )
         self.progress = Progress(**extra["progress"])
         torch.set_rng_state(extra["rng"])
         self.flops_per_example = self._flops_per_example()
+
+
+@torch.no_grad()
+def scores(
+    model: nn.Module, data: Data, inputs: Tensor, targets: Tensor
+) -> tuple[float | None, float]:
+    """Accuracy (None for regression) and loss."""
+    model.eval()
+    hits, total = 0, 0.0
+    for x, y in Batches(inputs, targets, EVALUATION):
+        output = model(x)
+        hits += data.hits(output, y)
+        total += data.loss(output, y).item() * len(x)
+    accuracy = hits / targets.numel() if data.task != "regression" else None
+    return accuracy, total / len(inputs)
 
 
 def _figures(progress: Progress) -> dict[str, float]:
@@ -665,12 +677,44 @@ def rate(experiment: Experiment, progress: float) -> float:
     return 1.0 if progress < 1 - decay else (1 - progress) / decay
 
 
-def _optimizer(experiment: Experiment, parameters: Iterable[nn.Parameter]) -> Optimizer:
+def _optimizers(experiment: Experiment, model: nn.Module) -> list[Optimizer]:
+    """The optimizer of a net; with muon two, of which AdamW has all but the matrices of
+    the hidden layers.
+    """
     name, settings = named(experiment.train.optimizer, OPTIMIZERS, "optimizer")
+    if name != "muon":
+        return [_optimizer(experiment, model.parameters())]
+    matrices = models.hidden_matrices(model)
+    chosen = {id(matrix) for matrix in matrices}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        _made("muon", MUON | _without(settings, "betas"), matrices),
+        _made("adamw", _without(settings, "momentum"), rest),
+    ]
+
+
+def _without(settings: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name != key}
+
+
+def _optimizer(experiment: Experiment, parameters: Iterable[Tensor]) -> Optimizer:
+    name, settings = named(experiment.train.optimizer, OPTIMIZERS, "optimizer")
+    return _made(name, settings, parameters)
+
+
+MUON = {"adjust_lr_fn": "match_rms_adamw"}
+"""Steps as large as AdamW's, so that one learning rate does for both."""
+
+
+def _made(
+    name: str, settings: Mapping[str, Any], parameters: Iterable[Tensor]
+) -> Optimizer:
+    """One optimizer of torch, whose groups know their peak rate."""
     kinds: dict[str, Callable[..., Optimizer]] = {
         "sgd": torch.optim.SGD,
         "adam": torch.optim.Adam,
         "adamw": torch.optim.AdamW,
+        "muon": torch.optim.Muon,
     }
     try:
         optimizer = kinds[name](parameters, **settings)

@@ -10,7 +10,7 @@ from statistics import fmean, pstdev, stdev
 from typing import Any
 
 from meristem.core.errors import DataError
-from meristem.experiments.frontier import frontier, multiplier
+from meristem.experiments.frontier import Sweep, frontier, minimum, multiplier
 from meristem.experiments.suite import Comparison, Row
 from meristem.report.records import inactive as units_inactive
 
@@ -70,11 +70,18 @@ def _task(comparison: Comparison, task: str) -> str:
 
 def _against_the_best(comparison: Comparison, task: str) -> list[str]:
     """What every method saves against the best fixed size, and the sweep behind it."""
-    lines: list[str] = []
+    swept = sweep_of(comparison, task)
+    if not swept:
+        return []
+    lines = [
+        "",
+        "**Against the best fixed size.** The compute multiplier is the cost of the best "
+        "fixed size for the same loss, over the method's own (95 % over seeds).",
+        "",
+        "| net | training TFLOP | test loss | compute multiplier |",
+        "|---|---|---|---|",
+    ]
     for method in comparison.suite.methods:
-        swept = sweep_of(comparison, task, method)
-        if not swept:
-            continue
         runs = of(comparison, Row(task, method, method))
         losses = {seed: result["loss"] for seed, result in runs.items()}
         cost = fmean(result["training_flops"] for result in runs.values())
@@ -82,33 +89,43 @@ def _against_the_best(comparison: Comparison, task: str) -> list[str]:
             told = str(multiplier(swept, losses, cost))
         except DataError as error:
             told = f"cannot be told ({error})"
-        lines += [
-            "",
-            f"**{method}: compute multiplier {told}** against the best fixed size (cost of "
-            "the best fixed size for the same loss, over its own; 95 % over seeds).",
-            "",
-            "| mean loss of the fixed nets | "
-            + " | ".join(f"{budget:.3g} FLOPs" for budget in sorted(swept))
-            + " |",
-            "|" + "---|" * (len(swept) + 1),
-        ]
-        for size in sorted({s for by_size in swept.values() for s in by_size}):
-            cells = [fmean(swept[budget][size].values()) for budget in sorted(swept)]
-            shown = " | ".join(f"{cell:.4f}" for cell in cells)
-            lines.append(f"| {size:,.0f} parameters | {shown} |")
-    return lines
+        mean = fmean(losses.values())
+        lines.append(_line([method, f"{cost / 1e12:.3g}", f"{mean:.4f}", told]))
+    return lines + _sweep(swept)
+
+
+def _sweep(swept: Sweep) -> list[str]:
+    """The mean loss of every fixed size at every budget, and the best size there."""
+    budgets = sorted(swept)
+    lines = [
+        "",
+        _line(["fixed nets", *(f"{budget / 1e12:.3g} TFLOP" for budget in budgets)]),
+        "|" + "---|" * (len(budgets) + 1),
+    ]
+    for size in sorted({s for by_size in swept.values() for s in by_size}):
+        means = [fmean(swept[budget][size].values()) for budget in budgets]
+        lines.append(_line([f"{size:,.0f} parameters", *(f"{m:.4f}" for m in means)]))
+    best = []
+    for budget in budgets:
+        means_of = {s: fmean(found.values()) for s, found in swept[budget].items()}
+        try:
+            size, loss = minimum(list(means_of), list(means_of.values()))
+            best.append(f"{loss:.4f} at {size:,.0f}")
+        except DataError as error:
+            best.append(str(error))
+    return [*lines, _line(["best size, fitted", *best])]
 
 
 def sweep_of(
-    comparison: Comparison, task: str, method: str
+    comparison: Comparison, task: str
 ) -> dict[float, dict[float, dict[int, float]]]:
     """The losses of the fixed nets by budget, parameters and seed; empty without any."""
     found: dict[float, dict[float, dict[int, float]]] = {}
-    method_runs = of(comparison, Row(task, method, method))
     for row in comparison.rows(task):
         runs = of(comparison, row)
-        if row.baseline != "best" or row.method != method or not runs:
+        if row.baseline != "best" or not runs:
             continue
+        method_runs = of(comparison, Row(task, str(row.method), row.method))
         cost = fmean(result["training_flops"] for result in method_runs.values())
         budget = cost * (row.budget or 1.0)
         size = next(iter(runs.values()))["parameters"]
@@ -324,7 +341,7 @@ def draw(comparison: Comparison, path: Path) -> None:
             and (suite.drawn is None or r.title in suite.drawn)
         ]
         _draw_curves(panels[0][column], comparison, rows)
-        _draw_frontiers(panels[0][column], comparison, task)
+        _draw_frontier(panels[0][column], comparison, task)
         panels[0][column].set_title(task)
         if len(heights) == 2:
             _draw_inactive(panels[1][column], comparison, rows)
@@ -368,20 +385,18 @@ def _draw_curves(panel: Any, comparison: Comparison, rows: Sequence[Row]) -> Non
     panel.set_xlabel("training TFLOP, growth included")
 
 
-def _draw_frontiers(panel: Any, comparison: Comparison, task: str) -> None:
+def _draw_frontier(panel: Any, comparison: Comparison, task: str) -> None:
     """Where losses are compared: the best fixed size at every budget of the sweep."""
-    if comparison.suite.score != "loss":
+    swept = sweep_of(comparison, task)
+    if comparison.suite.score != "loss" or not swept:
         return
-    for method in comparison.suite.methods:
-        swept = sweep_of(comparison, task, method)
-        try:
-            line = frontier(swept, comparison.suite.seeds)
-        except DataError:  # the table says why
-            continue
-        x = [budget / 1e12 for budget, _ in line]
-        y = [loss for _, loss in line]
-        if line:
-            panel.plot(x, y, "k.-", linewidth=1, label=f"best fixed size ({method})")
+    try:
+        line = frontier(swept, comparison.suite.seeds)
+    except DataError:  # the table says why
+        return
+    x = [budget / 1e12 for budget, _ in line]
+    y = [loss for _, loss in line]
+    panel.plot(x, y, "k.-", linewidth=1, label="best fixed size")
 
 
 def _draw_inactive(panel: Any, comparison: Comparison, rows: Sequence[Row]) -> None:
