@@ -231,6 +231,38 @@ def run(
 
 
 @app.command()
+def advise(
+    file: Annotated[
+        Path, typer.Argument(help="A TOML file of one planned run with [grow].")
+    ],
+    share: Annotated[
+        float, typer.Option(help="What the probes cost, as a share of the run.")
+    ] = 0.15,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the probes' results; `results/advise` beside the file by default."
+        ),
+    ] = None,
+) -> None:
+    """Say whether a planned growth pays, and when, or which size to train instead; two short
+    probes are run for it.
+    """
+    from meristem.experiments.advise import advise as advise_on
+
+    with _bars() as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(probe: str, step: int, steps: int) -> None:
+            if probe not in tasks:
+                tasks[probe] = bars.add_task(f"probe: {probe}", total=steps, state="")
+            bars.update(tasks[probe], completed=step)
+
+        advice = advise_on(file, out, share, report)
+    print(advice)
+
+
+@app.command()
 def compare(
     files: Annotated[
         list[Path],

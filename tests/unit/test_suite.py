@@ -462,6 +462,14 @@ def test_texts_are_read_as_bytes_without_a_copy(
     running = Run(checked(table))
     running.train(tmp_path / "run")
     assert result_of(running)["loss"] < 7
+    longer = prepared("text/b", context=256)
+    assert longer.x_train.shape == (10, 256)
+    assert torch.equal(longer.x_train.flatten(), data.x_train.flatten())
+    assert torch.equal(longer.y_train[:, :-1], longer.x_train[:, 1:])
+    with pytest.raises(ms.DataError, match="longer than x_test"):
+        prepared("text/b", context=64 * 9 + 1)
+    with pytest.raises(ms.DataError, match="context is for texts"):
+        prepared("digits", context=8)
     (tmp_path / "text/b.valid.bin").write_bytes(b"short")
     with pytest.raises(ms.DataError, match=r"b.valid.bin is damaged"):
         prepared("text/b")

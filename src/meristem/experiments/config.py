@@ -326,6 +326,8 @@ class DataOptions(_Strict):
     """See mean."""
     test: int | None = Field(None, ge=1)
     """Score on so many of the test examples."""
+    context: int | None = Field(None, ge=1)
+    """Characters per example of a text, 64 where nothing is said."""
 
 
 class Experiment(_Strict):

@@ -224,6 +224,7 @@ def prepared(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     test: int | None = None,
+    context: int | None = None,
 ) -> Data:
     """A data set as an experiment asks for it.
 
@@ -236,6 +237,7 @@ def prepared(
             own by default.
         std: See `mean`.
         test: Score on so many of the test examples, chosen at random once and for all.
+        context: Characters per example of a text, 64 by default.
 
     Raises:
         DataError: As for `load`, or an option does not fit the data.
@@ -269,12 +271,36 @@ def prepared(
             )
         if augment:
             data = replace(data, black=(-wanted[0] / wanted[1]).flatten())
+    if context is not None:
+        data = _with_context(data, context)
     if examples is not None:
         data = _with_fewer(data, examples)
     if test is not None and test < len(data.x_test):
         some = _some(len(data.x_test), test)
         data = replace(data, x_test=data.x_test[some], y_test=data.y_test[some])
     return _held_out(data, validation) if validation else data
+
+
+def _with_context(data: Data, context: int) -> Data:
+    """A text in examples of so many characters.
+
+    Raises:
+        DataError: It is no text, or a part of it is shorter.
+    """
+    if data.task != "language":
+        raise DataError(f"context is for texts, and data = {data.name!r} is none")
+    parts = {}
+    for part in ("x_train", "y_train", "x_test", "y_test"):
+        # Rows follow one another without a gap.
+        whole = getattr(data, part).flatten()
+        rows = len(whole) // context
+        if rows == 0:
+            raise DataError(
+                f"context = {context} is longer than {part} of data = {data.name!r}, "
+                f"{len(whole)} characters"
+            )
+        parts[part] = whole[: rows * context].view(rows, context)
+    return replace(data, **parts)
 
 
 def _with_fewer(data: Data, examples: int) -> Data:

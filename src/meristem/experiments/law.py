@@ -1,0 +1,194 @@
+"""What a net ends at, by its size and its data, and what growing it saves.
+
+The law is that of Hoffmann et al., "Training Compute-Optimal Large Language Models", 2022,
+arXiv 2203.15556,
+
+    L = E + A / N^a + B / D^b,
+
+with the exponents of the fit of Besiroglu et al., "Chinchilla Scaling: A Replication
+Attempt", 2024, arXiv 2404.10102. What size is worth against data, A over B, differs from
+data set to data set: it is weighed by short curves of two sizes, beside what is known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+SIZE_EXPONENT, DATA_EXPONENT = 0.3478, 0.3658
+BEST_TOKENS = 25.0
+"""Targets per parameter at which a net is the best fixed size for its cost: about 20 for
+large language models, 20 to 30 for nets over bytes of source code.
+"""
+SPREAD, SPREAD_ELSEWHERE = 0.5, 3.0
+"""Standard deviation of its logarithm for texts, and where nothing is known."""
+ROUGHNESS = 0.02
+"""Error of the law on a probe, as a share of the fall of its losses."""
+WEIGHT = 6
+"""Independent points that a probe's curves count as."""
+GRID = 241
+Curve = Sequence[tuple[float, float]]
+"""Examples read and losses."""
+
+
+@dataclass(frozen=True)
+class Law:
+    """E + scale x (worth / c^a + 1 / D^b), of training FLOPs per example c and examples D.
+
+    Sizes are told by what they cost, so that embeddings, which cost nothing, and
+    convolutions, which cost more than their parameters, count as what they are.
+    """
+
+    worth: float
+    scale: float
+    weight: float
+
+    def excess(self, size: float, examples: float) -> float:
+        """The loss above E, in units of `scale`."""
+        return float(self.worth / size**SIZE_EXPONENT + 1 / examples**DATA_EXPONENT)
+
+    def best_size(self, cost: float) -> float:
+        """The size of the smallest loss at a cost, N^(a + b) = (a A / b B) C^b."""
+        ratio = SIZE_EXPONENT * self.worth / DATA_EXPONENT
+        power = 1 / (SIZE_EXPONENT + DATA_EXPONENT)
+        found: float = (ratio * cost**DATA_EXPONENT) ** power
+        return found
+
+    def cost_of(self, excess: float) -> float:
+        """The cost at which the best fixed size has a loss."""
+        part = self.worth * (1 + SIZE_EXPONENT / DATA_EXPONENT) / excess
+        size = part ** (1 / SIZE_EXPONENT)
+        ratio = SIZE_EXPONENT * self.worth / DATA_EXPONENT
+        power = SIZE_EXPONENT + DATA_EXPONENT
+        found: float = (size**power / ratio) ** (1 / DATA_EXPONENT)
+        return found
+
+
+def laws(
+    curves: Sequence[tuple[float, Curve]],
+    size: float,
+    examples_per_parameter: float,
+    language: bool,
+) -> list[Law]:
+    """Laws of every worth of size, weighed by two curves and by what is known.
+
+    Args:
+        curves: Training FLOPs per example of two sizes or more, and what they learnt.
+        size: Training FLOPs per example of the large one.
+        examples_per_parameter: Examples that have one target for every parameter of it.
+        language: Whether it learns a text, for which more is known.
+    """
+    spread = SPREAD if language else SPREAD_ELSEWHERE
+    points = [(c, *point) for c, curve in curves for point in curve]
+    losses = np.asarray([loss for _, _, loss in points])
+    error = ROUGHNESS * float(np.ptp(losses))
+    found = []
+    # By the targets per parameter at which the large net is the best size.
+    centre = math.log(BEST_TOKENS)
+    for log_tokens in np.linspace(centre - 4 * spread, centre + 4 * spread, GRID):
+        best_examples = math.exp(log_tokens) * examples_per_parameter
+        ratio = DATA_EXPONENT / SIZE_EXPONENT
+        worth = ratio * size**SIZE_EXPONENT / best_examples**DATA_EXPONENT
+        law = Law(worth, 1.0, 1.0)
+        excess = [law.excess(c, examples) for c, examples, _ in points]
+        scale, misfit = _fitted(np.asarray(excess), losses)
+        likelihood = -0.5 * WEIGHT * (misfit / error) ** 2
+        prior = -0.5 * ((log_tokens - centre) / spread) ** 2
+        found.append((law.worth, scale, likelihood + prior))
+    most = max(weight for _, _, weight in found)
+    return [Law(a, k, math.exp(weight - most)) for a, k, weight in found]
+
+
+def _fitted(excess: NDArray[Any], losses: NDArray[Any]) -> tuple[float, float]:
+    """The scale, not below zero, with the smallest squared error, and that error."""
+    x = excess - excess.mean()
+    y = losses - losses.mean()
+    scale = max(float(x @ y) / float(x @ x), 0.0)
+    return scale, float(np.sqrt(np.mean((y - scale * x) ** 2)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run with one growth.
+
+    Attributes:
+        before, after: Training FLOPs per example of both sizes.
+        cost: Training FLOPs of the whole run.
+    """
+
+    before: float
+    after: float
+    cost: float
+
+    def examples(self, moment: float) -> float:
+        """Examples read at this cost, by the fraction of steps before the growth."""
+        return self.cost / (moment * self.before + (1 - moment) * self.after)
+
+    def multiplier(self, law: Law, moment: float, behind: float) -> float:
+        """The cost of the best fixed size for the same loss, over the plan's.
+
+        Args:
+            law: What size and data are worth.
+            moment: The fraction of steps before the growth.
+            behind: By how many of the examples before the growth the net is behind one
+                that was large all along, as many examples after it. It is caught up
+                exponentially, in time as counted by what was read before.
+        """
+        examples = self.examples(moment)
+        left = behind ** ((1 - moment) / moment) if behind > 0 else 0.0
+        effective = examples * (1 - left * moment)
+        return law.cost_of(law.excess(self.after, effective)) / self.cost
+
+
+def examples_behind(after: Curve, large: Curve) -> float:
+    """How many examples a grown net is behind the large one at its end, in [0, its own].
+
+    Args:
+        after: Examples and losses of the grown net since its growth.
+        large: The same of the net that was large all along.
+
+    The last third of the grown net's points is compared, each with the moment at which the
+    large one had its loss.
+    """
+    x = np.asarray([examples for examples, _ in large])
+    # A curve that falls, so that a loss has one moment.
+    y = np.minimum.accumulate([loss for _, loss in large])
+    found = []
+    for examples, loss in after[-max(1, len(after) // 3) :]:
+        found.append(examples - float(np.interp(-loss, -y, x)))
+    return max(0.0, fmean(found))
+
+
+def expected(
+    plan: Plan, known: Sequence[Law], moment: float, behind: float
+) -> tuple[float, float, float]:
+    """The multiplier at a moment: median, and the middle 80 %, over laws and over how
+    much of the trial's distance is still there in the run: none, half, or all of it.
+    """
+    values, weights = [], []
+    for law in known:
+        for part in (0.0, 0.5, 1.0):
+            values.append(plan.multiplier(law, moment, part * behind))
+            weights.append(law.weight)
+    low, middle, high = _quantiles(values, weights, (0.1, 0.5, 0.9))
+    return middle, low, high
+
+
+def expected_size(plan: Plan, known: Sequence[Law]) -> float:
+    """The best fixed size at the cost of a plan, in FLOPs per example."""
+    sizes = [law.best_size(plan.cost) for law in known]
+    return _quantiles(sizes, [law.weight for law in known], (0.5,))[0]
+
+
+def _quantiles(
+    values: Sequence[float], weights: Sequence[float], shares: Sequence[float]
+) -> list[float]:
+    order = np.argsort(values)
+    passed = np.cumsum(np.asarray(weights)[order]) / np.sum(weights)
+    return [float(values[order[int(np.searchsorted(passed, q))]]) for q in shares]
