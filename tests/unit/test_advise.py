@@ -67,9 +67,9 @@ def test_what_is_known_of_texts_narrows_what_is_expected() -> None:
     widths = []
     for language in (True, False):
         known = laws(curves, 6 * PARAMETERS, PARAMETERS, language)
-        middle, low, high = expected(plan, known, 0.5, 0.0)
-        assert low <= middle <= high
-        widths.append(high / low)
+        found = expected(plan, known, 0.5, 0.0)
+        assert found.low <= found.value <= found.high
+        widths.append(found.high / found.low)
     assert widths[0] < widths[1]
 
 
@@ -96,7 +96,9 @@ def test_a_grown_net_is_behind_by_what_the_large_one_read_in_between() -> None:
     law = law_of(25.0)
     large = curve(law, 6 * PARAMETERS, 8e6)
     assert examples_behind(large[4:], large) == pytest.approx(0, abs=1)
-    shifted = [(d, 1.3 + 40 * law.excess(6 * PARAMETERS, d - 1e6)) for d, _ in large[4:]]
+    shifted = [
+        (d, 1.3 + 40 * law.excess(6 * PARAMETERS, d - 1e6)) for d, _ in large[4:]
+    ]
     # Between points of the large curve the loss is taken as straight.
     assert examples_behind(shifted, large) == pytest.approx(1e6, rel=0.05)
     # One that is ahead is not behind.
@@ -119,21 +121,24 @@ TABLE: dict[str, Any] = {
 
 def test_two_probes_give_advice_and_are_not_run_again(tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
-    advice = advise(
-        checked(TABLE), tmp_path, 0.3, lambda *report: told.append(report)
-    )
+    advice = advise(checked(TABLE), tmp_path, 0.3, lambda *report: told.append(report))
     assert {name for name, _, _ in told} == {"grown", "large"}
     assert {steps for _, _, steps in told} == {32}
     assert advice.parameters[0] < advice.parameters[1]
     assert 0.2 <= advice.at <= 0.8
-    assert advice.low <= advice.multiplier <= advice.high
-    assert advice.grow == (advice.multiplier > 1)
-    assert advice.as_planned is not None
+    assert advice.grow == (advice.multiplier.value > 1)
+    for found in (advice.multiplier, advice.as_planned):
+        assert found is not None
+        assert found.low <= found.value <= found.high
     # 300 steps of 8 x 64 characters.
     tokens = 300 * 8 * 64 / advice.parameters[1]
     assert advice.tokens_per_parameter == pytest.approx(tokens)
     assert 0.1 < advice.share < 0.5
-    for words in ("grow", "targets per parameter", f"{100 * advice.share:.0f} % of the run"):
+    for words in (
+        "grow",
+        "targets per parameter",
+        f"{100 * advice.share:.0f} % of the run",
+    ):
         assert words in str(advice)
     told.clear()
     assert advise(checked(TABLE), tmp_path, 0.3, lambda *r: told.append(r)) == advice

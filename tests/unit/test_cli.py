@@ -39,6 +39,8 @@ FILES = {
     "half.toml": GROW.replace("1 epochs", "1"),
     "twice.toml": GROW + 'care = "shrink"\naxes = [1]\n',
     "torn.toml": "model = ",
+    "plan.toml": TOML.replace("epochs = 1", "steps = 100")
+    + "[grow]\nwhen = { at = 0.5 }\namount = 8\n",
     "mine.py": (
         "from torch import nn\n"
         "class Two(nn.Module):\n"
@@ -61,6 +63,7 @@ GOOD = {
     "run good.toml": "results/good_seed0.json",
     "run good.toml --seed 3 --out other": "other/good_seed3.json",
     "compare suite.toml": "### small",
+    "advise plan.toml --share 0.8": "cost of this advice",
 }
 BAD = {
     "": "",
@@ -76,6 +79,10 @@ BAD = {
     "run twice.toml": "grow.care must be a list; got 'shrink'",
     "run good.toml --out good.toml": "good.toml",
     "run good.toml --seed x": "Invalid value for '--seed'",
+    "advise good.toml": "nothing to advise on without [grow]",
+    "advise plan.toml --share 2": "in (0, 1)",
+    "advise plan.toml --share 0.1": "hint: a larger share",
+    "advise suite.toml": "hint: meristem compare suite.toml",
     "demo --plot absent/plot.png": "absent/plot.png: No such file or directory",
     "report absent": "there is no absent",
     "report good.toml": "not the result of a run",

@@ -416,6 +416,9 @@ def test_the_best_fixed_size_is_swept_at_equal_cost(tmp_path: Path) -> None:
                 wanted = row.budget * method[seed]["training_flops"]
                 # To half a step of the budget, which is one of a few here.
                 assert abs(result["training_flops"] / wanted - 1) < 0.3
+    again = suite(tmp_path, BEST)
+    again.load()
+    assert again.done == comparison.done
     text = tables.markdown(comparison)
     assert "compute multiplier" in text
     assert text.count("parameters |") >= 3

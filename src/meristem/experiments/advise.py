@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,6 +24,7 @@ from meristem.experiments.config import (
     read,
     trigger,
 )
+from meristem.experiments.frontier import Multiplier
 from meristem.experiments.law import (
     Plan,
     examples_behind,
@@ -30,7 +32,7 @@ from meristem.experiments.law import (
     expected_size,
     laws,
 )
-from meristem.experiments.run import Run, run
+from meristem.experiments.run import Progress, Run, run
 from meristem.when import At, Every
 
 SHARE = 0.15
@@ -54,11 +56,9 @@ class Advice:
     Attributes:
         grow: Whether growing is expected to beat the best fixed size at equal cost.
         at: The best moment, as a fraction of training.
-        multiplier: Expected at that moment: the cost of the best fixed size for the same
-            loss, over that of the run.
-        low, high: The middle 80 % of what is expected.
-        as_planned: The same multiplier at the moment that the experiment names; None
-            where its trigger decides later.
+        multiplier: Expected at that moment, with the middle 80 % of what is expected.
+        as_planned: The same at the moment that the experiment names; None where its
+            trigger decides on the way.
         best_size: Parameters of the best fixed size at the cost of the run.
         parameters: Of the net before and after the growth.
         tokens_per_parameter: Training targets of the planned run per parameter of the
@@ -73,10 +73,8 @@ class Advice:
 
     grow: bool
     at: float
-    multiplier: float
-    low: float
-    high: float
-    as_planned: float | None
+    multiplier: Multiplier
+    as_planned: Multiplier | None
     best_size: float
     parameters: tuple[int, int]
     tokens_per_parameter: float
@@ -87,20 +85,17 @@ class Advice:
 
     def __str__(self) -> str:
         before, after = self.parameters
-        interval = f"{self.multiplier:.2f} [{self.low:.2f}, {self.high:.2f}]"
         if self.grow:
             first = (
                 f"grow: from {before:,} to {after:,} parameters at {100 * self.at:.0f} % of "
-                f"training; expected compute multiplier {interval}"
+                f"training; expected compute multiplier {self.multiplier}"
             )
         else:
             first = (
                 f"do not grow: train {self.best_size:,.0f} parameters; growing is expected "
-                f"to have a compute multiplier of {interval} at best"
+                f"to have a compute multiplier of {self.multiplier} at best"
             )
-        planned = (
-            "" if self.as_planned is None else f", as planned {self.as_planned:.2f}"
-        )
+        planned = "" if self.as_planned is None else f", as planned {self.as_planned}"
         return (
             f"{first}{planned}\n"
             f"why: {self.tokens_per_parameter:.3g} targets per parameter of the grown net; "
@@ -138,7 +133,7 @@ def advise(
 
     Examples:
         >>> advice = advise("experiment.toml")  # doctest: +SKIP
-        >>> advice.grow, round(advice.multiplier, 2)  # doctest: +SKIP
+        >>> advice.grow, round(advice.multiplier.value, 2)  # doctest: +SKIP
         (True, 1.08)
     """
     source = Path("experiment")
@@ -150,95 +145,128 @@ def advise(
         raise ConfigError(f"{source}: nothing to advise on without [grow]")
     if not 0 < share < 1:
         raise ConfigError(f"share = {share} is a fraction of the run, in (0, 1)")
-    probes = _Probes(experiment, share, source.stem, folder, report)
-    return _read_off(probes)
+    return advice_of(probed(experiment, source.stem, folder, share, report))
 
 
-class _Probes:
-    """The two probes of an experiment, run or read."""
+@dataclass(frozen=True)
+class Probed:
+    """What two probes of a planned run have shown.
 
-    def __init__(
-        self,
-        experiment: Experiment,
-        share: float,
-        name: str,
-        folder: Path,
-        report: Report,
-    ) -> None:
-        self.experiment, self.name, self.folder = experiment, name, folder
-        self.report = report
-        planned = Run(experiment)
-        self.steps = planned.progress.steps
-        self.targets = max(planned.data.y_train[0].numel(), 1)
-        self.language = planned.data.task == "language"
-        self.parameters_before = sum(p.numel() for p in planned.model.parameters())
-        self.flops_before = planned.flops_per_example
-        self.moment = _moment(experiment, self.steps, len(planned.batches))
-        length = self._length(planned, share)
-        self.grown = self._run("grown", self._grown(length))
-        after = {
-            axis: size
-            for growth in self.grown["growths"]
-            for axis, size in growth["after"].items()
-        }
-        if not after:
-            raise ConfigError(
-                f"{name}: the trial has not grown; see axes, amount and budget of [grow]"
-            )
-        large = {k: v for k, v in self._table(length).items() if k != "grow"}
-        self.large = self._run("large", checked(large | {"sizes": after}))
+    Attributes:
+        steps: Of the planned run.
+        batch: Examples per step.
+        targets: Per example: the characters of a text, else 1.
+        language: Whether it learns a text.
+        moment: The fraction of training before the planned growth, the mean of several;
+            None where the trigger decides on the way.
+        parameters: Of the net before and after the growth.
+        flops: The same of training FLOPs per example.
+        small, grown, large: Examples read and losses: of the net before its trial growth,
+            after it, and of the net that was large all along.
+        cost: Training FLOPs of both probes.
+    """
 
-    @property
-    def cost(self) -> float:
-        """Training FLOPs of both probes."""
-        spent: float = self.grown["training_flops"] + self.large["training_flops"]
-        return spent
+    steps: int
+    batch: int
+    targets: int
+    language: bool
+    moment: float | None
+    parameters: tuple[int, int]
+    flops: tuple[float, float]
+    small: Curve
+    grown: Curve
+    large: Curve
+    cost: float
 
-    def _length(self, planned: Run, share: float) -> int:
-        """Steps of a probe, so that both cost a share of the run.
 
-        The grown size is not known yet: it is taken to cost twice as much, and the probes
-        say what they have cost.
-        """
-        length = int(share * self.steps * 1.5 / 3.5) // (2 * POINTS) * (2 * POINTS)
-        if length < 2 * POINTS:
-            raise ConfigError(
-                f"{self.name}: {self.steps} steps are too few for probes of {share:g} of "
-                f"them, {2 * POINTS} steps at least. hint: a larger share, or train: a run "
-                "as short is its own probe"
-            )
-        return length
+def probed(
+    experiment: Experiment, name: str, folder: Path, share: float, report: Report
+) -> Probed:
+    """Run both probes, or what is left of them."""
+    planned = Run(experiment)
+    steps, batch = planned.progress.steps, experiment.train.batch_size
+    length = _length(name, steps, share)
 
-    def _table(self, length: int) -> dict[str, Any]:
-        """The experiment at the length of a probe, at a constant rate."""
-        table = self.experiment.model_dump(mode="json", exclude_unset=True)
-        train = {
-            k: v for k, v in table["train"].items() if k not in ("epochs", "flops")
-        }
-        # A rate that decays would end each probe on a curve of its own.
-        train |= {"steps": length, "evaluate": length // POINTS}
-        train["schedule"] = {"constant": {"warmup": 1 / POINTS}}
-        return table | {"train": train}
-
-    def _grown(self, length: int) -> Experiment:
-        """The trial: all growths of the plan at once, half-way."""
-        table = self._table(length)
-        amount = self.experiment.grow.amount if self.experiment.grow else None
-        count = len(amount) if isinstance(amount, list) else 1
-        half = round(GROWTH * length)
-        steps = [half + i for i in range(count)]
-        table["grow"] = table["grow"] | {"when": {"at": {"steps": steps}}}
-        return checked(table)
-
-    def _run(self, kind: str, experiment: Experiment) -> dict[str, Any]:
-        path = run(
-            experiment,
-            self.folder,
-            f"{self.name}_{kind}",
-            lambda progress: self.report(kind, progress.step, progress.steps),
-        )
+    def result(kind: str, probe: Experiment) -> dict[str, Any]:
+        told = partial(_tell, report, kind)
+        path = run(probe, folder, f"{name}_{kind}", told)
         found: dict[str, Any] = json.loads(path.read_text())
         return found
+
+    trial = result("grown", _trial(experiment, length))
+    after: dict[str, int] = {}
+    for growth in trial["growths"]:
+        after |= growth["after"]
+    if not after:
+        raise ConfigError(
+            f"{name}: the trial has not grown; see axes, amount and budget of [grow]"
+        )
+    table = _table(experiment, length)
+    table.pop("grow")
+    whole = result("large", checked(table | {"sizes": after}))
+    # The first points are of the warm-up.
+    start = 2 / POINTS
+    return Probed(
+        steps=steps,
+        batch=batch,
+        targets=max(planned.data.y_train[0].numel(), 1),
+        language=planned.data.task == "language",
+        moment=_moment(experiment, steps, len(planned.batches)),
+        parameters=(
+            sum(p.numel() for p in planned.model.parameters()),
+            whole["parameters"],
+        ),
+        flops=(
+            planned.flops_per_example,
+            whole["training_flops"] / (whole["steps"] * batch),
+        ),
+        small=_curve(trial, start, GROWTH),
+        grown=_curve(trial, GROWTH, 1.0),
+        large=_curve(whole, start, 1.0),
+        cost=trial["training_flops"] + whole["training_flops"],
+    )
+
+
+def _tell(report: Report, kind: str, progress: Progress) -> None:
+    report(kind, progress.step, progress.steps)
+
+
+def _length(name: str, steps: int, share: float) -> int:
+    """Steps of a probe, so that both cost a share of the run.
+
+    The grown size is not known yet: it is taken to cost twice as much, and the probes say
+    what they have cost.
+    """
+    least = 2 * POINTS
+    length = int(share * steps * 1.5 / 3.5) // least * least
+    if length < least:
+        raise ConfigError(
+            f"{name}: {steps} steps are too few for probes of {share:g} of them, {least} "
+            "steps at least. hint: a larger share, or train: a run as short is its own "
+            "probe"
+        )
+    return length
+
+
+def _table(experiment: Experiment, length: int) -> dict[str, Any]:
+    """The experiment at the length of a probe, at a constant rate."""
+    table = experiment.model_dump(mode="json", exclude_unset=True)
+    train = {k: v for k, v in table["train"].items() if k not in ("epochs", "flops")}
+    # A rate that decays would end each probe on a curve of its own.
+    train |= {"steps": length, "evaluate": length // POINTS}
+    train["schedule"] = {"constant": {"warmup": 1 / POINTS}}
+    return table | {"train": train}
+
+
+def _trial(experiment: Experiment, length: int) -> Experiment:
+    """All growths of the plan at once, half-way."""
+    table = _table(experiment, length)
+    amount = table["grow"].get("amount")
+    count = len(amount) if isinstance(amount, list) else 1
+    half = round(GROWTH * length)
+    steps = [half + i for i in range(count)]
+    table["grow"] = table["grow"] | {"when": {"at": {"steps": steps}}}
+    return checked(table)
 
 
 def _moment(experiment: Experiment, steps: int, epoch: int) -> float | None:
@@ -276,44 +304,37 @@ def _curve(result: dict[str, Any], since: float, until: float) -> Curve:
     return points
 
 
-def _read_off(probes: _Probes) -> Advice:
+def advice_of(seen: Probed) -> Advice:
     """The advice that two probes give."""
-    # The first points are of the warm-up.
-    start = 2 / POINTS
-    small = _curve(probes.grown, start, GROWTH)
-    large = _curve(probes.large, start, 1.0)
-    after = _curve(probes.grown, GROWTH, 1.0)
-    parameters = probes.parameters_before, int(probes.large["parameters"])
-    batch = probes.experiment.train.batch_size
-    flops_after = probes.large["training_flops"] / (probes.large["steps"] * batch)
-    planned = probes.moment or GROWTH
-    shares = planned * probes.flops_before + (1 - planned) * flops_after
-    plan = Plan(probes.flops_before, flops_after, probes.steps * batch * shares)
+    before, after = seen.flops
+    moment = seen.moment or GROWTH
+    examples = seen.steps * seen.batch
+    plan = Plan(before, after, examples * (moment * before + (1 - moment) * after))
     known = laws(
-        [(plan.before, small), (plan.after, large)],
-        size=plan.after,
-        examples_per_parameter=parameters[1] / probes.targets,
-        language=probes.language,
+        [(before, seen.small), (after, seen.large)],
+        size=after,
+        examples_per_parameter=seen.parameters[1] / seen.targets,
+        language=seen.language,
     )
-    behind = examples_behind(after, large) / (GROWTH * large[-1][0])
+    behind = examples_behind(seen.grown, seen.large) / (GROWTH * seen.large[-1][0])
     found = {moment: expected(plan, known, moment, behind) for moment in MOMENTS}
-    at = max(found, key=lambda moment: found[moment][0])
-    multiplier, low, high = found[at]
-    best = expected_size(plan, known)
+    at = max(found, key=lambda moment: found[moment].value)
+    planned = None
+    if seen.moment is not None:
+        planned = expected(plan, known, seen.moment, behind)
     # Between two nets the parameters grow with a power of the cost.
-    power = math.log(parameters[1] / parameters[0]) / math.log(plan.after / plan.before)
+    power = math.log(seen.parameters[1] / seen.parameters[0]) / math.log(after / before)
+    best_size = seen.parameters[1] * (expected_size(plan, known) / after) ** power
     return Advice(
-        grow=multiplier > 1,
+        grow=found[at].value > 1,
         at=at,
-        multiplier=multiplier,
-        low=low,
-        high=high,
-        as_planned=probes.moment and expected(plan, known, planned, behind)[0],
-        best_size=parameters[1] * (best / plan.after) ** power,
-        parameters=parameters,
-        tokens_per_parameter=probes.steps * batch * probes.targets / parameters[1],
-        slope=_slope(large),
+        multiplier=found[at],
+        as_planned=planned,
+        best_size=best_size,
+        parameters=seen.parameters,
+        tokens_per_parameter=examples * seen.targets / seen.parameters[1],
+        slope=_slope(seen.large),
         behind=behind,
-        cost=probes.cost,
-        share=probes.cost / plan.cost,
+        cost=seen.cost,
+        share=seen.cost / plan.cost,
     )

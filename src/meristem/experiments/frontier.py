@@ -31,7 +31,8 @@ class Multiplier:
 
     Attributes:
         value: Cost of the best fixed size for the same loss, over the cost of the run.
-        low, high: The middle 95 % of resampled seeds.
+        low, high: What it is likely between: of measured runs the middle 95 % of
+            resampled seeds.
         inside: Whether the loss lies between those of the frontier; else `value` goes on
             along its last piece.
     """
@@ -39,7 +40,7 @@ class Multiplier:
     value: float
     low: float
     high: float
-    inside: bool
+    inside: bool = True
 
     def __str__(self) -> str:
         beyond = "" if self.inside else ", beyond the sweep"

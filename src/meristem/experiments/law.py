@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from meristem.experiments.frontier import Multiplier
+
 SIZE_EXPONENT, DATA_EXPONENT = 0.3478, 0.3658
 BEST_TOKENS = 25.0
 """Targets per parameter at which a net is the best fixed size for its cost: about 20 for
@@ -167,7 +169,7 @@ def examples_behind(after: Curve, large: Curve) -> float:
 
 def expected(
     plan: Plan, known: Sequence[Law], moment: float, behind: float
-) -> tuple[float, float, float]:
+) -> Multiplier:
     """The multiplier at a moment: median, and the middle 80 %, over laws and over how
     much of the trial's distance is still there in the run: none, half, or all of it.
     """
@@ -177,7 +179,7 @@ def expected(
             values.append(plan.multiplier(law, moment, part * behind))
             weights.append(law.weight)
     low, middle, high = _quantiles(values, weights, (0.1, 0.5, 0.9))
-    return middle, low, high
+    return Multiplier(middle, low, high)
 
 
 def expected_size(plan: Plan, known: Sequence[Law]) -> float:

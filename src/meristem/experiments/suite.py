@@ -94,6 +94,11 @@ class Row:
     size: str | None = None
     budget: float | None = None
 
+    @property
+    def stem(self) -> str:
+        """The name of its results' files, without the seed."""
+        return f"{slug(self.task)}_{slug(self.title)}"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -206,6 +211,15 @@ class Comparison:
             if self.suite.tuned is None or row.title in self.suite.tuned
         ]
 
+    def load(self) -> None:
+        """Read what is finished, and run nothing."""
+        for task in self.suite.tasks:
+            for row in self.rows(task):
+                for seed in self.suite.seeds:
+                    path = self.out / f"{row.stem}_seed{seed}.json"
+                    if path.exists():
+                        self.done[row, seed] = json.loads(path.read_text())
+
     def finish(self, workers: int, report: Callable[[int, str], None]) -> None:
         """Run all that is not done yet; `report(done, name)` after every run.
 
@@ -234,9 +248,7 @@ class Comparison:
                     experiment = self.experiment(row, seed)
                     if row in best:
                         experiment = _with_rate(experiment, best[row])
-                    jobs.append(
-                        Job(row, experiment, f"{slug(row.task)}_{slug(row.title)}")
-                    )
+                    jobs.append(Job(row, experiment, row.stem))
             for job, path in _all(jobs, self.out, workers):
                 assert path is not None
                 self.done[job.row, job.experiment.seed] = json.loads(path.read_text())
@@ -254,13 +266,7 @@ class Comparison:
                 experiment = _with_rate(
                     _held_out(self.experiment(row, self.suite.seeds[0])), rate
                 )
-                jobs.append(
-                    Job(
-                        row,
-                        experiment,
-                        f"{slug(row.task)}_{slug(row.title)}_lr{rate:g}",
-                    )
-                )
+                jobs.append(Job(row, experiment, f"{row.stem}_lr{rate:g}"))
         found: dict[Row, list[tuple[float, float]]] = {}
         for job, path in _all(jobs, self.out / "tuning", workers, tuning=True):
             loss = (
@@ -354,11 +360,7 @@ def read(path: Path, out: Path | None = None) -> Comparison:
                 f"{path}: tasks.{task} says neither [grow] nor [stages]; there is "
                 "nothing to compare"
             )
-    files = [
-        f"{slug(row.task)}_{slug(row.title)}"
-        for task in suite.tasks
-        for row in comparison.rows(task)
-    ]
+    files = [row.stem for task in suite.tasks for row in comparison.rows(task)]
     twice = [name for name in files if files.count(name) > 1]
     if twice:
         raise ConfigError(

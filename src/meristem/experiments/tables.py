@@ -83,6 +83,8 @@ def _against_the_best(comparison: Comparison, task: str) -> list[str]:
     ]
     for method in comparison.suite.methods:
         runs = of(comparison, Row(task, method, method))
+        if not runs:
+            continue
         losses = {seed: result["loss"] for seed, result in runs.items()}
         cost = fmean(result["training_flops"] for result in runs.values())
         try:
