@@ -204,7 +204,7 @@ def test_a_rate_that_diverges_is_not_chosen_and_a_run_that_diverges_is_named(
         (
             'data = "digits"',
             "data = { digits = { validations = 0.1 } }",
-            "Known: examples, validation",
+            "Known here: examples, validation",
         ),
     ],
 )

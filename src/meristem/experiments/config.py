@@ -370,13 +370,7 @@ class Experiment(_Strict):
                 try:
                     DataOptions.model_validate(options)
                 except ValidationError as error:
-                    first = error.errors()[0]
-                    key = ".".join(map(str, first["loc"]))
-                    known = list(DataOptions.model_fields)
-                    raise ValueError(
-                        f"{key}: {first['msg']}.{nearest(key, known)} Known: "
-                        f"{', '.join(known)}"
-                    ) from None
+                    raise ValueError("; ".join(readable(error, DataOptions))) from None
         return value
 
     @field_validator("model")
@@ -422,7 +416,7 @@ def checked(table: Mapping[str, Any], source: str = "the configuration") -> Expe
     try:
         experiment = Experiment.model_validate(table)
     except ValidationError as error:
-        told = _readable(error.errors())
+        told = readable(error, Experiment)
         raise ConfigError("\n".join(f"{source}: {line}" for line in told)) from None
     train = experiment.train
     # Two ways to say how long would contradict each other.
@@ -469,24 +463,24 @@ _WORDS = {
 _TRIED = re.compile(r"(int|float|str|bool|(list|dict)\[.*|function-.*)$")
 
 
-def _readable(problems: Sequence[Any]) -> list[str]:
-    """One sentence for every key that is wrong."""
+def readable(error: ValidationError, table: type[BaseModel]) -> list[str]:
+    """One sentence for every key of a table that is wrong."""
     by_key: dict[str, list[Any]] = {}
-    for problem in problems:
+    for problem in error.errors():
         path = [part for part in map(str, problem["loc"]) if not _TRIED.match(part)]
         by_key.setdefault(".".join(path), []).append(problem)
     told = []
     for key, listed in by_key.items():
         # What lies inside of a wrong value was tried in vain.
         if key.rpartition(".")[0] not in by_key:
-            told.append(_sentence(key, listed))
+            told.append(_sentence(key, listed, table))
     return told
 
 
-def _sentence(key: str, problems: Sequence[Any]) -> str:
+def _sentence(key: str, problems: Sequence[Any], table: type[BaseModel]) -> str:
     first = problems[0]
     if first["type"] == "extra_forbidden":
-        return _unknown(key)
+        return _unknown(key, table)
     if first["type"] == "missing":
         return f"key {key!r} is missing"
     words = {_WORDS.get(one["type"].partition("_")[0]): None for one in problems}
@@ -499,14 +493,13 @@ def _sentence(key: str, problems: Sequence[Any]) -> str:
     return f"{key}: {first['msg'].replace('Input should', 'it should')}; {got}"
 
 
-def _unknown(key: str) -> str:
+def _unknown(key: str, table: type[BaseModel]) -> str:
     tables: dict[str, type[BaseModel]] = {
         "train": Train,
         "grow": Grow,
         "stages": StagesTable,
         "budget": BudgetTable,
     }
-    table: type[BaseModel] = Experiment
     *above, last = key.split(".")
     for part in above:
         table = tables.get(part, table)

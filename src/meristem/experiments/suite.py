@@ -28,6 +28,7 @@ from meristem.experiments.config import (
     Experiment,
     checked,
     named,
+    readable,
     toml,
 )
 from meristem.experiments.run import Interrupted, run
@@ -289,14 +290,8 @@ def _validated(path: Path) -> Suite:
     try:
         return Suite.model_validate(table)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        unknown = first["type"] == "extra_forbidden"
-        hint = nearest(key, Suite.model_fields) if unknown else ""
-        raise ConfigError(
-            f"{path}: {key}: {first['msg']}.{hint} Known: "
-            f"{', '.join(Suite.model_fields)}"
-        ) from None
+        told = readable(error, Suite)
+        raise ConfigError("\n".join(f"{path}: {line}" for line in told)) from None
 
 
 def _check_names(path: Path, suite: Suite, comparison: Comparison) -> None:
