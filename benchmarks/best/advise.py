@@ -55,7 +55,9 @@ def main() -> None:
     comparison = suite.read(HERE / "cpu.toml")
     comparison.load()
     OUT.mkdir(parents=True, exist_ok=True)
-    print("| setting | targets per parameter | advised, as planned | measured | right |")
+    print(
+        "| setting | targets per parameter | advised, as planned | measured | right |"
+    )
     print("|---|---|---|---|---|")
     for row in settings(comparison):
         name = suite.slug(row.title)

@@ -34,7 +34,7 @@ def experiment(width: int, depth: int, steps: int):
         "precision": "bf16" if GPU else "no",
         "clip": 1.0,
         # Never within a turn: a plain loop does not evaluate.
-        "evaluate": steps,
+        "evaluate": 100 * steps,
     }
     grow = {"when": {"at": 0.999}, "how": "stack", "axes": "depth", "amount": [1]}
     table = {"model": {"gpt": model}, "data": {"text/python_sources": data}}

@@ -60,7 +60,7 @@ NETS: dict[str, dict[str, Any]] = {
 }
 SHARES = (0.5, 0.75)
 TOLERANCES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-RATE, BATCH = 1e-3, 64
+RATE, COUPLING_RATE, BATCH = 1e-3, 1e-4, 64
 
 
 class Task:
@@ -122,62 +122,63 @@ def chosen(task: Task, share: float) -> dict[str, list[int]]:
     return found
 
 
+class Coupling:
+    """D between the units of one weight that go and those that stay."""
+
+    def __init__(self, weight: Tensor, units: list[int]) -> None:
+        gone = set(units)
+        self.goes = torch.tensor(units)
+        self.stays = torch.tensor([i for i in range(len(weight)) if i not in gone])
+        size = (len(self.goes), len(self.stays), *weight.shape[1:])
+        self.d = (1e-4 * torch.randn(size)).requires_grad_()
+
+    def moved(self, weight: Tensor) -> Tensor:
+        """The weight that takes effect."""
+        weight = weight.index_add(0, self.stays, self.d.sum(0))
+        return weight.index_add(0, self.goes, -self.d.sum(1))
+
+
+def faded(weight: Tensor, units: list[int], size: int, share: float) -> Tensor:
+    """A weight that reads `size` units, some of them less by a share."""
+    # Behind a flattened map a unit is read by several columns.
+    per_unit = weight.shape[1] // size
+    columns = torch.tensor(units)[:, None] * per_unit + torch.arange(per_unit)
+    left = torch.ones(weight.shape[1])
+    left[columns.flatten()] = 1 - share
+    return weight * left.view(1, -1, *[1] * (weight.dim() - 2))
+
+
 def handed_over(task: Task, gone: dict[str, list[int]], coupled: bool) -> nn.Module:
-    """A copy of the net after one epoch in which the units that go fade, with D or without."""
+    """A copy of the net after an epoch in which the units that go fade, with D or without."""
     net = copy.deepcopy(task.net)
     axes = ms.find_axes(net, task.example)
-    parameters = dict(net.named_parameters())
-    couplings, readers = {}, {}
+    weights = dict(net.named_parameters())
+    couplings: dict[str, Coupling] = {}
+    readers: dict[str, tuple[list[int], int]] = {}
     for name, units in gone.items():
         makes, reads = ends_of(net, axes.named(name))
-        weight = parameters[makes]
-        stays = [i for i in range(len(weight)) if i not in set(units)]
-        size = (len(units), len(stays), *weight.shape[1:])
-        d = (1e-4 * torch.randn(size)).requires_grad_(coupled)
-        couplings[makes] = (units, stays, d)
-        readers[reads] = units
-    learnt = [parameters[reads] for reads in readers]
-    optimizer = torch.optim.Adam(learnt, lr=RATE)
-    if coupled:
-        optimizer.add_param_group(
-            {"params": [d for _, _, d in couplings.values()], "lr": 1e-4}
-        )
-
-    def merged() -> dict[str, Tensor]:
-        found = {}
-        for makes, (units, stays, d) in couplings.items():
-            weight = found.get(makes, parameters[makes])
-            stay = weight.index_add(0, torch.tensor(stays), d.sum(0))
-            found[makes] = stay.index_add(0, torch.tensor(units), -d.sum(1))
-        return found
-
-    def faded(values: dict[str, Tensor], share: float) -> dict[str, Tensor]:
-        found = dict(values)
-        for reads, units in readers.items():
-            weight = found.get(reads, parameters[reads])
-            per_unit = weight.shape[1] // axes_size[reads]
-            mask = torch.ones(weight.shape[1])
-            columns = torch.tensor(units)[:, None] * per_unit + torch.arange(per_unit)
-            mask[columns.flatten()] = 1 - share
-            found[reads] = weight * mask.view(1, -1, *[1] * (weight.dim() - 2))
-        return found
-
-    axes_size = {}
-    for name in gone:
-        axes_size[ends_of(net, axes.named(name))[1]] = axes.named(name).size
+        readers[reads] = units, axes.named(name).size
+        if coupled:
+            couplings[makes] = Coupling(weights[makes], units)
+    groups = [{"params": [weights[reads] for reads in readers], "lr": RATE}]
+    groups += [{"params": [one.d], "lr": COUPLING_RATE} for one in couplings.values()]
+    optimizer = torch.optim.Adam(groups)
     batches = task.data.batches(BATCH)
     net.eval()
     for step, (x, y) in enumerate(batches):
-        # Gone for the last tenth, so that the reader settles.
+        values = {makes: one.moved(weights[makes]) for makes, one in couplings.items()}
+        # Gone for the last tenth, so that the readers settle.
         share = min(1.0, step / (0.9 * len(batches)))
-        values = faded(merged(), share)
+        for reads, (units, size) in readers.items():
+            weight = values.get(reads, weights[reads])
+            values[reads] = faded(weight, units, size, share)
         loss = task.data.loss(functional_call(net, values, (x,)), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        for name, value in merged().items():
-            parameters[name].copy_(value)
+        for makes, one in couplings.items():
+            weights[makes].copy_(one.moved(weights[makes]))
     return net
 
 

@@ -1,9 +1,8 @@
 """Meristem grows neural networks while they train."""
 
-from typing import TYPE_CHECKING, Any
-
 from meristem import care, how, recipes, when, where
 from meristem.activations import PReLU, Rational
+from meristem.advice import advise
 from meristem.checkpoint import load, regrow_, save
 from meristem.core import VERSION
 from meristem.core.axis import Axes, Axis, Slot
@@ -29,9 +28,6 @@ from meristem.pruning import prune_
 from meristem.statistics.health import health
 from meristem.surgery.lineage import convert, lineage
 from meristem.surgery.optimizers import STATE_RULES
-
-if TYPE_CHECKING:
-    from meristem.experiments.advise import advise
 
 __version__ = VERSION
 
@@ -78,20 +74,6 @@ __all__ = [
     "where",
     "young",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    # Experiments need the extra [cli], and growing does not.
-    if name == "advise":
-        try:
-            from meristem.experiments.advise import advise
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                f"meristem.advise needs the extra [cli] ({error.name} is missing). hint: "
-                "pip install 'meristem-torch[cli]'"
-            ) from error
-        return advise
-    raise AttributeError(f"module 'meristem' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

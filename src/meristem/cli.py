@@ -236,8 +236,11 @@ def advise(
         Path, typer.Argument(help="A TOML file of one planned run with [grow].")
     ],
     share: Annotated[
-        float, typer.Option(help="What the probes cost, as a share of the run.")
-    ] = 0.15,
+        float | None,
+        typer.Option(
+            help="What the probes cost, as a share of the run; 0.15 by default."
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -248,7 +251,7 @@ def advise(
     """Say whether a planned growth pays, and when, or which size to train instead; two short
     probes are run for it.
     """
-    from meristem.experiments.advise import advise as advise_on
+    from meristem.experiments.advise import advised
 
     with _bars() as bars:
         tasks: dict[str, Any] = {}
@@ -258,8 +261,9 @@ def advise(
                 tasks[probe] = bars.add_task(f"probe: {probe}", total=steps, state="")
             bars.update(tasks[probe], completed=step)
 
-        advice = advise_on(file, out, share, report)
-    print(advice)
+        advice = advised(file, out, share, report)
+    if _speaks():
+        print(advice)
 
 
 @app.command()

@@ -170,6 +170,15 @@ def test_muon_trains_the_matrices_and_adamw_the_rest_through_a_growth(
     assert head in rest.state
     for p in held:
         assert p.isfinite().all()
+    for wrong, words in (
+        ({"optimizer": {"muon": {"momentun": 0.9}}}, "Did you mean 'momentum'"),
+        ({"optimizer": {"muon": {"lr": "x"}}}, "train.optimizer"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            Run(checked(table | {"train": table["train"] | wrong}))
+    conv = {"model": "convnet", "data": {"digits": {"examples": 32}}}
+    with pytest.raises(ConfigError, match="and this net has none"):
+        Run(checked({k: v for k, v in table.items() if k != "grow"} | conv))
     stages = {"amount": [8]}
     wrong = {k: v for k, v in table.items() if k not in ("grow", "train")}
     wrong |= {"train": {"optimizer": muon}, "stages": stages}

@@ -23,7 +23,7 @@ LEVELS = [
     ["stages", "checkpoint"],
     ["integrations", "recipes", "sklearn", "testing"],
     ["experiments"],
-    ["cli"],
+    ["cli", "advice"],
 ]
 ORDER = {name: level for level, names in enumerate(LEVELS) for name in names}
 

@@ -164,8 +164,7 @@ class Train(_Strict):
     batch_size: int = Field(128, ge=1)
     """Examples per step, over all processes."""
     optimizer: Choice = "adamw"
-    """sgd, adam, adamw or muon, with the parameters of torch: { sgd = { lr = 0.1 } }.
-    muon trains the matrices of the hidden layers and AdamW the rest, at one lr."""
+    """sgd, adam, adamw, or muon beside adamw, with parameters: { sgd = { lr = 0.1 } }."""
     schedule: Choice = "constant"
     """constant, cosine or wsd; `warmup` and, of wsd, `decay` are fractions of training."""
     clip: float | None = Field(None, gt=0)

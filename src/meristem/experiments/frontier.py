@@ -78,13 +78,19 @@ def frontier(sweep: Sweep, seeds: Sequence[int]) -> list[tuple[float, float]]:
     """The cost and loss of the best fixed size at every budget, the mean over seeds.
 
     Raises:
-        DataError: As `minimum`.
+        DataError: As `minimum`, or a seed is missing.
     """
     found = []
     for budget, by_size in sorted(sweep.items()):
-        means = {
-            size: fmean(by_seed[s] for s in seeds) for size, by_seed in by_size.items()
-        }
+        means = {}
+        for size, by_seed in by_size.items():
+            missing = set(seeds) - set(by_seed)
+            if missing:
+                raise DataError(
+                    f"{size:,.0f} parameters at {budget:.3g} FLOPs lack seed "
+                    f"{min(missing)}. hint: finish the suite"
+                )
+            means[size] = fmean(by_seed[s] for s in seeds)
         found.append((budget, minimum(list(means), list(means.values()))[1]))
     return found
 

@@ -35,24 +35,26 @@ ROUGHNESS = 0.02
 WEIGHT = 6
 """Independent points that a probe's curves count as."""
 GRID = 241
+BEHIND = 0.2
+"""How far stacked nets were behind at the end of runs that grew half-way."""
 Curve = Sequence[tuple[float, float]]
 """Examples read and losses."""
 
 
 @dataclass(frozen=True)
 class Law:
-    """E + scale x (worth / c^a + 1 / D^b), of training FLOPs per example c and examples D.
+    """worth / c^a + 1 / D^b, of training FLOPs per example c and examples D: what a loss is
+    above E, in units of B.
 
     Sizes are told by what they cost, so that embeddings, which cost nothing, and
     convolutions, which cost more than their parameters, count as what they are.
     """
 
     worth: float
-    scale: float
-    weight: float
+    weight: float = 1.0
 
     def excess(self, size: float, examples: float) -> float:
-        """The loss above E, in units of `scale`."""
+        """The loss above E, in units of B."""
         return float(self.worth / size**SIZE_EXPONENT + 1 / examples**DATA_EXPONENT)
 
     def best_size(self, cost: float) -> float:
@@ -97,22 +99,22 @@ def laws(
         best_examples = math.exp(log_tokens) * examples_per_parameter
         ratio = DATA_EXPONENT / SIZE_EXPONENT
         worth = ratio * size**SIZE_EXPONENT / best_examples**DATA_EXPONENT
-        law = Law(worth, 1.0, 1.0)
+        law = Law(worth)
         excess = [law.excess(c, examples) for c, examples, _ in points]
-        scale, misfit = _fitted(np.asarray(excess), losses)
+        misfit = _misfit(np.asarray(excess), losses)
         likelihood = -0.5 * WEIGHT * (misfit / error) ** 2
         prior = -0.5 * ((log_tokens - centre) / spread) ** 2
-        found.append((law.worth, scale, likelihood + prior))
-    most = max(weight for _, _, weight in found)
-    return [Law(a, k, math.exp(weight - most)) for a, k, weight in found]
+        found.append((worth, likelihood + prior))
+    most = max(weight for _, weight in found)
+    return [Law(worth, math.exp(weight - most)) for worth, weight in found]
 
 
-def _fitted(excess: NDArray[Any], losses: NDArray[Any]) -> tuple[float, float]:
-    """The scale, not below zero, with the smallest squared error, and that error."""
+def _misfit(excess: NDArray[Any], losses: NDArray[Any]) -> float:
+    """The error that is left at the best E and B, the latter not below zero."""
     x = excess - excess.mean()
     y = losses - losses.mean()
     scale = max(float(x @ y) / float(x @ x), 0.0)
-    return scale, float(np.sqrt(np.mean((y - scale * x) ** 2)))
+    return float(np.sqrt(np.mean((y - scale * x) ** 2)))
 
 
 @dataclass(frozen=True)
@@ -138,9 +140,9 @@ class Plan:
         Args:
             law: What size and data are worth.
             moment: The fraction of steps before the growth.
-            behind: By how many of the examples before the growth the net is behind one
-                that was large all along, as many examples after it. It is caught up
-                exponentially, in time as counted by what was read before.
+            behind: By which share of the examples before the growth, in [0, 1], the net
+                is behind one that was large all along, as many examples after it. It is
+                caught up exponentially, in time as counted by what was read before.
         """
         examples = self.examples(moment)
         left = behind ** ((1 - moment) / moment) if behind > 0 else 0.0
@@ -149,7 +151,7 @@ class Plan:
 
 
 def examples_behind(after: Curve, large: Curve) -> float:
-    """How many examples a grown net is behind the large one at its end, in [0, its own].
+    """How many examples a grown net is behind the large one at its end, or ahead of it.
 
     Args:
         after: Examples and losses of the grown net since its growth.
@@ -164,19 +166,23 @@ def examples_behind(after: Curve, large: Curve) -> float:
     found = []
     for examples, loss in after[-max(1, len(after) // 3) :]:
         found.append(examples - float(np.interp(-loss, -y, x)))
-    return max(0.0, fmean(found))
+    return fmean(found)
 
 
 def expected(
     plan: Plan, known: Sequence[Law], moment: float, behind: float
 ) -> Multiplier:
-    """The multiplier at a moment: median, and the middle 80 %, over laws and over how
-    much of the trial's distance is still there in the run: none, half, or all of it.
+    """The multiplier at a moment: median, and the middle 80 %, over laws and over how far
+    a run is behind.
+
+    A short trial says little of that: it is weighed with what was found of long runs, and
+    half of it and half as much again are thought as likely.
     """
+    usual = (min(max(behind, 0.0), 1.0) + BEHIND) / 2
     values, weights = [], []
     for law in known:
-        for part in (0.0, 0.5, 1.0):
-            values.append(plan.multiplier(law, moment, part * behind))
+        for part in (0.5, 1.0, 1.5):
+            values.append(plan.multiplier(law, moment, min(part * usual, 1.0)))
             weights.append(law.weight)
     low, middle, high = _quantiles(values, weights, (0.1, 0.5, 0.9))
     return Multiplier(middle, low, high)

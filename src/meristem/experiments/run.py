@@ -35,6 +35,7 @@ from meristem import checkpoint
 from meristem.care import CARES
 from meristem.core import VERSION
 from meristem.core.budget import Budget
+from meristem.core.errors import nearest
 from meristem.core.ranks import ALONE, ranks_over
 from meristem.event.growable import growable
 from meristem.experiments import data as datasets
@@ -555,10 +556,8 @@ def run(
     result = _result(experiment, out, name)
     with _lock(result):
         if finished_before(experiment, out, name) is None:
-            asked = json.dumps(experiment.model_dump(mode="json"), sort_keys=True)
-            digest = hashlib.sha256(asked.encode()).hexdigest()[:8]
             # Of one configuration: after an edit of the file another run begins.
-            folder = out / "checkpoints" / f"{result.stem}-{digest}"
+            folder = out / "checkpoints" / f"{result.stem}-{digest(experiment)}"
             tracking = None
             if track is not None:
                 tracking = Tracking(track, result.stem, out / "tracking")
@@ -576,6 +575,12 @@ def run(
                 shutil.rmtree(folder, ignore_errors=True)
             running.accelerator.wait_for_everyone()
     return result
+
+
+def digest(experiment: Experiment) -> str:
+    """Eight characters that differ where two experiments do."""
+    asked = json.dumps(experiment.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(asked.encode()).hexdigest()[:8]
 
 
 @contextmanager
@@ -680,21 +685,40 @@ def rate(experiment: Experiment, progress: float) -> float:
 def _optimizers(experiment: Experiment, model: nn.Module) -> list[Optimizer]:
     """The optimizer of a net; with muon two, of which AdamW has all but the matrices of
     the hidden layers.
+
+    Raises:
+        ConfigError: A parameter that the optimizer does not have, or no such matrix.
     """
     name, settings = named(experiment.train.optimizer, OPTIMIZERS, "optimizer")
     if name != "muon":
-        return [_optimizer(experiment, model.parameters())]
+        return [_made(name, settings, model.parameters())]
     matrices = models.hidden_matrices(model)
+    if not matrices:
+        raise ConfigError(
+            "train.optimizer = 'muon' trains the matrices of hidden linear layers, and "
+            "this net has none. hint: adamw"
+        )
+    for key in settings:
+        if key not in MUON_KEYS:
+            raise ConfigError(
+                f"train.optimizer.muon has no parameter {key!r}."
+                f"{nearest(key, MUON_KEYS)} Known: {', '.join(MUON_KEYS)}"
+            )
     chosen = {id(matrix) for matrix in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     return [
-        _made("muon", MUON | _without(settings, "betas"), matrices),
-        _made("adamw", _without(settings, "momentum"), rest),
+        _made("muon", _part(settings, "muon") | MUON, matrices),
+        _made("adamw", _part(settings, "adamw"), rest),
     ]
 
 
-def _without(settings: Mapping[str, Any], key: str) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name != key}
+def _part(settings: Mapping[str, Any], optimizer: str) -> dict[str, Any]:
+    """What of muon's parameters one of its two optimizers gets."""
+    part = {"weight_decay": 0.1}
+    for key, value in settings.items():
+        if MUON_KEYS[key] in ("both", optimizer):
+            part[key] = value
+    return part
 
 
 def _optimizer(experiment: Experiment, parameters: Iterable[Tensor]) -> Optimizer:
@@ -702,22 +726,33 @@ def _optimizer(experiment: Experiment, parameters: Iterable[Tensor]) -> Optimize
     return _made(name, settings, parameters)
 
 
+MUON_KEYS = {
+    "lr": "both",
+    "weight_decay": "both",
+    "momentum": "muon",
+    "nesterov": "muon",
+    "ns_steps": "muon",
+    "betas": "adamw",
+    "eps": "adamw",
+}
+"""Which of the two optimizers a parameter is for."""
 MUON = {"adjust_lr_fn": "match_rms_adamw"}
 """Steps as large as AdamW's, so that one learning rate does for both."""
+CLASSES = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "muon": "Muon"}
 
 
 def _made(
     name: str, settings: Mapping[str, Any], parameters: Iterable[Tensor]
 ) -> Optimizer:
     """One optimizer of torch, whose groups know their peak rate."""
-    kinds: dict[str, Callable[..., Optimizer]] = {
-        "sgd": torch.optim.SGD,
-        "adam": torch.optim.Adam,
-        "adamw": torch.optim.AdamW,
-        "muon": torch.optim.Muon,
-    }
+    kind = getattr(torch.optim, CLASSES[name], None)
+    if kind is None:
+        raise ConfigError(
+            f"train.optimizer = {name!r} is not in torch {torch.__version__}. hint: torch "
+            "2.9 or later"
+        )
     try:
-        optimizer = kinds[name](parameters, **settings)
+        optimizer: Optimizer = kind(parameters, **settings)
     except TypeError as error:
         raise ConfigError(f"train.optimizer.{name}: {error}") from None
     for group in optimizer.param_groups:

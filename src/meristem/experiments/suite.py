@@ -31,7 +31,7 @@ from meristem.experiments.config import (
     readable,
     toml,
 )
-from meristem.experiments.run import Interrupted, run
+from meristem.experiments.run import Interrupted, finished_before, run
 
 Baseline = Literal["small", "final", "equal", "best"]
 TITLES: dict[str, str] = {
@@ -67,7 +67,7 @@ class Suite(BaseModel):
     best: dict[str, dict[str, Any]] = {}
     """Fixed sizes by name, as tables of `model` and `train`, for the baseline best."""
     budgets: list[float] = Field([0.7, 1.0, 1.4], min_length=2)
-    """Of that sweep, as multiples of the cost of the method."""
+    """Of that sweep, as multiples of the cost of the first method that has baselines."""
     baselines_of: list[str] | None = None
     """The methods whose baselines are run; all where nothing is said."""
     final_of: list[str] | None = None
@@ -135,6 +135,8 @@ class Comparison:
                 if baseline == "final" and self.suite.final_of is not None:
                     of = self.suite.final_of
                 of = list(self.suite.methods) if of is None else of
+                # One frontier for all of a task's methods.
+                of = of[:1] if baseline == "best" else of
                 for method in of:
                     rows += self._baseline(task, baseline, method)
         return rows
@@ -177,11 +179,10 @@ class Comparison:
             table["train"] = table["train"] | asked.pop("train", {})
             table |= asked
         elif row.baseline != "small":
-            table["sizes"] = {
-                name: size
-                for growth in self.done[_method(row), seed]["growths"]
-                for name, size in growth["after"].items()
-            }
+            sizes = dict(table.get("sizes", {}))
+            for growth in self.done[_method(row), seed]["growths"]:
+                sizes |= growth["after"]
+            table["sizes"] = sizes
         if row.baseline in ("equal", "best"):
             table.pop("stages", None)
             cost = self.done[_method(row), seed]["training_flops"]
@@ -213,12 +214,22 @@ class Comparison:
         ]
 
     def load(self) -> None:
-        """Read what is finished, and run nothing."""
-        for task in self.suite.tasks:
-            for row in self.rows(task):
+        """Read what is finished, and run nothing.
+
+        Raises:
+            ConfigError: As `finished_before`.
+        """
+        for rows in self.waves():
+            for row in rows:
                 for seed in self.suite.seeds:
-                    path = self.out / f"{row.stem}_seed{seed}.json"
-                    if path.exists():
+                    needed = row.baseline in ("final", "equal", "best")
+                    if needed and (_method(row), seed) not in self.done:
+                        continue
+                    asked = self.experiment(row, seed)
+                    if row.title in self.suite.rates:
+                        asked = _with_rate(asked, self.suite.rates[row.title])
+                    path = finished_before(asked, self.out, row.stem)
+                    if path is not None:
                         self.done[row, seed] = json.loads(path.read_text())
 
     def finish(self, workers: int, report: Callable[[int, str], None]) -> None:

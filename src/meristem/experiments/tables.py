@@ -125,9 +125,9 @@ def sweep_of(
     found: dict[float, dict[float, dict[int, float]]] = {}
     for row in comparison.rows(task):
         runs = of(comparison, row)
-        if row.baseline != "best" or not runs:
-            continue
         method_runs = of(comparison, Row(task, str(row.method), row.method))
+        if row.baseline != "best" or not runs or not method_runs:
+            continue
         cost = fmean(result["training_flops"] for result in method_runs.values())
         budget = cost * (row.budget or 1.0)
         size = next(iter(runs.values()))["parameters"]

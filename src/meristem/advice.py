@@ -1,0 +1,60 @@
+"""Advice before a run; what it needs is imported when somebody asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from meristem.experiments.advise import Advice
+    from meristem.experiments.config import Experiment
+
+
+def advise(
+    experiment: Experiment | str | Path,
+    out: str | Path | None = None,
+    share: float | None = None,
+    report: Callable[[str, int, int], None] | None = None,
+) -> Advice:
+    """Whether a planned growth pays, and when, or which size to train instead.
+
+    Two probes, much shorter than the run and at a constant learning rate: the small net
+    that grows half-way, and the grown net from the start. They are read through the law
+
+        L = E + A / N^a + B / D^b        N: size, D: data, a = .35, b = .37
+
+    (Hoffmann et al., "Training Compute-Optimal Large Language Models", 2022, arXiv
+    2203.15556; exponents of Besiroglu et al., 2024, arXiv 2404.10102): both curves weigh
+    A against B, beside what is known of texts, and the trial growth says how far a grown
+    net is behind one that was large all along. The law is one of new data.
+
+    Args:
+        experiment: A planned run with [grow], or its TOML file.
+        out: Folder of the probes' results, which are not run again; `results/advise`
+            beside the file, or in the current folder, by default.
+        share: What the probes cost, as a share of the planned run, about; .15 by default.
+        report: `report(probe, step, steps)`, called meanwhile.
+
+    Returns:
+        `grow`, the moment `at` which, the expected compute `multiplier` (the cost of the
+        best fixed size for the same loss, over that of the run), `best_size`, and what it
+        rests on; as text a few sentences.
+
+    Raises:
+        ConfigError: The experiment does not grow, or its probes would be too short.
+        DataError: The loss of a probe does not fall.
+
+    Examples:
+        >>> advice = advise("experiment.toml")  # doctest: +SKIP
+        >>> advice.grow, advice.at, advice.multiplier.value  # doctest: +SKIP
+        (True, 0.55, 1.12)
+    """
+    try:
+        from meristem.experiments.advise import advised
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"meristem.advise needs the extra [cli] ({error.name} is missing). hint: pip "
+            "install 'meristem-torch[cli]'"
+        ) from error
+    return advised(experiment, out, share, report)
