@@ -18,8 +18,9 @@ from pathlib import Path
 from statistics import fmean
 
 from meristem.experiments import suite, tables
-from meristem.experiments.advise import SHARE, Advice, Probed, advice_of, probed
+from meristem.experiments.advise import Advice, advice_of
 from meristem.experiments.frontier import Multiplier, multiplier
+from meristem.experiments.probes import SHARE, Probed, probed
 
 HERE = Path(__file__).parent
 OUT = HERE / "results" / "advise"

@@ -35,8 +35,6 @@ ROUGHNESS = 0.02
 WEIGHT = 6
 """Independent points that a probe's curves count as."""
 GRID = 241
-BEHIND = 0.2
-"""How far stacked nets were behind at the end of runs that grew half-way."""
 Curve = Sequence[tuple[float, float]]
 """Examples read and losses."""
 
@@ -134,6 +132,15 @@ class Plan:
         """Examples read at this cost, by the fraction of steps before the growth."""
         return self.cost / (moment * self.before + (1 - moment) * self.after)
 
+    def unmixed(self, law: Law, moment: float) -> float:
+        """By which share of the examples before the growth a net is behind one that was
+        large all along, if it goes on along the other's curve from the loss that it has.
+        """
+        read = moment * self.examples(moment)
+        excess = law.excess(self.before, read) - law.worth / self.after**SIZE_EXPONENT
+        there: float = excess ** (-1 / DATA_EXPONENT)
+        return 1 - there / read
+
     def multiplier(self, law: Law, moment: float, behind: float) -> float:
         """The cost of the best fixed size for the same loss, over the plan's.
 
@@ -141,12 +148,9 @@ class Plan:
             law: What size and data are worth.
             moment: The fraction of steps before the growth.
             behind: By which share of the examples before the growth, in [0, 1], the net
-                is behind one that was large all along, as many examples after it. It is
-                caught up exponentially, in time as counted by what was read before.
+                ends behind one that was large all along.
         """
-        examples = self.examples(moment)
-        left = behind ** ((1 - moment) / moment) if behind > 0 else 0.0
-        effective = examples * (1 - left * moment)
+        effective = self.examples(moment) * (1 - behind * moment)
         return law.cost_of(law.excess(self.after, effective)) / self.cost
 
 
@@ -173,16 +177,20 @@ def expected(
     plan: Plan, known: Sequence[Law], moment: float, behind: float
 ) -> Multiplier:
     """The multiplier at a moment: median, and the middle 80 %, over laws and over how far
-    a run is behind.
+    a run ends behind.
 
-    A short trial says little of that: it is weighed with what was found of long runs, and
-    half of it and half as much again are thought as likely.
+    A net that mixes with the curve of the large one catches up; one that is disturbed by
+    its growth falls further back. Half, one and one and a half times the distance of a net
+    that does neither are thought as likely, and never less than what the trial has shown,
+    which is caught up exponentially, in time as counted by what was read before.
     """
-    usual = (min(max(behind, 0.0), 1.0) + BEHIND) / 2
+    least = min(max(behind, 0.0), 1.0) ** ((1 - moment) / moment)
     values, weights = [], []
     for law in known:
+        unmixed = plan.unmixed(law, moment)
         for part in (0.5, 1.0, 1.5):
-            values.append(plan.multiplier(law, moment, min(part * usual, 1.0)))
+            left = min(max(part * unmixed, least), 1.0)
+            values.append(plan.multiplier(law, moment, left))
             weights.append(law.weight)
     low, middle, high = _quantiles(values, weights, (0.1, 0.5, 0.9))
     return Multiplier(middle, low, high)
