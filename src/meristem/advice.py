@@ -19,15 +19,16 @@ def advise(
 ) -> Advice:
     """Whether a planned growth pays, and when, or which size to train instead.
 
-    Two probes, much shorter than the run and at a constant learning rate: the small net
-    that grows half-way, and the grown net from the start. They are read through the law
+    Of texts. The law
 
-        L = E + A / N^a + B / D^b        N: size, D: data, a = .35, b = .37
+        L = E + A / N^a + B / D^b        N: size, D: data
 
     (Hoffmann et al., "Training Compute-Optimal Large Language Models", 2022, arXiv
-    2203.15556; exponents of Besiroglu et al., 2024, arXiv 2404.10102): both curves weigh
-    A against B, beside what is known of texts, and the trial growth says how far a grown
-    net is behind one that was large all along. The law is one of new data.
+    2203.15556), with exponents and best targets per parameter as measured in
+    `benchmarks/best`, says what size is best at the cost of the run, and what the grown
+    net ends at if it goes on along the curve of one that was large all along. Two probes,
+    much shorter than the run and at a constant learning rate, check the latter: the small
+    net that grows half-way, and the grown net from the start. The law is one of new data.
 
     Args:
         experiment: A planned run with [grow], or its TOML file.
@@ -42,7 +43,8 @@ def advise(
         rests on; as text a few sentences.
 
     Raises:
-        ConfigError: The experiment does not grow, or its probes would be too short.
+        ConfigError: The experiment does not grow or learns no text, or its probes would be
+            too short.
         DataError: The loss of a probe does not fall.
 
     Examples:

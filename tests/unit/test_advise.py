@@ -10,28 +10,26 @@ import numpy as np
 import pytest
 
 import meristem as ms
+from meristem.experiments import law as law_module
 from meristem.experiments.advise import advice_of
 from meristem.experiments.config import ConfigError, checked
 from meristem.experiments.law import (
-    DATA_EXPONENT,
-    SIZE_EXPONENT,
     Law,
     Plan,
     examples_behind,
     expected,
     expected_size,
+    law_of,
     laws,
 )
 from meristem.experiments.probes import Probed, probed
 
-PARAMETERS, SMALL = 2e5, 1e5
+PARAMETERS, SMALL = 200_000, 100_000
 
 
-def law_of(best_tokens: float) -> Law:
+def known(best_tokens: float) -> Law:
     """The law by which the large net is best at so many examples per parameter."""
-    size, examples = 6 * PARAMETERS, best_tokens * PARAMETERS
-    ratio = DATA_EXPONENT / SIZE_EXPONENT
-    return Law(ratio * size**SIZE_EXPONENT / examples**DATA_EXPONENT)
+    return law_of(6.0 * PARAMETERS, best_tokens * PARAMETERS)
 
 
 def curve(law: Law, size: float, until: float) -> list[tuple[float, float]]:
@@ -41,7 +39,7 @@ def curve(law: Law, size: float, until: float) -> list[tuple[float, float]]:
 
 @pytest.mark.parametrize("tokens", [3.0, 25.0, 200.0])
 def test_the_best_size_has_the_smallest_loss_at_its_cost(tokens: float) -> None:
-    law = law_of(tokens)
+    law = known(tokens)
     cost = 6 * PARAMETERS * tokens * PARAMETERS
     best = law.best_size(cost)
     assert best == pytest.approx(6 * PARAMETERS)
@@ -51,31 +49,18 @@ def test_the_best_size_has_the_smallest_loss_at_its_cost(tokens: float) -> None:
     assert law.cost_of(least) == pytest.approx(cost)
 
 
-@pytest.mark.parametrize("tokens", [4.0, 25.0, 150.0])
-def test_the_worth_of_size_is_read_off_two_curves(tokens: float) -> None:
-    law = law_of(tokens)
-    read = 5 * PARAMETERS
-    curves = [(6 * n, curve(law, 6 * n, read)) for n in (SMALL, PARAMETERS)]
-    known = laws(curves, 6 * PARAMETERS, PARAMETERS, language=False)
-    plan = Plan(6 * SMALL, 6 * PARAMETERS, 6 * PARAMETERS * tokens * PARAMETERS)
-    assert 1 / 1.6 < expected_size(plan, known) / (6 * PARAMETERS) < 1.6
-
-
-def test_what_is_known_of_texts_narrows_what_is_expected() -> None:
-    law = law_of(25.0)
-    curves = [(6 * n, curve(law, 6 * n, PARAMETERS)) for n in (SMALL, PARAMETERS)]
-    plan = Plan(6 * SMALL, 6 * PARAMETERS, 6 * PARAMETERS * 25 * PARAMETERS)
-    widths = []
-    for language in (True, False):
-        known = laws(curves, 6 * PARAMETERS, PARAMETERS, language)
-        found = expected(plan, known, 0.5, 0.0)
-        assert found.low <= found.value <= found.high
-        widths.append(found.high / found.low)
-    assert widths[0] < widths[1]
+def test_what_is_known_gives_the_best_sizes_of_the_sweeps() -> None:
+    # FLOPs and best parameters of benchmarks/best/cpu.toml: 64 targets an example, and
+    # about 6.4 FLOPs a parameter and target.
+    for cost, best in ((3.0e12, 8.1e4), (6.0e12, 1.28e5), (1.2e13, 1.93e5)):
+        size = 6.4 * 64 * best
+        plan = Plan(size / 2, size, cost)
+        found = expected_size(plan, laws(size, int(best), 64)) / (6.4 * 64)
+        assert found == pytest.approx(best, rel=0.15)
 
 
 def test_growth_pays_where_the_grown_net_has_the_right_size_and_catches_up() -> None:
-    law = law_of(25.0)
+    law = known(25.0)
 
     def plan(tokens: float) -> Plan:
         return Plan(6 * SMALL, 6 * PARAMETERS, 6 * PARAMETERS * tokens * PARAMETERS)
@@ -91,9 +76,19 @@ def test_growth_pays_where_the_grown_net_has_the_right_size_and_catches_up() -> 
     assert plan(25).multiplier(law, 0.5, behind=1.0) < 1
 
 
-def test_one_jump_that_goes_on_along_the_large_curve_saves_a_few_percent() -> None:
-    """As theory has it: 3 to 5 %, after a fifth to a third of the compute."""
-    law = law_of(25.0)
+@pytest.mark.parametrize(
+    ("exponents", "saved"), [((0.3478, 0.3658), (0.02, 0.06)), (None, (0.05, 0.1))]
+)
+def test_one_jump_that_goes_on_along_the_large_curve_saves_a_little(
+    monkeypatch: pytest.MonkeyPatch,
+    exponents: tuple[float, float] | None,
+    saved: tuple[float, float],
+) -> None:
+    """3 to 5 % after a fifth of the compute, as theory has it for large language models."""
+    if exponents is not None:
+        monkeypatch.setattr(law_module, "SIZE_EXPONENT", exponents[0])
+        monkeypatch.setattr(law_module, "DATA_EXPONENT", exponents[1])
+    law = known(25.0)
     plan = Plan(6 * SMALL, 6 * PARAMETERS, 6 * PARAMETERS * 25 * PARAMETERS)
     found = {}
     for percent in range(5, 100, 5):
@@ -102,13 +97,13 @@ def test_one_jump_that_goes_on_along_the_large_curve_saves_a_few_percent() -> No
         assert 0 < behind < 1
         found[moment] = plan.multiplier(law, moment, behind)
     at = max(found, key=lambda moment: found[moment])
-    assert 1.02 < found[at] < 1.06
+    assert saved[0] < found[at] - 1 < saved[1]
     before = at * plan.before * plan.examples(at) / plan.cost
     assert 0.15 < before < 0.35
 
 
 def test_a_grown_net_is_behind_by_what_the_large_one_read_in_between() -> None:
-    law = law_of(25.0)
+    law = known(25.0)
     large = curve(law, 6 * PARAMETERS, 8e6)
     assert examples_behind(large[4:], large) == pytest.approx(0, abs=1)
     shifted = [
@@ -119,7 +114,7 @@ def test_a_grown_net_is_behind_by_what_the_large_one_read_in_between() -> None:
 
 
 def test_what_is_expected_stays_finite_however_far_a_trial_is_behind() -> None:
-    law = law_of(25.0)
+    law = known(25.0)
     plan = Plan(6 * SMALL, 6 * PARAMETERS, 6 * PARAMETERS * 25 * PARAMETERS)
     values = [expected(plan, [law], 0.2, behind).value for behind in (-0.5, 0, 0.4, 3)]
     assert values == sorted(values, reverse=True)
@@ -137,7 +132,6 @@ def seen(law: Law, tokens: float, **changes: Any) -> Probed:
         "examples": tokens * PARAMETERS,
         "passes": 1.0,
         "targets": 1,
-        "language": True,
         "moments": (0.5,),
         "parameters": (int(SMALL), int(PARAMETERS)),
         "flops": (6 * SMALL, 6 * PARAMETERS),
@@ -151,19 +145,19 @@ def seen(law: Law, tokens: float, **changes: Any) -> Probed:
 
 
 def test_advice_follows_the_law_from_too_few_data_to_enough() -> None:
-    law = law_of(25.0)
-    few, enough = (advice_of(seen(law, tokens)) for tokens in (1.0, 30.0))
+    law = known(52.0)
+    few, enough = (advice_of(seen(law, tokens)) for tokens in (2.0, 52.0))
     assert not few.grow
     assert few.best_size < 0.6 * PARAMETERS
     assert str(few).startswith("do not grow: train ")
     assert enough.grow
-    assert 1.02 < enough.multiplier.value < 1.06
+    assert 1.01 < enough.multiplier.value < 1.06
     assert str(enough).startswith("grow: from 100,000 to 200,000 parameters at ")
     # A growth that costs half of the run does not pay.
-    dear = seen(law, 30.0, growth_flops=0.5 * 6 * PARAMETERS * 30 * PARAMETERS)
+    dear = seen(law, 52.0, growth_flops=0.5 * 6 * PARAMETERS * 52 * PARAMETERS)
     assert advice_of(dear).multiplier.value < enough.multiplier.value
-    assert "read 9 times over" in str(advice_of(seen(law, 30.0, passes=9.0)))
-    assert advice_of(seen(law, 30.0, moments=())).as_planned is None
+    assert "read 9 times over" in str(advice_of(seen(law, 52.0, passes=9.0)))
+    assert advice_of(seen(law, 52.0, moments=())).as_planned is None
 
 
 @pytest.mark.parametrize(
@@ -178,7 +172,7 @@ def test_probes_that_say_nothing_are_refused(
     changes: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ms.DataError, match=words):
-        advice_of(seen(law_of(25.0), 25.0, **changes))
+        advice_of(seen(known(25.0), 25.0, **changes))
 
 
 TABLE: dict[str, Any] = {
@@ -191,6 +185,12 @@ TABLE: dict[str, Any] = {
         "schedule": {"wsd": {"warmup": 0.05, "decay": 0.3}},
     },
     "grow": {"when": {"at": 0.4}, "how": "stack", "axes": "depth", "amount": [1]},
+}
+
+DIGITS = {
+    "data": "digits",
+    "model": {"mlp": {"hidden": [4]}},
+    "grow": {"when": {"at": 0.4}, "amount": 4},
 }
 
 
@@ -223,7 +223,7 @@ def test_two_probes_give_advice_and_are_not_run_again(tmp_path: Path) -> None:
         ({"when": {"at": 0.4}, "amount": [4]}, [0.4]),
         ({"when": {"at": [0.3, 0.6]}, "amount": 4}, [0.3, 0.6]),
         ({"when": {"every": "20 steps"}, "amount": [4, 4]}, [0.2, 0.4]),
-        ({"when": {"every": {"epochs": 1, "start": 4}}, "amount": 2}, [0.85]),
+        ({"when": {"every": {"epochs": 1, "start": 6}}, "amount": 2}, [0.96]),
         (
             {"when": {"every": "10 steps"}, "amount": 4, "budget": {"growths": 1}},
             [0.1],
@@ -234,26 +234,29 @@ def test_two_probes_give_advice_and_are_not_run_again(tmp_path: Path) -> None:
 def test_a_trial_grows_as_often_as_the_plan(
     tmp_path: Path, grow: dict[str, Any], moments: list[float]
 ) -> None:
-    table = {
-        "model": {"mlp": {"hidden": [4, 4]}},
-        "data": {"digits": {"examples": 160, "validation": 0.2}},
-        "sizes": {"3": 6},
+    # Examples in batches of 8: an epoch is 16 steps.
+    table = TABLE | {
+        "data": {"shakespeare": {"examples": 128, "test": 8}},
+        "sizes": {"blocks.0.up": 24},
         "train": {"steps": 100, "batch_size": 8},
-        "grow": grow | {"axes": ["1"]},
+        "grow": grow | {"axes": ["token"], "how": "random"},
     }
-    # Every class leaves a fifth of its own: an epoch is 17 steps.
-    if "start" in str(grow):
-        table["train"] = {"steps": 80, "batch_size": 8}
     found = probed(checked(table), "plan", tmp_path, 0.95, lambda *told: None)
     assert found.moments == pytest.approx(moments)
     amount = grow["amount"]
     growths = max(1, len(moments))
     added = sum(amount) if isinstance(amount, list) else amount * growths
-    # 64 inputs; what the sizes of the experiment say stays.
-    grown = 65 * (4 + added) + (5 + added) * 6 + 7 * 10
-    assert found.parameters == (65 * 4 + 5 * 6 + 7 * 10, grown)
+
+    def parameters(width: int) -> int:
+        # Embedding, positions, head; norms; attention over 8; the MLP, whose size the
+        # experiment says.
+        outer = (63 + 64 + 63) * width + 6 * width
+        attention = 3 * 8 * (width + 1) + (8 + 1) * width
+        return outer + attention + 24 * (width + 1) + (24 + 1) * width
+
+    assert found.parameters == (parameters(8), parameters(8 + added))
     assert found.flops[0] < found.flops[1]
-    assert all(step <= 16 * 8 for step, _ in found.small)
+    assert all(examples < 16 * 8 for examples, _ in found.small)
 
 
 @pytest.mark.parametrize(
@@ -263,6 +266,7 @@ def test_a_trial_grows_as_often_as_the_plan(
         ({}, 1.5, "in \\(0, 1\\)"),
         ({}, 0.01, "too few for probes"),
         ({"grow": TABLE["grow"] | {"budget": {"units": 1}}}, 0.3, "has not grown"),
+        (DIGITS, 0.3, "one of texts"),
         (
             {"grow": TABLE["grow"] | {"when": {"at": "900 steps"}}},
             0.3,

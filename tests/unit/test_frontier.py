@@ -49,6 +49,8 @@ def test_a_run_on_the_frontier_saves_nothing_and_one_below_it_what_it_saves() ->
         assert same.inside
         half = multiplier(sweep(), dict.fromkeys(SEEDS, loss), budget / 1.2)
         assert half.value == pytest.approx(1.2)
+        alone = multiplier(sweep(), {0: loss}, budget / 1.2)
+        assert str(alone) == "1.20"
 
 
 def test_the_interval_holds_the_value_and_narrows_with_paired_seeds() -> None:

@@ -1,4 +1,4 @@
-"""Advice before a run: whether its growth pays, from two short probes and a scaling law.
+"""Advice before a run: whether its growth pays, from a scaling law and two short probes.
 
 Measured against the best fixed size at equal cost, as a comparison with the baseline
 `best` would: the multiplier here is what that one is expected to say.
@@ -135,12 +135,7 @@ def advice_of(seen: Probed) -> Advice:
     moment = fmean(seen.moments or (0.5,))
     cost = seen.examples * (moment * before + (1 - moment) * after) + seen.growth_flops
     plan = Plan(before, after, cost)
-    known = laws(
-        [(before, seen.small), (after, seen.large)],
-        size=after,
-        examples_per_parameter=seen.parameters[1] / seen.targets,
-        language=seen.language,
-    )
+    known = laws(after, seen.parameters[1], seen.targets)
     behind = examples_behind(seen.grown, seen.large) / seen.small[-1][0]
     found = {one: expected(plan, known, one, behind) for one in MOMENTS}
     at = max(found, key=lambda one: found[one].value)

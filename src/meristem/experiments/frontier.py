@@ -44,7 +44,9 @@ class Multiplier:
 
     def __str__(self) -> str:
         beyond = "" if self.inside else ", beyond the sweep"
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]{beyond}"
+        # One seed has no interval.
+        interval = f" [{self.low:.2f}, {self.high:.2f}]" if self.low < self.high else ""
+        return f"{self.value:.2f}{interval}{beyond}"
 
 
 def minimum(sizes: Sequence[float], losses: Sequence[float]) -> tuple[float, float]:

@@ -1,13 +1,14 @@
-"""What a net ends at, by its size and its data, and what growing it saves.
+"""What a net over a text ends at, by its size and its data, and what growing it saves.
 
-The law is that of Hoffmann et al., "Training Compute-Optimal Large Language Models", 2022,
-arXiv 2203.15556,
+The form is that of Hoffmann et al., "Training Compute-Optimal Large Language Models",
+2022, arXiv 2203.15556:
 
-    L = E + A / N^a + B / D^b,
+    L = E + A / N^a + B / D^b.
 
-with the exponents of the fit of Besiroglu et al., "Chinchilla Scaling: A Replication
-Attempt", 2024, arXiv 2404.10102. What size is worth against data, A over B, differs from
-data set to data set: it is weighed by short curves of two sizes, beside what is known.
+Of a run that is compared with the best fixed size at equal cost E and B drop out; what is
+left is A over B, here told as the targets per parameter at which a net of a size is the
+best one. Exponents and that number are of the sweeps in `benchmarks/best`, GPTs over bytes
+of source code at a constant batch, and hold for what is like them.
 """
 
 from __future__ import annotations
@@ -16,25 +17,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from meristem.experiments.frontier import Multiplier
 
-SIZE_EXPONENT, DATA_EXPONENT = 0.3478, 0.3658
-BEST_TOKENS = 25.0
-"""Targets per parameter at which a net is the best fixed size for its cost: about 20 for
-large language models, 20 to 30 for nets over bytes of source code.
+SIZE_EXPONENT, DATA_EXPONENT = 0.44, 0.75
+"""The sweep has .44 and 1.0; large language models .35 and .37 (Besiroglu et al., 2024,
+arXiv 2404.10102), with the same share of the two, nearly.
 """
-SPREAD, SPREAD_ELSEWHERE = 0.5, 3.0
-"""Standard deviation of its logarithm for texts, and where nothing is known."""
-ROUGHNESS = 0.02
-"""Error of the law on a probe, as a share of the fall of its losses."""
-WEIGHT = 6
-"""Independent points that a probe's curves count as."""
-GRID = 241
+BEST_TOKENS, AT_PARAMETERS, FALL = 61.0, 1.28e5, 0.33
+"""Targets per parameter of the best size of one cost, and the power with which they fall
+with its parameters: 76 at 8e4, 50 at 1.9e5, about 20 at 5e6.
+"""
+SPREAD = 0.25
+"""Standard deviation of their logarithm."""
+BEHIND = (0.75, 1.25, 1.75)
+"""How far stacked nets ended behind, as multiples of `Plan.unmixed`: low, middle, high."""
 Curve = Sequence[tuple[float, float]]
 """Examples read and losses."""
 
@@ -44,8 +43,8 @@ class Law:
     """worth / c^a + 1 / D^b, of training FLOPs per example c and examples D: what a loss is
     above E, in units of B.
 
-    Sizes are told by what they cost, so that embeddings, which cost nothing, and
-    convolutions, which cost more than their parameters, count as what they are.
+    Sizes are told by what they cost, so that embeddings, which cost nothing, count as what
+    they are.
     """
 
     worth: float
@@ -72,47 +71,26 @@ class Law:
         return found
 
 
-def laws(
-    curves: Sequence[tuple[float, Curve]],
-    size: float,
-    examples_per_parameter: float,
-    language: bool,
-) -> list[Law]:
-    """Laws of every worth of size, weighed by two curves and by what is known.
+def law_of(size: float, examples: float, weight: float = 1.0) -> Law:
+    """The law by which a size is the best one for so many examples."""
+    ratio = DATA_EXPONENT / SIZE_EXPONENT
+    return Law(ratio * size**SIZE_EXPONENT / examples**DATA_EXPONENT, weight)
+
+
+def laws(size: float, parameters: int, targets: int) -> list[Law]:
+    """What is known of a net, as laws with their weights.
 
     Args:
-        curves: Training FLOPs per example of two sizes or more, and what they learnt.
-        size: Training FLOPs per example of the large one.
-        examples_per_parameter: Examples that have one target for every parameter of it.
-        language: Whether it learns a text, for which more is known.
+        size: Training FLOPs per example.
+        parameters: Of the same net.
+        targets: Per example.
     """
-    spread = SPREAD if language else SPREAD_ELSEWHERE
-    points = [(c, *point) for c, curve in curves for point in curve]
-    losses = np.asarray([loss for _, _, loss in points])
-    error = ROUGHNESS * float(np.ptp(losses))
+    tokens = BEST_TOKENS * (parameters / AT_PARAMETERS) ** -FALL
     found = []
-    # By the targets per parameter at which the large net is the best size.
-    centre = math.log(BEST_TOKENS)
-    for log_tokens in np.linspace(centre - 4 * spread, centre + 4 * spread, GRID):
-        best_examples = math.exp(log_tokens) * examples_per_parameter
-        ratio = DATA_EXPONENT / SIZE_EXPONENT
-        worth = ratio * size**SIZE_EXPONENT / best_examples**DATA_EXPONENT
-        law = Law(worth)
-        excess = [law.excess(c, examples) for c, examples, _ in points]
-        misfit = _misfit(np.asarray(excess), losses)
-        likelihood = -0.5 * WEIGHT * (misfit / error) ** 2
-        prior = -0.5 * ((log_tokens - centre) / spread) ** 2
-        found.append((worth, likelihood + prior))
-    most = max(weight for _, weight in found)
-    return [Law(worth, math.exp(weight - most)) for worth, weight in found]
-
-
-def _misfit(excess: NDArray[Any], losses: NDArray[Any]) -> float:
-    """The error that is left at the best E and B, the latter not below zero."""
-    x = excess - excess.mean()
-    y = losses - losses.mean()
-    scale = max(float(x @ y) / float(x @ x), 0.0)
-    return float(np.sqrt(np.mean((y - scale * x) ** 2)))
+    for deviation in np.linspace(-2, 2, 9):
+        examples = tokens * math.exp(SPREAD * deviation) * parameters / targets
+        found.append(law_of(size, examples, math.exp(-(deviation**2) / 2)))
+    return found
 
 
 @dataclass(frozen=True)
@@ -162,7 +140,7 @@ def examples_behind(after: Curve, large: Curve) -> float:
         large: The same of the net that was large all along.
 
     The last third of the grown net's points is compared, each with the moment at which the
-    large one had its loss.
+    large one had its loss; what has a loss below all of the large one's counts as level.
     """
     x = np.asarray([examples for examples, _ in large])
     # A curve that falls, so that a loss has one moment.
@@ -180,15 +158,15 @@ def expected(
     a run ends behind.
 
     A net that mixes with the curve of the large one catches up; one that is disturbed by
-    its growth falls further back. Half, one and one and a half times the distance of a net
-    that does neither are thought as likely, and never less than what the trial has shown,
-    which is caught up exponentially, in time as counted by what was read before.
+    its growth falls further back. Never less is expected than what a trial has shown
+    (`behind`), which is caught up exponentially, in time as counted by what was read
+    before.
     """
     least = min(max(behind, 0.0), 1.0) ** ((1 - moment) / moment)
     values, weights = [], []
     for law in known:
         unmixed = plan.unmixed(law, moment)
-        for part in (0.5, 1.0, 1.5):
+        for part in BEHIND:
             left = min(max(part * unmixed, least), 1.0)
             values.append(plan.multiplier(law, moment, left))
             weights.append(law.weight)

@@ -34,7 +34,6 @@ class Probed:
         examples: That the planned run reads.
         passes: The same in passes over its training data.
         targets: Per example: the characters of a text, else 1.
-        language: Whether it learns a text.
         moments: The planned growths as fractions of training; none where the trigger
             decides on the way.
         parameters: Of the net before and after the growth.
@@ -48,7 +47,6 @@ class Probed:
     examples: float
     passes: float
     targets: int
-    language: bool
     moments: tuple[float, ...]
     parameters: tuple[int, int]
     flops: tuple[float, float]
@@ -65,10 +63,16 @@ def probed(
     """Run both probes, or what is left of them.
 
     Raises:
-        ConfigError: A probe would be too short, or its trial does not grow.
+        ConfigError: The data are no text, a probe would be too short, or its trial does
+            not grow.
     """
     planned = Run(experiment)
     steps, data = planned.progress.steps, planned.data
+    if data.task != "language":
+        raise ConfigError(
+            f"{name}: the law behind an advice is one of texts, and data = {data.name!r} is "
+            "none. hint: meristem compare with the baseline best measures it"
+        )
     # Batches of an epoch are of one size, and that is rarely the one asked for.
     batch = len(data.x_train) / len(planned.batches)
     moments = _moments(experiment, steps, len(planned.batches))
@@ -98,7 +102,6 @@ def probed(
         examples=steps * batch,
         passes=steps / len(planned.batches),
         targets=max(data.y_train[0].numel(), 1),
-        language=data.task == "language",
         moments=tuple(step / steps for step in moments),
         parameters=(
             sum(p.numel() for p in planned.model.parameters()),
