@@ -153,6 +153,12 @@ def test_advice_follows_the_law_from_too_few_data_to_enough() -> None:
     assert enough.grow
     assert 1.01 < enough.multiplier.value < 1.06
     assert str(enough).startswith("grow: from 100,000 to 200,000 parameters at ")
+    assert "was not behind a net" in str(enough)
+    late = [(examples, loss + 0.1) for examples, loss in seen(law, 52.0).grown]
+    behind = advice_of(seen(law, 52.0, grown=late))
+    assert behind.behind > 0.1
+    assert "% of its small steps behind" in str(behind)
+    assert behind.multiplier.value < enough.multiplier.value
     # A growth that costs half of the run does not pay.
     dear = seen(law, 52.0, growth_flops=0.5 * 6 * PARAMETERS * 52 * PARAMETERS)
     assert advice_of(dear).multiplier.value < enough.multiplier.value

@@ -49,7 +49,7 @@ class Advice:
         slope: By how much the loss of the large net falls as its data double, at the end
             of the probe.
         behind: How far the trial growth ended behind a net that was large all along, as
-            a share of what was read before the growth; 0 is fully mixed.
+            a share of what was read before the growth; 0 is fully mixed, less is ahead.
         cost: FLOPs of the probes.
         share: The same as a share of the planned run.
     """
@@ -85,9 +85,7 @@ class Advice:
             first,
             f"why: {self.tokens_per_parameter:.3g} targets per parameter of the grown net; "
             f"the best fixed size at this cost has {self.best_size:,.0f}; the loss falls by "
-            f"{self.slope:.3f} as the data double; the trial growth ended "
-            f"{100 * self.behind:.0f} % of its small steps behind a net that was large all "
-            "along",
+            f"{self.slope:.3f} as the data double; {self._caught_up()}",
         ]
         if self.passes > PASSES:
             lines.append(
@@ -96,6 +94,14 @@ class Advice:
             )
         spent = f"{self.cost:.3g} FLOPs, {100 * self.share:.0f} % of the run"
         return "\n".join([*lines, f"cost of this advice: {spent}"])
+
+    def _caught_up(self) -> str:
+        if self.behind <= 0:
+            return "the trial growth was not behind a net that was large all along"
+        return (
+            f"the trial growth ended {100 * self.behind:.0f} % of its small steps behind a "
+            "net that was large all along"
+        )
 
 
 def advised(
