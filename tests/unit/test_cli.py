@@ -39,8 +39,13 @@ FILES = {
     "half.toml": GROW.replace("1 epochs", "1"),
     "twice.toml": GROW + 'care = "shrink"\naxes = [1]\n',
     "torn.toml": "model = ",
-    "plan.toml": TOML.replace("epochs = 1", "steps = 100")
-    + "[grow]\nwhen = { at = 0.5 }\namount = 8\n",
+    "plan.toml": """
+model = { gpt = { width = 8, heads = 2, hidden = 16, depth = 1 } }
+data = { shakespeare = { examples = 512, test = 8 } }
+train = { steps = 100, batch_size = 8, optimizer = { adamw = { lr = 1e-2 } } }
+grow = { when = { at = 0.5 }, how = "stack", axes = "depth", amount = [1] }
+""",
+    "table.toml": GROW.replace("epochs = 1", "steps = 100"),
     "mine.py": (
         "from torch import nn\n"
         "class Two(nn.Module):\n"
@@ -80,6 +85,7 @@ BAD = {
     "run good.toml --out good.toml": "good.toml",
     "run good.toml --seed x": "Invalid value for '--seed'",
     "advise good.toml": "nothing to advise on without [grow]",
+    "advise table.toml --share 0.8": "is one of texts",
     "advise plan.toml --share 2": "in (0, 1)",
     "advise plan.toml --share 0.1": "hint: a larger share",
     "advise suite.toml": "hint: meristem compare suite.toml",
