@@ -15,11 +15,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
 
 from meristem.experiments import suite, tables
 from meristem.experiments.advise import Advice, advice_of
-from meristem.experiments.frontier import Multiplier, multiplier
+from meristem.experiments.frontier import Multiplier
 from meristem.experiments.probes import SHARE, Probed, probed
 
 HERE = Path(__file__).parent
@@ -32,14 +31,6 @@ def settings(comparison: suite.Comparison) -> Iterator[suite.Row]:
         for row in comparison.rows(task):
             if row.baseline is None and row.title.endswith("TFLOP"):
                 yield row
-
-
-def measured(comparison: suite.Comparison, row: suite.Row) -> Multiplier:
-    """What a finished method has saved against the best fixed size."""
-    runs = tables.of(comparison, row)
-    losses = {seed: result["loss"] for seed, result in runs.items()}
-    cost = fmean(result["training_flops"] for result in runs.values())
-    return multiplier(tables.sweep_of(comparison, row.task), losses, cost)
 
 
 def kept(path: Path) -> Advice:
@@ -69,7 +60,8 @@ def main() -> None:
             path.write_text(json.dumps(asdict(seen)) + "\n")
             print(path, file=sys.stderr)
         advice = kept(path)
-        found = measured(comparison, row)
+        swept = tables.sweep_of(comparison, row.task)
+        found = tables.saved(swept, tables.of(comparison, row))
         assert advice.as_planned is not None
         right = "yes" if is_right(advice.as_planned, found) else "no"
         print(

@@ -21,19 +21,21 @@ way and seed under results/continual; a table at the end.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from keep import kept, tell
 from torch import Tensor, nn
 
 import meristem as ms
 from meristem.experiments.data import Batches, Data, prepared
+from meristem.experiments.tables import spread
 
 OUT = Path(__file__).parent / "results" / "continual"
 TASKS, CLASSES, EPOCHS, BATCH, KEPT = 5, 20, 6, 50, 100
@@ -171,28 +173,19 @@ def table(results: list[dict[str, Any]]) -> str:
             end, learnt = 100 * fmean(run["end"]), 100 * fmean(run["learnt"])
             for column, value in zip(columns, (end, learnt - end, learnt), strict=True):
                 column.append(value)
-        cells = []
-        for values in columns:
-            spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{fmean(values):.1f}{spread}")
+        cells = [spread(values, 1) for values in columns]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main(seeds: list[int]) -> None:
-    OUT.mkdir(parents=True, exist_ok=True)
     results = []
     for seed in seeds:
         for name in WAYS:
             stem = name.replace(", ", "_")
             path = OUT / f"{stem}_seed{seed}.json"
-            if not path.exists():
-                path.write_text(json.dumps(one(name, seed), indent=1) + "\n")
-                print(path, file=sys.stderr)
-            results.append(json.loads(path.read_text()))
-    text = table(results)
-    (OUT / "table.md").write_text(text + "\n")
-    print(text)
+            results.append(kept(path, partial(one, name, seed)))
+    tell(OUT, table(results))
 
 
 if __name__ == "__main__":

@@ -21,14 +21,15 @@ One file per net and seed under results/prune; a table at the end.
 from __future__ import annotations
 
 import copy
-import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
+from keep import kept, tell
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -36,6 +37,7 @@ import meristem as ms
 from meristem.experiments import models
 from meristem.experiments.data import Data, as_input, prepared
 from meristem.experiments.run import scores
+from meristem.experiments.tables import spread
 
 OUT = Path(__file__).parent / "results" / "prune"
 NETS: dict[str, dict[str, Any]] = {
@@ -253,26 +255,19 @@ def table(results: list[dict[str, Any]]) -> str:
                 cells = []
                 for moment in ("at once", "after an epoch"):
                     values = [100 * row[moment][0] for row in rows]
-                    spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
-                    cells.append(f"{fmean(values):.2f}{spread}")
+                    cells.append(spread(values, 2))
                 count = fmean(row["gone"] for row in rows)
                 lines.append(f"| {name} | {count:.0f} | {way} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main(seeds: list[int]) -> None:
-    OUT.mkdir(parents=True, exist_ok=True)
     results = []
     for seed in seeds:
         for name in NETS:
             path = OUT / f"{name}_seed{seed}.json"
-            if not path.exists():
-                path.write_text(json.dumps(one(name, seed), indent=1) + "\n")
-                print(path, file=sys.stderr)
-            results.append(json.loads(path.read_text()))
-    text = table(results)
-    (OUT / "table.md").write_text(text + "\n")
-    print(text)
+            results.append(kept(path, partial(one, name, seed)))
+    tell(OUT, table(results))
 
 
 if __name__ == "__main__":

@@ -17,13 +17,14 @@ from meristem.core.errors import DataError
 from meristem.experiments.config import ConfigError, Experiment, read
 from meristem.experiments.frontier import Multiplier
 from meristem.experiments.law import (
+    Curve,
     Plan,
     examples_behind,
     expected,
     expected_size,
     laws,
 )
-from meristem.experiments.probes import SHARE, Curve, Probed, Report, probed
+from meristem.experiments.probes import GROWTH, SHARE, Probed, Report, probed
 
 MOMENTS = tuple(percent / 100 for percent in range(20, 85, 5))
 """Growth moments that are looked at, as fractions of training."""
@@ -138,7 +139,7 @@ def advice_of(seen: Probed) -> Advice:
     """
     _check(seen)
     before, after = seen.flops
-    moment = fmean(seen.moments or (0.5,))
+    moment = fmean(seen.moments or (GROWTH,))
     cost = seen.examples * (moment * before + (1 - moment) * after) + seen.growth_flops
     plan = Plan(before, after, cost)
     known = laws(after, seen.parameters[1], seen.targets)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from meristem.experiments.config import ConfigError, Experiment, checked, trigger
-from meristem.experiments.run import Progress, Run, digest, run
+from meristem.experiments.law import Curve
+from meristem.experiments.run import Progress, Run, digest, run, sizes_after
 from meristem.methods import Clock
 from meristem.when import At, Every
 
@@ -21,8 +22,6 @@ POINTS = 16
 GROWTH = 0.5
 """When a probe grows."""
 
-Curve = list[tuple[float, float]]
-"""Examples read and losses."""
 Report = Callable[[str, int, int], None]
 
 
@@ -33,7 +32,7 @@ class Probed:
     Attributes:
         examples: That the planned run reads.
         passes: The same in passes over its training data.
-        targets: Per example: the characters of a text, else 1.
+        targets: Per example: the characters of a text.
         moments: The planned growths as fractions of training; none where the trigger
             decides on the way.
         parameters: Of the net before and after the growth.
@@ -89,9 +88,7 @@ def probed(
         raise ConfigError(
             f"{name}: the trial has not grown; see axes, amount and budget of [grow]"
         )
-    sizes = dict(experiment.sizes)
-    for growth in trial["growths"]:
-        sizes |= growth["after"]
+    sizes = sizes_after(experiment.sizes, trial)
     table = _table(experiment, length)
     table.pop("grow")
     whole = result("large", checked(table | {"sizes": sizes}))
@@ -101,7 +98,7 @@ def probed(
     return Probed(
         examples=steps * batch,
         passes=steps / len(planned.batches),
-        targets=max(data.y_train[0].numel(), 1),
+        targets=data.y_train[0].numel(),
         moments=tuple(step / steps for step in moments),
         parameters=(
             sum(p.numel() for p in planned.model.parameters()),
@@ -136,6 +133,7 @@ def _moments(experiment: Experiment, steps: int, epoch: int) -> list[int]:
         limits.append(len(grow.amount))
     if grow.budget.growths is not None:
         limits.append(grow.budget.growths)
+    most = min(limits)
     found: list[int] = []
     for step in range(1, steps):
         clock = Clock(
@@ -144,7 +142,7 @@ def _moments(experiment: Experiment, steps: int, epoch: int) -> list[int]:
             epoch_ended=step % epoch == 0,
             growths=len(found),
         )
-        if len(found) < min(limits) and when.due(clock):
+        if len(found) < most and when.due(clock):
             found.append(step)
     if not found:
         raise ConfigError(

@@ -577,6 +577,14 @@ def run(
     return result
 
 
+def sizes_after(sizes: Mapping[str, int], result: Mapping[str, Any]) -> dict[str, int]:
+    """The sizes that an experiment names, with those that the growths of its run left."""
+    found = dict(sizes)
+    for growth in result["growths"]:
+        found |= growth["after"]
+    return found
+
+
 def digest(experiment: Experiment) -> str:
     """Eight characters that differ where two experiments do."""
     asked = json.dumps(experiment.model_dump(mode="json"), sort_keys=True)
@@ -691,7 +699,7 @@ def _optimizers(experiment: Experiment, model: nn.Module) -> list[Optimizer]:
     """
     name, settings = named(experiment.train.optimizer, OPTIMIZERS, "optimizer")
     if name != "muon":
-        return [_made(name, settings, model.parameters())]
+        return [_optimizer(experiment, model.parameters())]
     matrices = models.hidden_matrices(model)
     if not matrices:
         raise ConfigError(

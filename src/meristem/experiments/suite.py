@@ -31,7 +31,7 @@ from meristem.experiments.config import (
     readable,
     toml,
 )
-from meristem.experiments.run import Interrupted, finished_before, run
+from meristem.experiments.run import Interrupted, finished_before, run, sizes_after
 
 Baseline = Literal["small", "final", "equal", "best"]
 TITLES: dict[str, str] = {
@@ -94,6 +94,11 @@ class Row:
     baseline: Baseline | None = None
     size: str | None = None
     budget: float | None = None
+
+    @property
+    def follows(self) -> bool:
+        """Whether its experiment hangs on the result of its method."""
+        return self.baseline in ("final", "equal", "best")
 
     @property
     def stem(self) -> str:
@@ -179,10 +184,8 @@ class Comparison:
             table["train"] = table["train"] | asked.pop("train", {})
             table |= asked
         elif row.baseline != "small":
-            sizes = dict(table.get("sizes", {}))
-            for growth in self.done[_method(row), seed]["growths"]:
-                sizes |= growth["after"]
-            table["sizes"] = sizes
+            grown = self.done[_method(row), seed]
+            table["sizes"] = sizes_after(table.get("sizes", {}), grown)
         if row.baseline in ("equal", "best"):
             table.pop("stages", None)
             cost = self.done[_method(row), seed]["training_flops"]
@@ -196,8 +199,8 @@ class Comparison:
         their results.
         """
         rows = [row for task in self.suite.tasks for row in self.rows(task)]
-        yield [row for row in rows if row.baseline in (None, "small")]
-        yield [row for row in rows if row.baseline in ("final", "equal", "best")]
+        yield [row for row in rows if not row.follows]
+        yield [row for row in rows if row.follows]
 
     def runs(self) -> int:
         """How many runs the suite takes, tuning included."""
@@ -222,8 +225,7 @@ class Comparison:
         for rows in self.waves():
             for row in rows:
                 for seed in self.suite.seeds:
-                    needed = row.baseline in ("final", "equal", "best")
-                    if needed and (_method(row), seed) not in self.done:
+                    if row.follows and (_method(row), seed) not in self.done:
                         continue
                     asked = self.experiment(row, seed)
                     if row.title in self.suite.rates:

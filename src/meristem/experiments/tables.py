@@ -10,7 +10,13 @@ from statistics import fmean, pstdev, stdev
 from typing import Any
 
 from meristem.core.errors import DataError
-from meristem.experiments.frontier import Sweep, frontier, minimum, multiplier
+from meristem.experiments.frontier import (
+    Multiplier,
+    Sweep,
+    frontier,
+    minimum,
+    multiplier,
+)
 from meristem.experiments.suite import Comparison, Row
 from meristem.report.records import inactive as units_inactive
 
@@ -85,33 +91,49 @@ def _against_the_best(comparison: Comparison, task: str) -> list[str]:
         runs = of(comparison, Row(task, method, method))
         if not runs:
             continue
-        losses = {seed: result["loss"] for seed, result in runs.items()}
-        cost = fmean(result["training_flops"] for result in runs.values())
+        cost, loss = mean_of(runs, "training_flops"), mean_of(runs, "loss")
         try:
-            told = str(multiplier(swept, losses, cost))
+            told = str(saved(swept, runs))
         except DataError as error:
             told = f"cannot be told ({error})"
-        mean = fmean(losses.values())
-        lines.append(_line([method, f"{cost / 1e12:.3g}", f"{mean:.4f}", told]))
+        lines.append(_line([method, f"{cost / 1e12:.3g}", f"{loss:.4f}", told]))
     return lines + _sweep(swept)
+
+
+def saved(swept: Sweep, runs: Mapping[int, Result]) -> Multiplier:
+    """What the runs of a method, by seed, save against the best fixed size.
+
+    Raises:
+        DataError: As `frontier.multiplier`.
+    """
+    losses = {seed: result["loss"] for seed, result in runs.items()}
+    return multiplier(swept, losses, mean_of(runs, "training_flops"))
+
+
+def mean_of(runs: Mapping[int, Result], key: str) -> float:
+    """The mean of a figure over seeds."""
+    return fmean(result[key] for result in runs.values())
 
 
 def _sweep(swept: Sweep) -> list[str]:
     """The mean loss of every fixed size at every budget, and the best size there."""
     budgets = sorted(swept)
+    means = {}
+    for budget in budgets:
+        of_size = swept[budget].items()
+        means[budget] = {size: fmean(losses.values()) for size, losses in of_size}
     lines = [
         "",
         _line(["fixed nets", *(f"{budget / 1e12:.3g} TFLOP" for budget in budgets)]),
         "|" + "---|" * (len(budgets) + 1),
     ]
-    for size in sorted({s for by_size in swept.values() for s in by_size}):
-        means = [fmean(swept[budget][size].values()) for budget in budgets]
-        lines.append(_line([f"{size:,.0f} parameters", *(f"{m:.4f}" for m in means)]))
+    for size in sorted({size for found in means.values() for size in found}):
+        cells = [f"{means[budget][size]:.4f}" for budget in budgets]
+        lines.append(_line([f"{size:,.0f} parameters", *cells]))
     best = []
     for budget in budgets:
-        means_of = {s: fmean(found.values()) for s, found in swept[budget].items()}
         try:
-            size, loss = minimum(list(means_of), list(means_of.values()))
+            size, loss = minimum(list(means[budget]), list(means[budget].values()))
             best.append(f"{loss:.4f} at {size:,.0f}")
         except DataError as error:
             best.append(str(error))
@@ -128,8 +150,7 @@ def sweep_of(
         method_runs = of(comparison, Row(task, str(row.method), row.method))
         if row.baseline != "best" or not runs or not method_runs:
             continue
-        cost = fmean(result["training_flops"] for result in method_runs.values())
-        budget = cost * (row.budget or 1.0)
+        budget = mean_of(method_runs, "training_flops") * (row.budget or 1.0)
         size = next(iter(runs.values()))["parameters"]
         losses = {seed: result["loss"] for seed, result in runs.items()}
         found.setdefault(budget, {})[size] = losses
