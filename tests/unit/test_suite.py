@@ -7,12 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 import meristem as ms
 from meristem.experiments import tables
@@ -486,3 +488,50 @@ def test_a_budget_below_a_step_is_told() -> None:
     table = {"model": "mlp", "data": "digits", "train": {"flops": 10.0}}
     with pytest.raises(ConfigError, match="less than half a step"):
         Run(checked(table))
+
+
+def test_the_workers_of_a_suite_save_and_end_with_it(tmp_path: Path) -> None:
+    # A worker holds a lock of its own from its 50th step until it ends.
+    (tmp_path / "mine.py").write_text(
+        "import os, pathlib, torch\n"
+        "from filelock import FileLock\n"
+        "alive = FileLock(f'{os.getpid()}.alive')\n"
+        "class Net(torch.nn.Sequential):\n"
+        "    calls = 0\n"
+        "    def forward(self, x):\n"
+        "        Net.calls += 1\n"
+        "        if Net.calls == 50:\n"
+        "            alive.acquire()\n"
+        "            pathlib.Path(f'{os.getpid()}.trains').touch()\n"
+        "        return super().forward(x)\n"
+        "def net():\n"
+        "    return Net(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
+    )
+    lines = """
+seeds = [0, 1, 2, 3]
+reference = "a"
+[tasks.t]
+model = "mine:net"
+data = "digits"
+[tasks.t.train]
+steps = 10_000_000
+[tasks.t.grow]
+when = { at = 0.5 }
+[methods]
+a = {}
+"""
+    (tmp_path / "long.toml").write_text(lines)
+    words = ["-m", "meristem.cli", "compare", "long.toml", "--workers", "2"]
+    process = subprocess.Popen([sys.executable, *words], cwd=tmp_path)
+    workers: list[Path] = []
+    while len(workers) < 2 and process.poll() is None:
+        time.sleep(0.1)
+        workers = list(tmp_path.glob("*.trains"))
+    process.kill()
+    process.wait()
+    assert len(workers) == 2
+    for worker in workers:
+        with FileLock(worker.with_suffix(".alive")).acquire(timeout=60):
+            pass
+    saved = tmp_path.glob("results/long/checkpoints/*/meristem.json")
+    assert len(list(saved)) >= 2

@@ -21,6 +21,7 @@ import torch
 from meristem.core.errors import DataError
 from meristem.experiments.config import Experiment, checked
 from meristem.experiments.run import Progress, Run, result_of
+from meristem.experiments.workers import end_with_parent
 from meristem.report import Record
 from meristem.report.records import of_result
 
@@ -108,6 +109,7 @@ def _listen(told: Any) -> None:
     _told = told
     # The one who reads them ends them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
     torch.set_num_threads(1)
 
 

@@ -32,6 +32,7 @@ from meristem.experiments.config import (
     toml,
 )
 from meristem.experiments.run import Interrupted, finished_before, run, sizes_after
+from meristem.experiments.workers import end_with_parent
 
 Baseline = Literal["small", "final", "equal", "best"]
 TITLES: dict[str, str] = {
@@ -445,7 +446,7 @@ def _all(
             yield job, finished(job, out, None, tuning)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_worker) as pool:
         futures = {pool.submit(finished, job, out, 1, tuning): job for job in jobs}
         try:
             for future in as_completed(futures):
@@ -460,9 +461,13 @@ def _all(
             raise
 
 
-def _quiet() -> None:
-    """An interrupt before a worker trains has nothing to save and nothing to say."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+def _worker() -> None:
+    """What a worker does about signals while it does not train: nothing is to be saved, and
+    nothing to be said.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: os._exit(128 + number))
+    end_with_parent()
 
 
 def finished(job: Job, out: Path, threads: int | None, tuning: bool) -> Path | None:
