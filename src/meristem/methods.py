@@ -353,6 +353,11 @@ def check_offer(how: How, lab: Lab, axis: Axis, count: int, offer: Any) -> None:
                 f"{name} must offer {count} new blocks of {axis.name!r}. hint: "
                 "blocks=Blocks(lab.depth(axis).appended(count))"
             )
+        for tensor in offer.blocks.rescaled:
+            if tensor not in lab.values:
+                raise ValueError(
+                    f"{name} rescales {tensor!r}, which is no tensor of the model"
+                )
         return
     if offer.copies is None:
         _check_strips(name, lab, axis, count, offer.strips)

@@ -22,12 +22,16 @@ class Row:
     exact: bool
     chains: bool = True  # grows places in a chain too
     foreseen: bool = True  # the plan knows the activation of an inserted layer
+    shares: bool = False  # what present blocks add to the stream is rescaled
 
 
 METHODS = {
     "zero_block": Row(ms.how.ZeroBlock(), True),
     "interpose_zero": Row(ms.how.Interpose(zero=True), True, chains=False),
     "interpose": Row(ms.how.Interpose(), False, chains=False),
+    "interpose_share": Row(
+        ms.how.Interpose(share=True), False, chains=False, shares=True
+    ),
     "stack": Row(ms.how.Stack(), False, chains=False),
     "random": Row(ms.how.Random(), False),
     "senn": Row(ms.how.SENN(steps=3, candidates=4), True, foreseen=False),
@@ -89,6 +93,7 @@ def test_depth_keeps_its_promises(method: str, name: str, dtype: str) -> None:
     counts = depths(model, x, row)
     assert counts
     objects = {id(p): p.detach().clone() for p in model.parameters()}
+    names = {id(p): name for name, p in model.named_parameters()}
     state = {id(p): copy.deepcopy(opt.state[p]) for p in opt.state}
     before = {k: v.clone() for k, v in model.state_dict().items()}
     plan = ms.plan(model, counts, x)
@@ -111,9 +116,11 @@ def test_depth_keeps_its_promises(method: str, name: str, dtype: str) -> None:
         change <= (1e-5 if dtype == "float32" else 1e-12) if row.exact else change > 0
     )
     live = {id(p): p for p in model.parameters()}
-    assert all(
-        torch.equal(live[i], old) for i, old in objects.items()
-    )  # the same objects, the same bits
+    rescaled = growth.origin.plan.rescaled
+    assert bool(rescaled) == row.shares
+    for i, old in objects.items():  # the same objects, the same bits
+        change = rescaled.get(names[i])
+        assert torch.equal(live[i], change.of(old) if change else old)
     assert {id(p) for group in opt.param_groups for p in group["params"]} == live.keys()
     by_identity = {id(p): opt.state[p] for p in opt.state}
     for key, old in state.items():  # the state of old parameters has not been touched
@@ -134,7 +141,10 @@ def test_depth_keeps_its_promises(method: str, name: str, dtype: str) -> None:
     model.load_state_dict(kept[0].state_dict())
     ms.narrow_(model, growth.blocks, x, optimizer=opt)
     assert list(model.state_dict()) == list(before)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    for key, value in model.state_dict().items():
+        change = rescaled.get(key)
+        # Half of a block stays half of it: narrow_ drops blocks, it does not undo.
+        assert torch.equal(value, change.of(before[key]) if change else before[key])
     assert {
         id(p) for group in opt.param_groups for p in group["params"]
     } == objects.keys()
@@ -168,6 +178,7 @@ RESUMED += [
     ("stack", "resnet18"),
     ("stack", "post_norm"),
     ("interpose", "post_norm"),
+    ("interpose_share", "post_norm"),
 ]
 
 

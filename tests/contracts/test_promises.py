@@ -39,6 +39,7 @@ HOWS = {
     "stack, middle": ms.how.Stack(part="middle"),
     "interpose": ms.how.Interpose(),
     "interpose, zero": ms.how.Interpose(zero=True),
+    "interpose, share": ms.how.Interpose(share=True),
 }
 WHERES = {
     "uniform": ms.where.Uniform(),

@@ -239,6 +239,51 @@ def test_stacks_repeat_and_interposed_copies_stand_beside_their_blocks() -> None
             assert torch.equal(opt.state[block.up.weight]["exp_avg"], state[number])
 
 
+@torch.no_grad()
+def test_blocks_share_what_they_add_with_their_copies() -> None:
+    model = Net()
+    average = copy.deepcopy(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    up, down = model.blocks[0].up, model.blocks[0].down
+    h = x = model.stem(X)
+    for _ in range(3):
+        h = h + down(torch.tanh(up(h))) / 3
+    blocks = [block.down.weight.clone() for block in model.blocks]
+    how = ms.how.Interpose(share=True, behind=[0])
+    growth = ms.grow_(model, {"blocks": 2}, X, how=how)
+    ours = x
+    for block in model.blocks[:3]:
+        ours = block(ours)
+    torch.testing.assert_close(ours, h)
+    # Blocks without a copy keep all of it.
+    assert torch.equal(model.blocks[3].down.weight, blocks[1])
+    stacked = copy.deepcopy(average)
+    moved = ms.grow_(stacked, {"blocks": 2}, X, how=ms.how.Interpose(behind=[0]))
+    assert growth.max_change < 0.3 * moved.max_change
+    # An average of the weights, and any state dict of the old shape, share alike.
+    ms.replay_(growth, average)
+    line = ms.lineage(model)
+    for state in (average.state_dict(), ms.convert(before, line)):
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(state[name], value)
+    for name, value in ms.convert(model.state_dict(), line, back=True).items():
+        torch.testing.assert_close(value, before[name])
+    again = ms.Plan.from_json(growth.origin.plan.json())
+    assert again.rescaled == growth.origin.plan.rescaled
+
+
+def test_what_blocks_do_not_own_they_do_not_share() -> None:
+    model = Net()
+    tied = model.blocks[0].down
+    for block in model.blocks:
+        block.down = tied
+    with pytest.raises(ms.GrowthRefused, match="no tensor of theirs alone"):
+        ms.grow_(model, {"blocks": 1}, X, how=ms.how.Interpose(share=True))
+    assert len(model.blocks) == 3
+    with pytest.raises(ValueError, match="not both"):
+        ms.how.Interpose(zero=True, share=True)
+
+
 class Dilated(nn.Module):
     """Integers that run on from block to block without being positions."""
 

@@ -93,20 +93,20 @@ class Insertion:
 
 
 class Rescaling(NamedTuple):
-    """How the scale of a norm changes where its width does: (w + shift) x factor - shift,
-    where the model adds `shift` to what it stores.
+    """How a present tensor changes: (w + shift) x factor - shift, where the model adds
+    `shift` to what it stores. The scale of a norm does where its width grows.
     """
 
     factor: float
     shift: float = 0.0
 
     def of(self, value: Tensor) -> Tensor:
-        """The scale after the change."""
+        """The tensor after the change."""
         result = value * self.factor
         return result + self.shift * (self.factor - 1) if self.shift else result
 
     def undone(self, value: Tensor) -> Tensor:
-        """The scale before it."""
+        """The tensor before it."""
         if self.shift:
             value = value - self.shift * (self.factor - 1)
         return value / self.factor
@@ -125,7 +125,8 @@ class Plan:
         layout: By axis and place, where the units lie along a dimension after the
             change: an array (units, entries per unit), old units first.
         attributes: Module attributes that mirror a size.
-        rescaled: How norm weights change whose width does.
+        rescaled: How norm weights change whose width does, and what blocks add to the
+            stream where they share it with their copies.
         insertions: Where new blocks stand.
         counts: Attributes that follow new blocks, in modules named as they are then.
         outputs: The sources of every dimension of every output; None for an output that

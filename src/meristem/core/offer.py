@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from meristem.core.axis import Place
-from meristem.core.change import Insertion
+from meristem.core.change import Insertion, Rescaling
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,13 @@ class Blocks:
         values: Tensors of a new block that differ, by its place and their name inside
             it.
         inherits: Whether the optimizer's state is copied, too.
+        rescaled: How tensors of present blocks change before they are copied.
     """
 
     insertion: Insertion
     values: Mapping[tuple[int, str], Tensor] = field(default_factory=dict)
     inherits: bool = False
+    rescaled: Mapping[str, Rescaling] = field(default_factory=dict)
 
     def first(self, count: int) -> Blocks:
         """The first `count` new blocks; all of them stand behind the present ones."""

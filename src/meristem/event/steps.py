@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from meristem.care import CARES, FreshStatistics, WarmMoments
 from meristem.core.axis import Axis, Kind
-from meristem.core.change import Plan, TensorChange
+from meristem.core.change import Plan, Rescaling, TensorChange
 from meristem.core.errors import GrowthRefused, VerificationError
 from meristem.core.growth import Growth
 from meristem.core.offer import Blocks, Offer, Settled, Treatment
@@ -492,8 +492,25 @@ def _deepened(event: Event, draft: Draft) -> Draft:
     wanted = [one.insertion for one in blocks]
     if wanted != list(plan.insertions):
         plan = accepted(with_insertions(event.structure, plan, wanted))
-    whole = _whole_blocks(event.structure, values, plan, blocks)
-    return replace(draft, plan=plan, offers=offers, blocks=whole)
+    rescaled: dict[str, Rescaling] = {}
+    for one in blocks:
+        rescaled |= one.rescaled
+    scaled = {name: change.of(values[name]) for name, change in rescaled.items()}
+    plan = replace(plan, rescaled=_both(plan.rescaled, rescaled))
+    whole = _whole_blocks(event.structure, {**values, **scaled}, plan, blocks)
+    tensors = {**draft.tensors, **scaled}
+    return replace(draft, plan=plan, offers=offers, blocks=whole, tensors=tensors)
+
+
+def _both(
+    first: Mapping[str, Rescaling], then: Mapping[str, Rescaling]
+) -> dict[str, Rescaling]:
+    """Two changes of present tensors, one after the other."""
+    found = dict(first)
+    for name, change in then.items():
+        before = found.get(name, Rescaling(1.0))
+        found[name] = change._replace(factor=before.factor * change.factor)
+    return found
 
 
 def _whole_blocks(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from meristem.core.axis import Axis
-from meristem.core.change import Insertion, Plan
+from meristem.core.change import Insertion, Plan, Rescaling
 from meristem.core.errors import GrowthRefused
 from meristem.core.offer import Blocks
 from meristem.lab.laboratory import Lab
@@ -146,6 +147,30 @@ def silenced(lab: Lab, insertion: Insertion) -> Blocks:
             old = lab.values[f"{block}.{name}"]
             values[place, name] = torch.full_like(old, still)
     return Blocks(insertion, values)
+
+
+def sharing(lab: Lab, insertion: Insertion) -> Blocks:
+    """Blocks that add to the stream, together with their copies, what each has added
+    alone; the copies take the optimizer's state along.
+
+    Raises:
+        GrowthRefused: What a block adds is not its own.
+    """
+    depth = lab.structure.depths[insertion.axis]
+    silent = silence(lab.structure, insertion)
+    if not silent:
+        raise GrowthRefused(
+            f"the blocks of {insertion.axis} cannot share what they add to the stream: no "
+            "tensor of theirs alone scales it. hint: share=False"
+        )
+    rescaled = {}
+    for block, members in Counter(insertion.blocks).items():
+        if members == 1:
+            continue
+        for name, still in silent.items():
+            rescaling = Rescaling(1 / members, -still)
+            rescaled[f"{depth.blocks[block]}.{name}"] = rescaling
+    return Blocks(insertion, inherits=True, rescaled=rescaled)
 
 
 def inserted(lab: Lab, axis: Axis, blocks: Blocks) -> tuple[nn.Module, Made]:

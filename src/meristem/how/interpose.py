@@ -3,7 +3,8 @@
 From Kim et al., "SOLAR 10.7B: Scaling Large Language Models with Simple yet Effective
 Depth Up-Scaling", 2023, arXiv 2312.15166, as compared with stacking in arXiv
 2405.15319; with zero outputs it is the block expansion of LLaMA Pro (arXiv 2401.02415).
-Costs nothing.
+Shared outputs are the interpolation of Chang et al., "Multi-level Residual Networks from
+Dynamical Systems View", ICLR 2018, arXiv 1710.10348. Costs nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Literal
 
 from meristem.core.axis import Axis, Kind
 from meristem.core.offer import Blocks, Offer
-from meristem.how.blocks import named_blocks, only_runs, silenced, stirs
+from meristem.how.blocks import named_blocks, only_runs, sharing, silenced, stirs
 from meristem.lab.laboratory import Lab
 from meristem.methods import check_flag, check_places
 from meristem.structure.depth import Depth
@@ -28,6 +29,10 @@ class Interpose:
         zero: Silence what the copies add to the stream: the function is preserved, and
             the copies start with fresh optimizer state. Otherwise they take the state
             along, and the function changes.
+        share: Share what a block adds to the stream evenly with its k copies, each
+            f / (1 + k): y = x + f(x) becomes h = x + f(x) / 2, y = h + f(h) / 2, an ODE
+            solver with half the step. The function hardly changes, and every copy
+            learns at once.
         behind: The places of the blocks that get copies; by default all of them, the
             first ones where there are fewer copies. "even" spreads the copies over the
             run, "middle" takes the blocks in its middle.
@@ -43,10 +48,16 @@ class Interpose:
     """
 
     zero: bool = False
+    share: bool = False
     behind: Sequence[int] | Literal["even", "middle"] | None = None
 
     def __post_init__(self) -> None:
         check_flag("Interpose", zero=self.zero)
+        check_flag("Interpose", share=self.share)
+        if self.zero and self.share:
+            raise ValueError(
+                "Interpose takes zero= or share=, not both: silent copies add nothing"
+            )
         if self.behind not in ("even", "middle"):
             check_places("Interpose", behind=self.behind)
 
@@ -77,6 +88,8 @@ class Interpose:
             blocks += [place] * (1 + copies_of)
             new += [False] + [True] * copies_of
         insertion = depth.with_blocks(blocks, new)
+        if self.share:
+            return Offer(axis.name, count, blocks=sharing(lab, insertion))
         copies = Blocks(insertion, inherits=not self.zero)
         if self.zero and stirs(lab, axis, copies):
             copies = silenced(lab, insertion)
