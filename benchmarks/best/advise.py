@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from meristem.experiments import suite, tables
@@ -33,40 +33,77 @@ def settings(comparison: suite.Comparison) -> Iterator[suite.Row]:
                 yield row
 
 
+def stored(row: suite.Row) -> Path:
+    """Where the probes of a setting are kept."""
+    return OUT / f"{suite.slug(row.title)}.json"
+
+
 def kept(path: Path) -> Advice:
     """The advice that stored probes give."""
     return advice_of(Probed(**json.loads(path.read_text())))
 
 
-def is_right(advised: Multiplier, found: Multiplier) -> bool:
-    same = (advised.value > 1) == (found.value > 1)
-    return same or found.low <= 1 <= found.high
+@dataclass(frozen=True)
+class Verdict:
+    """What was advised on a setting, and what its run has measured."""
+
+    setting: str
+    advice: Advice
+    found: Multiplier
+
+    @property
+    def advised(self) -> Multiplier:
+        """What the advice expects of the moment that the setting names."""
+        assert self.advice.as_planned is not None
+        return self.advice.as_planned
+
+    @property
+    def is_right(self) -> bool:
+        same = (self.advised.value > 1) == (self.found.value > 1)
+        return same or self.found.low <= 1 <= self.found.high
+
+    @property
+    def is_within(self) -> bool:
+        return self.advised.low <= self.found.value <= self.advised.high
+
+
+def verdicts(comparison: suite.Comparison) -> Iterator[Verdict]:
+    """A verdict on every setting whose probes are kept."""
+    for row in settings(comparison):
+        path = stored(row)
+        if path.exists():
+            swept = tables.sweep_of(comparison, row.task)
+            found = tables.saved(swept, tables.of(comparison, row))
+            yield Verdict(row.title, kept(path), found)
+
+
+def probe(comparison: suite.Comparison) -> None:
+    """Run the probes that are not kept yet."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    for row in settings(comparison):
+        path = stored(row)
+        if path.exists():
+            continue
+        experiment = comparison.experiment(row, comparison.suite.seeds[0])
+        name = suite.slug(row.title)
+        seen = probed(experiment, name, OUT / "probes", SHARE, lambda *told: None)
+        path.write_text(json.dumps(asdict(seen)) + "\n")
+        print(path, file=sys.stderr)
 
 
 def main() -> None:
     comparison = suite.read(HERE / "cpu.toml")
     comparison.load()
-    OUT.mkdir(parents=True, exist_ok=True)
+    probe(comparison)
     print(
         "| setting | targets per parameter | advised, as planned | measured | right |"
     )
     print("|---|---|---|---|---|")
-    for row in settings(comparison):
-        name = suite.slug(row.title)
-        path = OUT / f"{name}.json"
-        if not path.exists():
-            experiment = comparison.experiment(row, comparison.suite.seeds[0])
-            seen = probed(experiment, name, OUT / "probes", SHARE, lambda *told: None)
-            path.write_text(json.dumps(asdict(seen)) + "\n")
-            print(path, file=sys.stderr)
-        advice = kept(path)
-        swept = tables.sweep_of(comparison, row.task)
-        found = tables.saved(swept, tables.of(comparison, row))
-        assert advice.as_planned is not None
-        right = "yes" if is_right(advice.as_planned, found) else "no"
+    for verdict in verdicts(comparison):
+        right = "yes" if verdict.is_right else "no"
         print(
-            f"| {row.title} | {advice.tokens_per_parameter:.0f} | {advice.as_planned} | "
-            f"{found} | {right} |"
+            f"| {verdict.setting} | {verdict.advice.tokens_per_parameter:.0f} | "
+            f"{verdict.advised} | {verdict.found} | {right} |"
         )
 
 

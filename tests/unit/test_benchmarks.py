@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from meristem.event.steps import methods
+from meristem.experiments import suite
 from meristem.testing import check_how
 
 SCRIPTS = sorted((Path(__file__).parents[2] / "benchmarks").rglob("*.py"))
@@ -42,3 +43,21 @@ def test_the_methods_of_the_student_teacher_task_offer_what_they_should() -> Non
     how = loaded(script).HOWS["random, Gaussian"]  # type: ignore[attr-defined]
     with pytest.raises(AssertionError, match="receive no gradient"):
         check_how(how)  # zero fan-in under ReLU, as published: dead, and said so
+
+
+def test_advice_is_right_on_the_settings_of_the_sweep(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    script = next(path for path in SCRIPTS if path.name == "advise.py")
+    # A method of the suite is a script of the benchmarks.
+    monkeypatch.syspath_prepend(str(script.parents[2]))
+    comparison = suite.read(script.parent / "cpu.toml")
+    comparison.load()
+    found = list(loaded(script).verdicts(comparison))  # type: ignore[attr-defined]
+    assert len(found) >= 10
+    assert sum(one.is_right for one in found) >= 0.8 * len(found)
+    assert sum(one.is_within for one in found) >= 0.9 * len(found)
+    # Of both kinds, and both of them told.
+    for grow in (True, False):
+        same = [one for one in found if (one.found.value > 1) == grow]
+        assert sum(one.is_right for one in same) >= 3
