@@ -257,6 +257,10 @@ def test_blocks_share_what_they_add_with_their_copies() -> None:
     torch.testing.assert_close(ours, h)
     # Blocks without a copy keep all of it.
     assert torch.equal(model.blocks[3].down.weight, blocks[1])
+    wider = copy.deepcopy(average)
+    both = [ms.how.Net2Net(), ms.how.Interpose(share=True, behind=[0])]
+    same = ms.grow_(wider, {"blocks": 2, "blocks.0.up": 3}, X, how=both)
+    assert same.max_change == pytest.approx(growth.max_change, rel=1e-4)
     stacked = copy.deepcopy(average)
     moved = ms.grow_(stacked, {"blocks": 2}, X, how=ms.how.Interpose(behind=[0]))
     assert growth.max_change < 0.3 * moved.max_change

@@ -492,25 +492,26 @@ def _deepened(event: Event, draft: Draft) -> Draft:
     wanted = [one.insertion for one in blocks]
     if wanted != list(plan.insertions):
         plan = accepted(with_insertions(event.structure, plan, wanted))
-    rescaled: dict[str, Rescaling] = {}
-    for one in blocks:
-        rescaled |= one.rescaled
-    scaled = {name: change.of(values[name]) for name, change in rescaled.items()}
-    plan = replace(plan, rescaled=_both(plan.rescaled, rescaled))
-    whole = _whole_blocks(event.structure, {**values, **scaled}, plan, blocks)
-    tensors = {**draft.tensors, **scaled}
+    plan, rescaled = _rescaled(plan, values, blocks)
+    # New blocks are copies of what the present ones have become.
+    whole = _whole_blocks(event.structure, {**values, **rescaled}, plan, blocks)
+    tensors = {**draft.tensors, **rescaled}
     return replace(draft, plan=plan, offers=offers, blocks=whole, tensors=tensors)
 
 
-def _both(
-    first: Mapping[str, Rescaling], then: Mapping[str, Rescaling]
-) -> dict[str, Rescaling]:
-    """Two changes of present tensors, one after the other."""
-    found = dict(first)
-    for name, change in then.items():
-        before = found.get(name, Rescaling(1.0))
-        found[name] = change._replace(factor=before.factor * change.factor)
-    return found
+def _rescaled(
+    plan: Plan, values: Mapping[str, Tensor], blocks: Sequence[Blocks]
+) -> tuple[Plan, dict[str, Tensor]]:
+    """The plan with what new blocks rescale of the present tensors, and these."""
+    known = dict(plan.rescaled)
+    tensors = {}
+    for one in blocks:
+        for name, change in one.rescaled.items():
+            # A norm that grows is rescaled already.
+            before = known.get(name, Rescaling(1.0)).factor
+            known[name] = change._replace(factor=before * change.factor)
+            tensors[name] = change.of(values[name])
+    return replace(plan, rescaled=known), tensors
 
 
 def _whole_blocks(
