@@ -29,7 +29,7 @@ def settings(comparison: suite.Comparison) -> Iterator[suite.Row]:
     """The growths of a suite that are plans of their own, not a change of one."""
     for task in comparison.suite.tasks:
         for row in comparison.rows(task):
-            if row.baseline is None and row.title.endswith("TFLOP"):
+            if row.baseline is None and row.title.endswith(("TFLOP", ", shared")):
                 yield row
 
 

@@ -136,6 +136,7 @@ def seen(law: Law, tokens: float, **changes: Any) -> Probed:
         "parameters": (int(SMALL), int(PARAMETERS)),
         "flops": (6 * SMALL, 6 * PARAMETERS),
         "growth_flops": 0.0,
+        "shared": False,
         "small": small[:4],
         "grown": large[4:],
         "large": large,
@@ -162,6 +163,9 @@ def test_advice_follows_the_law_from_too_few_data_to_enough() -> None:
     # A growth that costs half of the run does not pay.
     dear = seen(law, 52.0, growth_flops=0.5 * 6 * PARAMETERS * 52 * PARAMETERS)
     assert advice_of(dear).multiplier.value < enough.multiplier.value
+    # Blocks that share with their copies end less far behind.
+    shared = advice_of(seen(law, 52.0, shared=True))
+    assert shared.multiplier.value > enough.multiplier.value + 0.03
     assert "read 9 times over" in str(advice_of(seen(law, 52.0, passes=9.0)))
     assert advice_of(seen(law, 52.0, moments=())).as_planned is None
 

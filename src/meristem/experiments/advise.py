@@ -17,6 +17,8 @@ from meristem.core.errors import DataError
 from meristem.experiments.config import ConfigError, Experiment, read
 from meristem.experiments.frontier import Multiplier
 from meristem.experiments.law import (
+    BEHIND,
+    BEHIND_SHARED,
     Curve,
     Plan,
     examples_behind,
@@ -144,7 +146,9 @@ def advice_of(seen: Probed) -> Advice:
     plan = Plan(before, after, cost)
     known = laws(after, seen.parameters[1], seen.targets)
     behind = examples_behind(seen.grown, seen.large) / seen.small[-1][0]
-    found = {one: expected(plan, known, one, behind) for one in MOMENTS}
+    parts = BEHIND_SHARED if seen.shared else BEHIND
+    found = {one: expected(plan, known, one, behind, parts) for one in MOMENTS}
+    planned = expected(plan, known, moment, behind, parts)
     at = max(found, key=lambda one: found[one].value)
     # Between two nets the parameters grow with a power of the cost.
     power = math.log(seen.parameters[1] / seen.parameters[0]) / math.log(after / before)
@@ -153,7 +157,7 @@ def advice_of(seen: Probed) -> Advice:
         grow=found[at].value > 1,
         at=at,
         multiplier=found[at],
-        as_planned=expected(plan, known, moment, behind) if seen.moments else None,
+        as_planned=planned if seen.moments else None,
         best_size=best_size,
         parameters=seen.parameters,
         tokens_per_parameter=seen.examples * seen.targets / seen.parameters[1],

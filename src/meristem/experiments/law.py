@@ -34,6 +34,8 @@ SPREAD = 0.25
 """Standard deviation of their logarithm."""
 BEHIND = (0.75, 1.25, 1.75)
 """How far stacked nets ended behind, as multiples of `Plan.unmixed`: low, middle, high."""
+BEHIND_SHARED = (0.4, 0.7, 1.0)
+"""The same of nets whose blocks share what they add with their copies."""
 Curve = Sequence[tuple[float, float]]
 """Examples read and losses."""
 
@@ -152,7 +154,11 @@ def examples_behind(after: Curve, large: Curve) -> float:
 
 
 def expected(
-    plan: Plan, known: Sequence[Law], moment: float, behind: float
+    plan: Plan,
+    known: Sequence[Law],
+    moment: float,
+    behind: float,
+    parts: Sequence[float] = BEHIND,
 ) -> Multiplier:
     """The multiplier at a moment: median, and the middle 80 %, over laws and over how far
     a run ends behind.
@@ -166,7 +172,7 @@ def expected(
     values, weights = [], []
     for law in known:
         unmixed = plan.unmixed(law, moment)
-        for part in BEHIND:
+        for part in parts:
             left = min(max(part * unmixed, least), 1.0)
             values.append(plan.multiplier(law, moment, left))
             weights.append(law.weight)

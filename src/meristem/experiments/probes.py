@@ -9,9 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from meristem.experiments.config import ConfigError, Experiment, checked, trigger
+from meristem.experiments.config import (
+    ConfigError,
+    Experiment,
+    built,
+    checked,
+    trigger,
+)
 from meristem.experiments.law import Curve
 from meristem.experiments.run import Progress, Run, digest, run, sizes_after
+from meristem.how import METHODS, Interpose
 from meristem.methods import Clock
 from meristem.when import At, Every
 
@@ -38,6 +45,7 @@ class Probed:
         parameters: Of the net before and after the growth.
         flops: The same of training FLOPs per example.
         growth_flops: Of the growth itself.
+        shared: Whether blocks share with their copies what they add to the stream.
         small, grown, large: Examples read and losses: of the net before its trial growth,
             after it, and of the net that was large all along.
         cost: Training FLOPs of both probes.
@@ -50,6 +58,7 @@ class Probed:
     parameters: tuple[int, int]
     flops: tuple[float, float]
     growth_flops: float
+    shared: bool
     small: Curve
     grown: Curve
     large: Curve
@@ -106,6 +115,7 @@ def probed(
         ),
         flops=(planned.flops_per_example, whole["training_flops"] / (length * batch)),
         growth_flops=trial["growth_flops"],
+        shared=_shared(experiment),
         small=_curve(trial, batch, start, began - 1),
         grown=_curve(trial, batch, ended, length),
         large=_curve(whole, batch, start, length),
@@ -115,6 +125,14 @@ def probed(
 
 def _tell(report: Report, kind: str, progress: Progress) -> None:
     report(kind, progress.step, progress.steps)
+
+
+def _shared(experiment: Experiment) -> bool:
+    grow = experiment.grow
+    assert grow is not None
+    chosen = grow.how if isinstance(grow.how, list) else [grow.how]
+    methods = [built(one, METHODS, "how") for one in chosen]
+    return any(isinstance(one, Interpose) and one.share for one in methods)
 
 
 def _moments(experiment: Experiment, steps: int, epoch: int) -> list[int]:
