@@ -640,6 +640,19 @@ def test_the_stack_recipe_grows_once_at_its_moment() -> None:
         recipe.step()
         depth.append(len(model.blocks))
     assert depth == [1] * 4 + [4] * 6
+    other = Net(1)
+    shared = ms.recipes.stack(
+        other,
+        torch.optim.AdamW(other.parameters()),
+        loss=loss_of,
+        data=[X],
+        to={"blocks": 2},
+        at="1 steps",
+        how=ms.how.Interpose(share=True),
+    )
+    growth = shared.step()
+    assert growth is not None
+    assert growth.origin.plan.rescaled
 
 
 @pytest.mark.parametrize(
