@@ -196,6 +196,35 @@ def test_weights_in_a_state_grow_with_the_weight() -> None:
     assert torch.allclose(mean(), before, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("wish", "how", "care"),
+    [
+        ({"blocks": 1}, ms.how.Interpose(share=True), []),
+        ({"blocks": 1, "blocks.0.up": 2}, ms.how.Interpose(share=True), []),
+        ({"stem.0": 3}, ms.how.Random(), [ms.care.Shrink()]),
+        ({"blocks": 1}, ms.how.Stack(), [ms.care.Shrink()]),
+        (
+            {"stem.0": 3, "blocks.0.up": 2},
+            ms.how.Net2Net(),
+            [ms.care.VarianceTransfer(), ms.care.Shrink()],
+        ),
+    ],
+)
+def test_weights_in_a_state_are_rescaled_with_the_weight(
+    wish: dict[str, int], how: Any, care: list[Any]
+) -> None:
+    model, optimizer = trained(lambda p: O.ASGD(p, t0=1), steps=6)
+    for parameter, state in optimizer.state.items():
+        state["ax"] = parameter.detach().clone()
+    before = {p: p.detach().clone() for p in model.parameters()}
+    hows = [how] if "blocks" not in wish else [how, ms.how.Net2Net()]
+    ms.grow_(model, wish, X, optimizer=optimizer, how=hows, care=care)
+    alike = [p for p, old in before.items() if p.shape == old.shape]
+    assert not all(torch.equal(p, before[p]) for p in alike)
+    for parameter, state in optimizer.state.items():
+        torch.testing.assert_close(state["ax"], parameter.detach())
+
+
 class Listed(Optimizer):
     """State in a list: a preconditioner by rows and columns."""
 

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ from meristem.surgery.optimizers import (
     check_ownership,
     check_separable,
     grown_state,
+    rescaled_state,
 )
 from meristem.surgery.probe import (
     grown_twin,
@@ -65,7 +67,7 @@ from meristem.surgery.probe import (
     rounding_gap,
     run,
 )
-from meristem.surgery.tensors import carry, edits_of, grown_tensors
+from meristem.surgery.tensors import Edit, carry, edits_of, grown_tensors, scaled
 from meristem.surgery.verify import check_edit
 
 Optimizers = Optimizer | Sequence[Optimizer] | None
@@ -681,12 +683,39 @@ def _states(
     for change in draft.plan.tensors:
         parameter = live[change.name]
         edits = edits_of(change, draft.plan, axes, offers)
+        rescale = partial(_rescale, draft, change.name, change, edits)
         for optimizer in event.optimizers:
             if parameter in optimizer.state:
                 new = draft.tensors[change.name]
-                of = Followed(parameter, new, change, edits, draft.treatment.warm)
+                of = Followed(
+                    parameter, new, change, edits, draft.treatment.warm, rescale
+                )
                 states.append((optimizer, parameter, grown_state(optimizer, of)))
+    grown = {change.name for change in draft.plan.tensors}
+    rescaled = {*draft.treatment.scaling.tensors, *draft.plan.rescaled}
+    for name in sorted(rescaled - grown):
+        parameter = live[name]
+        rescale = partial(_rescale, draft, name, None, ())
+        for optimizer in event.optimizers:
+            if parameter in optimizer.state:
+                state = rescaled_state(optimizer, parameter, rescale)
+                states.append((optimizer, parameter, state))
     return states
+
+
+def _rescale(
+    draft: Draft,
+    name: str,
+    change: TensorChange | None,
+    edits: Sequence[Edit],
+    value: Tensor,
+) -> Tensor:
+    """What becomes of weights of another time, as the optimizer may hold them, before
+    their size changes.
+    """
+    value = scaled(value, name, draft.treatment.scaling, change, edits)
+    rescaling = draft.plan.rescaled.get(name)
+    return value if rescaling is None else rescaling.of(value)
 
 
 def _committed(event: Event, draft: Draft, started: float) -> Growth:

@@ -5,7 +5,7 @@ raises.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -154,6 +154,7 @@ class Followed:
         change: What happens to it.
         edits: What every axis does to it.
         warm: Whether new second moments start at the mean of the old ones.
+        rescale: What the growth makes of present weights before their size changes.
     """
 
     parameter: Tensor
@@ -161,6 +162,7 @@ class Followed:
     change: TensorChange
     edits: Sequence[Edit]
     warm: bool
+    rescale: Callable[[Tensor], Tensor]
 
 
 def grown_state(optimizer: Optimizer, followed: Followed) -> dict[str, Any]:
@@ -186,6 +188,24 @@ def grown_state(optimizer: Optimizer, followed: Followed) -> dict[str, Any]:
                 f"parameter has the shape {followed.change.before}. hint: 'reset' lets "
                 "the state of a parameter that grows start anew"
             )
+    return result
+
+
+def rescaled_state(
+    optimizer: Optimizer, parameter: Tensor, rescale: Callable[[Tensor], Tensor]
+) -> dict[str, Any]:
+    """The state of a parameter whose values are rescaled: weights in it are, too.
+
+    Raises:
+        OptimizerError: No rule tells whether a piece of it holds weights.
+    """
+    result: dict[str, Any] = {}
+    for key, value in optimizer.state[parameter].items():
+        row = next((row for row in _rows(optimizer) if key in row), None)
+        if _has_size(value) and row is None:
+            rule_for(optimizer, key, value)  # says which rule is missing
+        holds_weights = row is not None and row[key] == "weight"
+        result[key] = rescale(value) if holds_weights else value
     return result
 
 
@@ -290,6 +310,8 @@ def _along(value: Tensor, rule: Rule, followed: Followed, dims: list[int]) -> Te
     other way round.
     """
     change = followed.change
+    if rule == "weight":
+        value = followed.rescale(value)
     edits = []
     for edit in followed.edits:
         if edit.dim in dims:

@@ -119,18 +119,33 @@ def grown_tensors(
 
     Old entries are carried and scaled, new ones filled.
     """
-    result = {name: tensors[name] * factor for name, factor in scaling.tensors.items()}
+    result = {name: scaled(tensors[name], name, scaling) for name in scaling.tensors}
     for change in plan.tensors:
         edits = edits_of(change, plan, axes, offers)
-        old = result.get(change.name, tensors[change.name])
-        for edit in edits:
-            factor = scaling.places.get(edit.slot.place)
-            if factor is not None:
-                old = _scaled_units(old, change, edit, factor)
+        old = scaled(tensors[change.name], change.name, scaling, change, edits)
         result[change.name] = grown_tensor(old, change, edits)
     for name, rescaling in plan.rescaled.items():
         result[name] = rescaling.of(result.get(name, tensors[name]))
     return result
+
+
+def scaled(
+    value: Tensor,
+    name: str,
+    scaling: Scaling,
+    change: TensorChange | None = None,
+    edits: Sequence[Edit] = (),
+) -> Tensor:
+    """The weights of one tensor, at their old size, as care scales them."""
+    if name in scaling.tensors:
+        value = value * scaling.tensors[name]
+    if change is None:
+        return value
+    for edit in edits:
+        factor = scaling.places.get(edit.slot.place)
+        if factor is not None:
+            value = _scaled_units(value, change, edit, factor)
+    return value
 
 
 def _scaled_units(
