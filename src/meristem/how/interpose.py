@@ -31,8 +31,8 @@ class Interpose:
             along, and the function changes.
         share: Share what a block adds to the stream evenly with its k copies, each
             f / (1 + k): y = x + f(x) becomes h = x + f(x) / 2, y = h + f(h) / 2, an ODE
-            solver with half the step. The function hardly changes, and every copy
-            learns at once.
+            solver with half the step. The function changes, the less the less blocks
+            add, and every copy learns at once.
         behind: The places of the blocks that get copies; by default all of them, the
             first ones where there are fewer copies. "even" spreads the copies over the
             run, "middle" takes the blocks in its middle.
