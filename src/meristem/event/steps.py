@@ -679,27 +679,25 @@ def _states(
     """The optimizers' states of all changed parameters, at their new sizes."""
     live = named_tensors(event.model)
     offers = list(draft.offers.values())
-    states = []
-    for change in draft.plan.tensors:
-        parameter = live[change.name]
-        edits = edits_of(change, draft.plan, axes, offers)
-        rescale = partial(_rescale, draft, change.name, change, edits)
-        for optimizer in event.optimizers:
-            if parameter in optimizer.state:
-                new = draft.tensors[change.name]
-                of = Followed(
-                    parameter, new, change, edits, draft.treatment.warm, rescale
-                )
-                states.append((optimizer, parameter, grown_state(optimizer, of)))
-    grown = {change.name for change in draft.plan.tensors}
+    changes = {change.name: change for change in draft.plan.tensors}
+    # Weights that a state holds are rescaled where the shape stays, too.
     rescaled = {*draft.treatment.scaling.tensors, *draft.plan.rescaled}
-    for name in sorted(rescaled - grown):
+    states = []
+    for name in [*changes, *sorted(rescaled - changes.keys())]:
         parameter = live[name]
-        rescale = partial(_rescale, draft, name, None, ())
+        change = changes.get(name)
+        edits = edits_of(change, draft.plan, axes, offers) if change else []
+        rescale = partial(_rescale, draft, name, change, edits)
         for optimizer in event.optimizers:
-            if parameter in optimizer.state:
+            if parameter not in optimizer.state:
+                continue
+            if change is None:
                 state = rescaled_state(optimizer, parameter, rescale)
-                states.append((optimizer, parameter, state))
+            else:
+                new, warm = draft.tensors[name], draft.treatment.warm
+                of = Followed(parameter, new, change, edits, warm, rescale)
+                state = grown_state(optimizer, of)
+            states.append((optimizer, parameter, state))
     return states
 
 

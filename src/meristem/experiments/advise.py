@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -147,8 +148,8 @@ def advice_of(seen: Probed) -> Advice:
     known = laws(after, seen.parameters[1], seen.targets)
     behind = examples_behind(seen.grown, seen.large) / seen.small[-1][0]
     parts = BEHIND_SHARED if seen.shared else BEHIND
-    found = {one: expected(plan, known, one, behind, parts) for one in MOMENTS}
-    planned = expected(plan, known, moment, behind, parts)
+    expects = partial(expected, plan, known, behind=behind, parts=parts)
+    found = {one: expects(one) for one in MOMENTS}
     at = max(found, key=lambda one: found[one].value)
     # Between two nets the parameters grow with a power of the cost.
     power = math.log(seen.parameters[1] / seen.parameters[0]) / math.log(after / before)
@@ -157,7 +158,7 @@ def advice_of(seen: Probed) -> Advice:
         grow=found[at].value > 1,
         at=at,
         multiplier=found[at],
-        as_planned=planned if seen.moments else None,
+        as_planned=expects(moment) if seen.moments else None,
         best_size=best_size,
         parameters=seen.parameters,
         tokens_per_parameter=seen.examples * seen.targets / seen.parameters[1],

@@ -52,8 +52,7 @@ class Interpose:
     behind: Sequence[int] | Literal["even", "middle"] | None = None
 
     def __post_init__(self) -> None:
-        check_flag("Interpose", zero=self.zero)
-        check_flag("Interpose", share=self.share)
+        check_flag("Interpose", zero=self.zero, share=self.share)
         if self.zero and self.share:
             raise ValueError(
                 "Interpose takes zero= or share=, not both: silent copies add nothing"

@@ -5,7 +5,7 @@ raises.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -201,11 +201,10 @@ def rescaled_state(
     """
     result: dict[str, Any] = {}
     for key, value in optimizer.state[parameter].items():
-        row = next((row for row in _rows(optimizer) if key in row), None)
-        if _has_size(value) and row is None:
+        rule = _known_rule(optimizer, key)
+        if rule is None and _has_size(value):
             rule_for(optimizer, key, value)  # says which rule is missing
-        holds_weights = row is not None and row[key] == "weight"
-        result[key] = rescale(value) if holds_weights else value
+        result[key] = rescale(value) if rule == "weight" else value
     return result
 
 
@@ -242,20 +241,16 @@ def rule_for(optimizer: Optimizer, key: str, value: Any) -> Rule:
     """
     name = type(optimizer).__name__
     is_dense = isinstance(value, Tensor) and value.is_floating_point()
-    for row in _rows(optimizer):
-        if key not in row:
-            continue
-        if (
-            isinstance(value, Tensor)
-            and not is_dense
-            and row[key] not in ("reset", "fixed")
-        ):
+    rule = _known_rule(optimizer, key)
+    if rule is not None:
+        has_units = rule not in ("reset", "fixed")
+        if isinstance(value, Tensor) and not is_dense and has_units:
             raise OptimizerError(
                 f"the state {key!r} of {name} is held in {value.dtype}: quantised in "
                 "blocks that run across units. hint: use the optimizer with 32-bit "
                 "states, or make a new one after each growth"
             )
-        return row[key]
+        return rule
     guess = _BY_NAME.get(key, "second" if "sq" in key or "var" in key else "first")
     if not is_dense:
         guess = "reset"
@@ -267,12 +262,14 @@ def rule_for(optimizer: Optimizer, key: str, value: Any) -> Rule:
     )
 
 
-def _rows(optimizer: Optimizer) -> Iterator[Mapping[str, Rule]]:
+def _known_rule(optimizer: Optimizer, key: str) -> Rule | None:
     # A subclass follows the rules of its base, unless it has its own.
     for kind in type(optimizer).__mro__:
         for known_as in (kind, kind.__module__.partition(".")[0]):
-            if known_as in STATE_RULES:
-                yield STATE_RULES[known_as]
+            row = STATE_RULES.get(known_as, {})
+            if key in row:
+                return row[key]
+    return None
 
 
 def _described(value: Any) -> str:
