@@ -1,6 +1,7 @@
-"""Is the advice right? Every growth of cpu.toml, advised on and measured.
+"""Is the advice right? Every growth of a suite, advised on and measured.
 
-    MERISTEM_DATA=... python benchmarks/best/advise.py
+    MERISTEM_DATA=... python benchmarks/best/advise.py cpu
+    MERISTEM_DATA=... python benchmarks/best/advise.py war_and_peace
 
 The probes of a setting cost 15 % of its run; what they have shown is kept, one file per setting,
 under results/advise, and needs no data to be read again. Measured is the compute multiplier
@@ -33,9 +34,9 @@ def settings(comparison: suite.Comparison) -> Iterator[suite.Row]:
                 yield row
 
 
-def stored(row: suite.Row) -> Path:
+def stored(comparison: suite.Comparison, row: suite.Row) -> Path:
     """Where the probes of a setting are kept."""
-    return OUT / f"{suite.slug(row.title)}.json"
+    return OUT / comparison.path.stem / f"{suite.slug(row.title)}.json"
 
 
 def kept(path: Path) -> Advice:
@@ -70,7 +71,7 @@ class Verdict:
 def verdicts(comparison: suite.Comparison) -> Iterator[Verdict]:
     """A verdict on every setting whose probes are kept."""
     for row in settings(comparison):
-        path = stored(row)
+        path = stored(comparison, row)
         if path.exists():
             swept = tables.sweep_of(comparison, row.task)
             found = tables.saved(swept, tables.of(comparison, row))
@@ -79,20 +80,21 @@ def verdicts(comparison: suite.Comparison) -> Iterator[Verdict]:
 
 def probe(comparison: suite.Comparison) -> None:
     """Run the probes that are not kept yet."""
-    OUT.mkdir(parents=True, exist_ok=True)
     for row in settings(comparison):
-        path = stored(row)
+        path = stored(comparison, row)
         if path.exists():
             continue
         experiment = comparison.experiment(row, comparison.suite.seeds[0])
         name = suite.slug(row.title)
+        path.parent.mkdir(parents=True, exist_ok=True)
         seen = probed(experiment, name, OUT / "probes", SHARE, lambda *told: None)
         path.write_text(json.dumps(asdict(seen)) + "\n")
         print(path, file=sys.stderr)
 
 
 def main() -> None:
-    comparison = suite.read(HERE / "cpu.toml")
+    named = sys.argv[1] if len(sys.argv) > 1 else "cpu"
+    comparison = suite.read(HERE / f"{named}.toml")
     comparison.load()
     probe(comparison)
     print(

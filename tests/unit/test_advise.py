@@ -136,7 +136,7 @@ def seen(law: Law, tokens: float, **changes: Any) -> Probed:
         "parameters": (int(SMALL), int(PARAMETERS)),
         "flops": (6 * SMALL, 6 * PARAMETERS),
         "growth_flops": 0.0,
-        "shared": False,
+        "copies": "whole",
         "small": small[:4],
         "grown": large[4:],
         "large": large,
@@ -164,8 +164,13 @@ def test_advice_follows_the_law_from_too_few_data_to_enough() -> None:
     dear = seen(law, 52.0, growth_flops=0.5 * 6 * PARAMETERS * 52 * PARAMETERS)
     assert advice_of(dear).multiplier.value < enough.multiplier.value
     # Blocks that share with their copies end less far behind.
-    shared = advice_of(seen(law, 52.0, shared=True))
+    shared = advice_of(seen(law, 52.0, copies="shared"))
     assert shared.multiplier.value > enough.multiplier.value + 0.03
+    assert enough.shared == shared.multiplier
+    assert "better: how = { interpose = { share = true } }, " in str(enough)
+    assert f"expected multiplier {shared.multiplier}" in str(enough)
+    assert "better:" not in str(shared)
+    assert advice_of(seen(law, 52.0, copies="none")).shared is None
     assert "read 9 times over" in str(advice_of(seen(law, 52.0, passes=9.0)))
     assert advice_of(seen(law, 52.0, moments=())).as_planned is None
 

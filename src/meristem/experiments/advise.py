@@ -7,6 +7,7 @@ Measured against the best fixed size at equal cost, as a comparison with the bas
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,8 @@ MOMENTS = tuple(percent / 100 for percent in range(20, 85, 5))
 """Growth moments that are looked at, as fractions of training."""
 PASSES = 4
 """Passes over the data behind which the law says little."""
+PARTS = {"shared": BEHIND_SHARED, "whole": BEHIND, "none": BEHIND}
+"""How far nets end behind, by what their new blocks are; only copies were measured."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Advice:
         multiplier: Expected at that moment, with the middle 80 % of what is expected.
         as_planned: The same at the moment that the experiment names, the mean of several;
             None where its trigger decides on the way.
+        shared: Expected at the best moment if the copies of blocks shared what these add;
+            None where they do, or where nothing is copied.
         best_size: Parameters of the best fixed size at the cost of the run.
         parameters: Of the net before and after the growth.
         tokens_per_parameter: Training targets of the planned run per parameter of the
@@ -62,6 +67,7 @@ class Advice:
     at: float
     multiplier: Multiplier
     as_planned: Multiplier | None
+    shared: Multiplier | None
     best_size: float
     parameters: tuple[int, int]
     tokens_per_parameter: float
@@ -91,6 +97,11 @@ class Advice:
             f"the best fixed size at this cost has {self.best_size:,.0f}; the loss falls by "
             f"{self.slope:.3f} as the data double; {self._caught_up()}",
         ]
+        if self.shared is not None and self.shared.value > self.multiplier.value:
+            lines.append(
+                "better: how = { interpose = { share = true } }, copies that share what "
+                f"their blocks add, expected multiplier {self.shared}"
+            )
         if self.passes > PASSES:
             lines.append(
                 f"beware: the data are read {self.passes:.0f} times over, and the law is "
@@ -147,18 +158,21 @@ def advice_of(seen: Probed) -> Advice:
     plan = Plan(before, after, cost)
     known = laws(after, seen.parameters[1], seen.targets)
     behind = examples_behind(seen.grown, seen.large) / seen.small[-1][0]
-    parts = BEHIND_SHARED if seen.shared else BEHIND
-    expects = partial(expected, plan, known, behind=behind, parts=parts)
-    found = {one: expects(one) for one in MOMENTS}
-    at = max(found, key=lambda one: found[one].value)
+    expects = partial(expected, plan, known, behind=behind)
+    planned = partial(expects, parts=PARTS[seen.copies])
+    at, multiplier = _best(planned)
+    shared = None
+    if seen.copies == "whole":
+        _, shared = _best(partial(expects, parts=PARTS["shared"]))
     # Between two nets the parameters grow with a power of the cost.
     power = math.log(seen.parameters[1] / seen.parameters[0]) / math.log(after / before)
     best_size = seen.parameters[1] * (expected_size(plan, known) / after) ** power
     return Advice(
-        grow=found[at].value > 1,
+        grow=multiplier.value > 1,
         at=at,
-        multiplier=found[at],
-        as_planned=expects(moment) if seen.moments else None,
+        multiplier=multiplier,
+        as_planned=planned(moment) if seen.moments else None,
+        shared=shared,
         best_size=best_size,
         parameters=seen.parameters,
         tokens_per_parameter=seen.examples * seen.targets / seen.parameters[1],
@@ -168,6 +182,13 @@ def advice_of(seen: Probed) -> Advice:
         cost=seen.cost,
         share=seen.cost / plan.cost,
     )
+
+
+def _best(expects: Callable[[float], Multiplier]) -> tuple[float, Multiplier]:
+    """The moment of which the most is expected, and what."""
+    found = {moment: expects(moment) for moment in MOMENTS}
+    at = max(found, key=lambda moment: found[moment].value)
+    return at, found[at]
 
 
 def _check(seen: Probed) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from meristem.experiments.config import (
     ConfigError,
@@ -18,7 +18,7 @@ from meristem.experiments.config import (
 )
 from meristem.experiments.law import Curve
 from meristem.experiments.run import Progress, Run, digest, run, sizes_after
-from meristem.how import METHODS, Interpose
+from meristem.how import METHODS, Interpose, Stack
 from meristem.methods import Clock
 from meristem.when import At, Every
 
@@ -29,6 +29,7 @@ POINTS = 16
 GROWTH = 0.5
 """When a probe grows."""
 
+Copies = Literal["shared", "whole", "none"]
 Report = Callable[[str, int, int], None]
 
 
@@ -45,7 +46,8 @@ class Probed:
         parameters: Of the net before and after the growth.
         flops: The same of training FLOPs per example.
         growth_flops: Of the growth itself.
-        shared: Whether blocks share with their copies what they add to the stream.
+        copies: Whether new blocks are copies of others: whole ones, or such as share what
+            a block adds to the stream with it.
         small, grown, large: Examples read and losses: of the net before its trial growth,
             after it, and of the net that was large all along.
         cost: Training FLOPs of both probes.
@@ -58,7 +60,7 @@ class Probed:
     parameters: tuple[int, int]
     flops: tuple[float, float]
     growth_flops: float
-    shared: bool
+    copies: Copies
     small: Curve
     grown: Curve
     large: Curve
@@ -115,7 +117,7 @@ def probed(
         ),
         flops=(planned.flops_per_example, whole["training_flops"] / (length * batch)),
         growth_flops=trial["growth_flops"],
-        shared=_shared(experiment),
+        copies=_copies(experiment),
         small=_curve(trial, batch, start, began - 1),
         grown=_curve(trial, batch, ended, length),
         large=_curve(whole, batch, start, length),
@@ -127,12 +129,19 @@ def _tell(report: Report, kind: str, progress: Progress) -> None:
     report(kind, progress.step, progress.steps)
 
 
-def _shared(experiment: Experiment) -> bool:
+def _copies(experiment: Experiment) -> Copies:
     grow = experiment.grow
     assert grow is not None
     chosen = grow.how if isinstance(grow.how, list) else [grow.how]
-    methods = [built(one, METHODS, "how") for one in chosen]
-    return any(isinstance(one, Interpose) and one.share for one in methods)
+    found: Copies = "none"
+    for one in chosen:
+        method = built(one, METHODS, "how")
+        if isinstance(method, Interpose) and method.share:
+            return "shared"
+        silent = isinstance(method, Interpose) and method.zero
+        if isinstance(method, (Interpose, Stack)) and not silent:
+            found = "whole"
+    return found
 
 
 def _moments(experiment: Experiment, steps: int, epoch: int) -> list[int]:
