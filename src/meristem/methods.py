@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from meristem.core.axis import Axes, Axis, Kind, Place, Slot
-from meristem.core.change import Insertion, Plan
+from meristem.core.change import Insertion, Plan, Rescaling
 from meristem.core.errors import GrowthRefused, nearest
 from meristem.core.offer import (
     Blocks,
@@ -49,6 +49,7 @@ __all__ = [
     "Place",
     "Plan",
     "Rations",
+    "Rescaling",
     "Sandbox",
     "Scaling",
     "Settled",
@@ -353,14 +354,62 @@ def check_offer(how: How, lab: Lab, axis: Axis, count: int, offer: Any) -> None:
                 f"{name} must offer {count} new blocks of {axis.name!r}. hint: "
                 "blocks=Blocks(lab.depth(axis).appended(count))"
             )
-        for tensor in offer.blocks.rescaled:
-            if tensor not in lab.values:
-                raise ValueError(
-                    f"{name} rescales {tensor!r}, which is no tensor of the model"
-                )
+        _check_blocks(name, lab, offer.blocks)
         return
-    if offer.copies is None:
+    if offer.copies is not None:
+        _check_copies(name, axis, count, offer.copies)
+    if offer.copies is None or bool(offer.copies.fresh.any()):
         _check_strips(name, lab, axis, count, offer.strips)
+
+
+def _check_copies(name: str, axis: Axis, count: int, copies: Copies) -> None:
+    _check_tensor(f"Copies.parent of {name}", (count,), copies.parent)
+    whole = not copies.parent.is_floating_point() and not copies.parent.is_complex()
+    parents = copies.parent.tolist()
+    if not whole or not all(-1 <= parent < axis.size for parent in parents):
+        raise ValueError(
+            f"Copies.parent of {name} must name units of {axis.name!r}, whole numbers from "
+            f"0 to {axis.size - 1}, or -1 for none; got {parents}"
+        )
+    _check_tensor(f"Copies.share of {name}", (axis.size + count,), copies.share)
+
+
+def _check_blocks(name: str, lab: Lab, blocks: Blocks) -> None:
+    # Asked for only where needed: it takes a copy of the structure.
+    shapes = lab.block_shapes(blocks.insertion) if blocks.values else {}
+    for (place, tensor), value in blocks.values.items():
+        if place not in shapes:
+            raise ValueError(
+                f"{name} gives weights to block {place}, which is not new; new are "
+                f"{list(shapes)}"
+            )
+        if tensor not in shapes[place]:
+            raise ValueError(
+                f"the new block {place} of {name} has no {tensor!r}."
+                f"{nearest(tensor, shapes[place])} It has {list(shapes[place])}"
+            )
+        _check_tensor(
+            f"{tensor} of the new block {place} of {name}", shapes[place][tensor], value
+        )
+    for tensor, rescaling in blocks.rescaled.items():
+        if tensor not in lab.values:
+            raise ValueError(
+                f"{name} rescales {tensor!r}, which is no tensor of the model"
+            )
+        if not all(math.isfinite(number) for number in rescaling):
+            raise GrowthRefused(
+                f"{name} rescales {tensor} by what is not finite; nothing was changed"
+            )
+
+
+def _check_tensor(told: str, shape: tuple[int, ...], value: Any) -> None:
+    """Raise unless an offered value is a finite tensor of a shape."""
+    is_tensor = isinstance(value, Tensor)
+    if not is_tensor or tuple(value.shape) != shape:
+        got = tuple(value.shape) if is_tensor else type(value).__name__
+        raise ValueError(f"{told} must have shape {shape}; got {got}")
+    if not bool(torch.isfinite(value).all()):
+        raise GrowthRefused(f"{told} is not finite; nothing was changed")
 
 
 def _check_strips(
@@ -385,19 +434,12 @@ def _check_strips(
                     "neutral(lab, axis, count), which has a strip for every slot"
                 )
             continue
-        if not isinstance(strip, Tensor) or tuple(strip.shape) != shape:
-            is_tensor = isinstance(strip, Tensor)
-            got = tuple(strip.shape) if is_tensor else type(strip).__name__
-            raise ValueError(
-                f"the strip of {name} for {slot.name} (dimension {slot.dim}) must have "
-                f"shape {shape}: (units, entries per unit, *other dimensions); got "
-                f"{got}"
-            )
-        if not bool(torch.isfinite(strip).all()):
-            raise GrowthRefused(
-                f"{name} offers weights for {slot.name} that are not finite; nothing "
-                "was changed"
-            )
+        _check_tensor(
+            f"the strip of {name} for {slot.name} (dimension {slot.dim}), (units, entries "
+            "per unit, *other dimensions),",
+            shape,
+            strip,
+        )
 
 
 # -- checks of hyperparameters

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,8 +15,10 @@ from meristem.methods import (
     Blocks,
     Choice,
     Clock,
+    Copies,
     Lab,
     Offer,
+    Rescaling,
     Share,
     Treatment,
     neutral,
@@ -220,6 +222,80 @@ def test_blocks_that_are_missing_are_told() -> None:
 
     with pytest.raises(ValueError, match="must offer 2 new blocks"):
         check_how(NoBlocks())
+
+
+@pytest.mark.parametrize(
+    ("parent", "share", "error", "told"),
+    [
+        ([8, 0], torch.ones(10), ValueError, "from 0 to 7, or -1 for none; got"),
+        ([-5, 0], torch.ones(10), ValueError, "or -1 for none"),
+        ([0.0, 1.0], torch.ones(10), ValueError, "whole numbers"),
+        ([0], torch.ones(10), ValueError, r"parent of Wrong must have shape \(2,\)"),
+        ([0, 0], torch.ones(8), ValueError, r"share of Wrong must have shape \(10,\)"),
+        ([0, 0], torch.full((10,), torch.nan), ms.GrowthRefused, "not finite"),
+        ([0, -1], torch.ones(10), ValueError, "offers no weights for"),
+    ],
+)
+def test_copies_that_do_not_fit_are_told(
+    parent: list[float], share: torch.Tensor, error: type[Exception], told: str
+) -> None:
+    class Wrong(Base):
+        def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
+            copies = Copies(torch.tensor(parent), share)
+            return Offer(axis.name, count, copies=copies)
+
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    with pytest.raises(error, match=told):
+        ms.grow_(net, {"0": 2}, torch.randn(3, 4), how=Wrong())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "told"),
+    [
+        ({"values": {(2, "wieght"): torch.zeros(1)}}, ValueError, "has no 'wieght'"),
+        ({"values": {(0, "norm.weight"): torch.ones(8)}}, ValueError, "is not new"),
+        ({"values": {(2, "norm.weight"): torch.ones(3)}}, ValueError, r"shape \(8,\)"),
+        ({"values": {(2, "norm.weight"): 1.0}}, ValueError, "got float"),
+        (
+            {"values": {(2, "norm.weight"): torch.full((8,), torch.nan)}},
+            ms.GrowthRefused,
+            "not finite",
+        ),
+        ({"rescaled": {"0.wieght": Rescaling(0.5)}}, ValueError, "no tensor of the"),
+        (
+            {"rescaled": {"0.norm.weight": Rescaling(torch.inf)}},
+            ms.GrowthRefused,
+            "not finite",
+        ),
+    ],
+)
+def test_blocks_that_do_not_fit_are_told(
+    change: dict[str, Any], error: type[Exception], told: str
+) -> None:
+    class Wrong(Base):
+        kinds: ClassVar[dict[str, bool]] = {"depth": False}
+
+        def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
+            blocks = Blocks(lab.depth(axis).appended(count), **change)
+            return Offer(axis.name, count, blocks=blocks)
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.inner = nn.LayerNorm(8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.relu(self.inner(self.norm(x)))
+
+    net = nn.Sequential(Block(), Block())
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    found = ms.find_axes(net, torch.randn(3, 8))
+    depth = next(axis.name for axis in found.values() if axis.kind == "depth")
+    with pytest.raises(error, match=told):
+        ms.grow_(net, {depth: 1}, torch.randn(3, 8), how=Wrong())
+    after = net.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
 def test_a_block_method_of_a_stranger_passes() -> None:

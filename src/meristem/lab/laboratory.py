@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from meristem.core.axis import Axes, Axis, Place, Slot
-from meristem.core.change import NO_CHANGE, Plan, Sources, by_unit, index
+from meristem.core.change import NO_CHANGE, Insertion, Plan, Sources, by_unit, index
 from meristem.core.errors import DataError, MeristemError
 from meristem.core.offer import Blocks, Offer, Scaling
 from meristem.core.ranks import ALONE, Ranks
@@ -211,6 +211,16 @@ class Lab:
             old = self.values.shape(slot.name)
             rest = [size for d, size in enumerate(old) if d != slot.dim]
             shapes[slot] = (*where.shape, *rest)
+        return shapes
+
+    def block_shapes(
+        self, insertion: Insertion
+    ) -> dict[int, dict[str, tuple[int, ...]]]:
+        """The shapes of the tensors of every new block, by its place and their names."""
+        shapes = {}
+        for place, (_, block) in insert(self.skeleton(), insertion).items():
+            named = named_tensors(block).items()
+            shapes[place] = {name: tuple(tensor.shape) for name, tensor in named}
         return shapes
 
     def units(self, slot: Slot, axis: Axis) -> Tensor:
