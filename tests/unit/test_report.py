@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import meristem as ms
-from meristem.report import Point, Record, of_files, write
+from meristem.report import Point, Record, figures, of_files, write
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -84,6 +84,33 @@ def test_odd_names_and_empty_records(tmp_path: Path) -> None:
     # Letters that are drawn stand in comments, too.
     assert 'onload="x' not in re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     write([Record("a", [Point(0)]), Record("b", [Point(0)])], tmp_path / "empty.html")
+
+
+@pytest.mark.parametrize("words", [1, 4, 8])
+def test_the_names_of_many_runs_hide_no_curve(words: int) -> None:
+    few, many = records(), []
+    for number in range(40):
+        many.append(
+            replace(few[number % 2], name=f"run {number}" + words * " and more")
+        )
+    for make in (
+        lambda runs: figures.curves(runs, "loss"),
+        lambda runs: figures.pareto(runs, "loss", smaller_is_better=True),
+    ):
+        small, large = make(few), make(many)
+        drawn = {}
+        for one in (small, large):
+            one.draw_without_rendering()
+            panel = one.axes[0].get_window_extent()
+            (legend,) = one.legends or [one.axes[0].get_legend()]
+            box = legend.get_window_extent()
+            # Inside the figure, and beside the panel where it is large.
+            assert one.bbox.contains(box.x0, box.y0)
+            assert one.bbox.contains(box.x1, box.y1)
+            drawn[one] = panel.height, panel.overlaps(box)
+        assert drawn[small][1]
+        assert not drawn[large][1]
+        assert drawn[large][0] > 0.8 * drawn[small][0]
 
 
 def test_runs_of_other_folders_and_configurations_are_not_averaged(

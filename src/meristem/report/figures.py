@@ -19,7 +19,9 @@ _COLOURS = ("#1b6e53", "#2b4c8c", "#a0522d", "#6b3fa0", "#555555", "#9c7a00")
 _LINES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _MOST = 10
-"""Lines of a figure of sizes; the rest is left out."""
+"""Lines of a figure of sizes, the rest is left out; names inside a panel."""
+_LETTERS, _ROW = 120, 0.18
+"""Of a legend below a panel: letters across the figure, and inches of a row."""
 EARLY = 0.15
 """Share of a run that is left out of sight where it is out of scale."""
 Cost = Callable[[Point], float]
@@ -70,7 +72,7 @@ def curves(records: Sequence[Record], key: str) -> Figure:
     panel.set_xlabel("training FLOPs, growth included" if counted else "steps")
     panel.set_ylabel(records[0].named(key))
     _focus(panel, records, key, _cost(counted))
-    _legend(panel)
+    _legend(drawn, panel)
     return drawn
 
 
@@ -81,7 +83,7 @@ def overview(record: Record) -> Figure:
     points = record.measured("loss") or record.points
     _curve(top, 0, record, points, "loss", _cost(counted=False))
     top.set_ylabel("loss")
-    _sizes(bottom, record)
+    _sizes(drawn, bottom, record)
     return drawn
 
 
@@ -151,11 +153,11 @@ def _focus(panel: Axes, records: Sequence[Record], key: str, cost: Cost) -> None
 def sizes(record: Record) -> Figure:
     """Widths and depths over the steps; axes that are always alike share a line."""
     drawn = figure(height=3.6)
-    _sizes(drawn.subplots(), record)
+    _sizes(drawn, drawn.subplots(), record)
     return drawn
 
 
-def _sizes(panel: Axes, record: Record) -> None:
+def _sizes(drawn: Figure, panel: Axes, record: Record) -> None:
     paths = _paths(record)
     for number, (names, moments) in enumerate(paths[:_MOST]):
         first = _plain(names[0])
@@ -172,7 +174,7 @@ def _sizes(panel: Axes, record: Record) -> None:
     else:
         panel.locator_params(axis="y", integer=True)
     panel.yaxis.set_major_formatter("{x:.0f}")
-    _legend(panel)
+    _legend(drawn, panel)
 
 
 def _paths(record: Record) -> list[tuple[list[str], tuple[tuple[int, int], ...]]]:
@@ -215,7 +217,7 @@ def pareto(records: Sequence[Record], key: str, smaller_is_better: bool) -> Figu
         panel.set_xlabel(label)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel(records[0].named(key))
-    _legend(panels[0])
+    _legend(drawn, panels[0])
     return drawn
 
 
@@ -254,7 +256,7 @@ def health(record: Record) -> Figure | None:
     panel.set_xlabel("steps since the growth")
     panel.set_ylabel("inactive new units, %")
     panel.set_ylim(0, max(5.0, panel.get_ylim()[1]))
-    _legend(panel)
+    _legend(drawn, panel)
     return drawn
 
 
@@ -273,8 +275,22 @@ def _marker(number: int) -> str:
     return _MARKERS[number % len(_MARKERS)]
 
 
-def _legend(panel: Axes) -> None:
+def _legend(drawn: Figure, panel: Axes) -> None:
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(axis="y", color="#dddddd", linewidth=0.6)
-    if panel.get_legend_handles_labels()[0]:
+    lines, labels = panel.get_legend_handles_labels()
+    if 0 < len(lines) <= _MOST:
         panel.legend(fontsize=8, frameon=False)
+    elif lines:
+        # More names than a panel has room for stand below it, on paper of their own.
+        columns = max(1, _LETTERS // (max(map(len, labels)) + 8))
+        rows = math.ceil(len(lines) / columns)
+        drawn.set_figheight(drawn.get_figheight() + _ROW * rows)
+        drawn.legend(
+            lines,
+            labels,
+            loc="outside lower center",
+            ncols=columns,
+            fontsize=8,
+            frameon=False,
+        )
