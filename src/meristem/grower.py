@@ -390,7 +390,7 @@ class Grower(Shown):
             "done": self.done,
             "reason": self.reason,
             "losses": self.calendar.losses.numbers(),
-            "curve": self.calendar.curve.points(),
+            "curve": self.calendar.curve.state_dict(),
             "generator": self.settings.generator.get_state(),
             "aftercare": aftercare_state(self.model, self.optimizers),
         }
@@ -404,7 +404,7 @@ class Grower(Shown):
         self.clockwork.load_state_dict(state)
         # The model and its optimizer are somebody else's to load.
         self.calendar.restore(state["history"], state["losses"])
-        self.calendar.curve.restore(state["curve"])
+        self.calendar.curve.load_state_dict(state["curve"])
         self.done, self.reason = bool(state["done"]), str(state["reason"])
         self._step_cost = None
         self.settings.generator.set_state(state["generator"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -248,3 +249,19 @@ def test_a_long_run_in_half_precision_has_its_curve() -> None:
     for step in range(40_000):
         curve.add(step, torch.ones((), dtype=torch.bfloat16))
     assert {loss for _, loss in curve.points()} == {1.0}
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("stopped", [0, 1, 700, 1333])
+def test_a_curve_goes_on_as_if_it_had_never_stopped(every: int, stopped: int) -> None:
+    whole, first = Curve(), Curve()
+    for place in range(3000):
+        whole.add(every * place, 1 / (1 + place))
+        if place < stopped:
+            first.add(every * place, 1 / (1 + place))
+    again = Curve()
+    # A checkpoint holds numbers.
+    again.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for place in range(stopped, 3000):
+        again.add(every * place, 1 / (1 + place))
+    assert again.points() == whole.points()

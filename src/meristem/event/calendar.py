@@ -119,12 +119,18 @@ class Curve:
         """Steps, and the mean loss of those up to them."""
         return [(step, float(mean)) for step, mean in self._means]
 
-    def restore(self, points: Iterable[Sequence[float]]) -> None:
-        """Go on from points; what has come since the last one is forgotten."""
-        self._means = [(int(step), float(mean)) for step, mean in points]
-        steps = [step for step, _ in self._means]
-        self._width = steps[-1] - steps[-2] if len(steps) > 1 else 1
-        self._sum, self._count = 0.0, 0
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "points": self.points(),
+            "width": self._width,
+            "sum": float(self._sum),
+            "count": self._count,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._means = [(int(step), float(mean)) for step, mean in state["points"]]
+        self._width, self._count = int(state["width"]), int(state["count"])
+        self._sum = float(state["sum"])
 
 
 class Calendar:
