@@ -6,9 +6,10 @@ import copy
 import math
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ import meristem as ms
 from meristem.activations import Rational
 from meristem.event import sharing
 from meristem.event.calendar import units_now
+from meristem.methods import Lab, Offer
 
 
 class Residual(nn.Module):
@@ -602,6 +604,41 @@ def test_gains_per_flop_rank_units_and_blocks() -> None:
     check = sharing.Check(ranked.settings, ranked.structure(), ranked.clock, math.inf)
     both = {axis.kind for axis in sharing._open_axes(check)}
     assert both > {"depth"}  # both sorts were offered, whichever won
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_fewer_blocks_than_were_offered_cost_no_present_one(share: bool) -> None:
+    class Ranked:
+        """Copies in between, ranked: the rule takes the best of both runs."""
+
+        kinds: ClassVar[dict[str, bool]] = {"depth": False}
+        batches = 0
+
+        def propose(self, lab: Lab, axis: ms.Axis, count: int) -> Offer:
+            offer = ms.how.Interpose(share=share).propose(lab, axis, count)
+            gains = tuple(1.0 / (1 + place) for place in range(count))
+            return replace(offer, gains=gains, flops=10**9)
+
+    model = nn.Sequential(Net(3), nn.Linear(2, 4), Net(3))
+    before = [[*model[place].blocks] for place in (0, 2)]
+    weights = [block.down.weight.clone() for block in before[0]]
+    ranked = grower(
+        model, how=Ranked(), where=ms.where.ByGain(), axes="depth", amount=3
+    )
+    growth = ranked.step()
+    assert growth is not None
+    # The first of both, then the second of one.
+    assert sorted(growth.added.values()) == [1, 2]
+    # What was offered in vain was paid for.
+    assert growth.flops // 10**9 == 4
+    for place, old in zip((0, 2), before, strict=True):
+        now = [*model[place].blocks]
+        assert [block for block in now if block in old] == old
+    # A block shares with the copies that it got, and with no others.
+    two = growth.added["0.blocks"] == 2
+    factors = [0.5, 0.5 if two else 1.0, 1.0] if share else [1.0, 1.0, 1.0]
+    for block, weight, factor in zip(before[0], weights, factors, strict=True):
+        assert torch.equal(block.down.weight, factor * weight)
 
 
 def test_an_int_goes_to_one_sort_of_axes() -> None:

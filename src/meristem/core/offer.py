@@ -63,18 +63,6 @@ class Blocks:
     inherits: bool = False
     rescaled: Mapping[str, Rescaling] = field(default_factory=dict)
 
-    def first(self, count: int) -> Blocks:
-        """The first `count` new blocks; all of them stand behind the present ones."""
-        placed = self.insertion
-        # The present blocks stand in front.
-        end = placed.size + count
-        insertion = replace(placed, blocks=placed.blocks[:end], new=placed.new[:end])
-        values = {}
-        for (place, name), value in self.values.items():
-            if place < end:
-                values[place, name] = value
-        return replace(self, insertion=insertion, values=values)
-
 
 @dataclass(frozen=True)
 class Offer:
@@ -112,9 +100,6 @@ class Offer:
         """The first `count` units, which are the best where the method ranks them."""
         if count == self.count:
             return self
-        if self.blocks is not None:
-            blocks = self.blocks.first(count)
-            return replace(self, count=count, blocks=blocks, gains=self.gains[:count])
         held = self.copies.parent if self.copies else next(iter(self.strips.values()))
         units = count * len(held) // self.count
         strips = {place: strip[:units] for place, strip in self.strips.items()}

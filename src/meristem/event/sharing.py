@@ -257,10 +257,11 @@ def find_growth(check: Check) -> Found:
     if plan.refusal is not None:
         names = ", ".join(plan.after)
         raise GrowthRefused(f"{names} cannot grow together: {plan.refusal}")
-    growth = carry_out(event, plan, _kept(axes, plan, offers))
+    kept = _kept(axes, plan, offers)
+    growth = carry_out(event, plan, kept)
     for name, offer in offers.items():
         # What was offered in vain was paid for, too.
-        if name not in plan.after:
+        if name not in kept:
             growth.flops += offer.flops
     growth.flops += share.flops
     growth.votes = share.votes
@@ -456,12 +457,17 @@ def _planned(
 def _kept(
     axes: Sequence[Axis], plan: Plan, offers: Mapping[str, Offer]
 ) -> dict[str, Offer]:
-    """The best units of the offers; blocks beside growing widths are offered anew."""
+    """The best units of the offers; fewer blocks than offered, and blocks beside growing
+    widths, are offered anew.
+    """
     growing = [axis for axis in axes if axis.name in plan.after]
     units, blocks = apart(growing)
     kept = {}
     # Where widths grow, blocks are made anew on the widened copy.
     for axis in units or blocks:
-        if axis.name in offers:
-            kept[axis.name] = offers[axis.name].best(plan.added[axis.name])
+        offer = offers.get(axis.name)
+        count = plan.added[axis.name]
+        # Where blocks stand, and what they share, hangs on how many they are.
+        if offer is not None and (axis.slots or offer.count == count):
+            kept[axis.name] = offer.best(count)
     return kept
