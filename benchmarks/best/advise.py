@@ -3,7 +3,7 @@
     MERISTEM_DATA=... python benchmarks/best/advise.py cpu
     MERISTEM_DATA=... python benchmarks/best/advise.py war_and_peace
 
-The probes of a setting cost 15 % of its run; what they have shown is kept, one file per setting,
+The probes of a setting cost about 5 % of its run; what they have shown is kept, one file per setting,
 under results/advise, and needs no data to be read again. Measured is the compute multiplier
 against the frontier of the suite. The advice is right where it and the measurement lie on the
 same side of 1, or where the measured interval holds 1.
@@ -20,7 +20,7 @@ from pathlib import Path
 from meristem.experiments import suite, tables
 from meristem.experiments.advise import Advice, advice_of
 from meristem.experiments.frontier import Multiplier
-from meristem.experiments.probes import SHARE, Probed, probed
+from meristem.experiments.probes import Probed, probed
 
 HERE = Path(__file__).parent
 OUT = HERE / "results" / "advise"
@@ -87,7 +87,7 @@ def probe(comparison: suite.Comparison) -> None:
         experiment = comparison.experiment(row, comparison.suite.seeds[0])
         name = suite.slug(row.title)
         path.parent.mkdir(parents=True, exist_ok=True)
-        seen = probed(experiment, name, OUT / "probes", SHARE, lambda *told: None)
+        seen = probed(experiment, name, OUT / "probes", None, lambda *told: None)
         path.write_text(json.dumps(asdict(seen)) + "\n")
         print(path, file=sys.stderr)
 

@@ -34,7 +34,8 @@ def advise(
         experiment: A planned run with [grow], or its TOML file.
         out: Folder of the probes' results, which are not run again; `results/advise`
             beside the file, or in the current folder, by default.
-        share: What the probes cost, as a share of the planned run, about; .15 by default.
+        share: What the probes cost, as a share of the planned run, about; .05 by default, and
+            up to .3 where the run is so short that probes would be too short.
         report: `report(probe, step, steps)`, called meanwhile.
 
     Returns:

@@ -238,7 +238,7 @@ def advise(
     share: Annotated[
         float | None,
         typer.Option(
-            help="What the probes cost, as a share of the run; 0.15 by default."
+            help="What the probes cost, as a share of the run; 0.05 by default."
         ),
     ] = None,
     out: Annotated[

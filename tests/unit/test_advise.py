@@ -11,6 +11,7 @@ import pytest
 
 import meristem as ms
 from meristem.experiments import law as law_module
+from meristem.experiments import probes
 from meristem.experiments.advise import advice_of
 from meristem.experiments.config import ConfigError, checked
 from meristem.experiments.law import (
@@ -233,6 +234,22 @@ def test_two_probes_give_advice_and_are_not_run_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("steps", "share", "length"),
+    [
+        (10_000, None, 192),
+        (3000, None, 64),
+        (600, None, 64),
+        (300, None, 32),
+        (600, 0.2, 32),
+    ],
+)
+def test_probes_cost_their_share_and_more_only_of_a_short_run(
+    steps: int, share: float | None, length: int
+) -> None:
+    assert probes._length("plan", steps, share) == length
+
+
+@pytest.mark.parametrize(
     ("grow", "moments"),
     [
         ({"when": {"at": 0.4}, "amount": [4]}, [0.4]),
@@ -280,6 +297,7 @@ def test_a_trial_grows_as_often_as_the_plan(
         ({"grow": None}, 0.2, r"without \[grow\]"),
         ({}, 1.5, "in \\(0, 1\\)"),
         ({}, 0.01, "too few for probes"),
+        ({"train": TABLE["train"] | {"steps": 200}}, None, "of 0.3 of them"),
         ({"grow": TABLE["grow"] | {"budget": {"units": 1}}}, 0.3, "has not grown"),
         (DIGITS, 0.3, "one of texts"),
         (
@@ -290,7 +308,7 @@ def test_a_trial_grows_as_often_as_the_plan(
     ],
 )
 def test_what_cannot_be_advised_on_is_told(
-    tmp_path: Path, change: dict[str, Any], share: float, words: str
+    tmp_path: Path, change: dict[str, Any], share: float | None, words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         ms.advise(checked(TABLE | change), tmp_path, share)

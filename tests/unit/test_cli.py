@@ -88,6 +88,7 @@ BAD = {
     "advise table.toml --share 0.8": "is one of texts",
     "advise plan.toml --share 2": "in (0, 1)",
     "advise plan.toml --share 0.1": "hint: a larger share",
+    "advise plan.toml": "100 steps are too few for probes of 0.3 of them",
     "advise suite.toml": "hint: meristem compare suite.toml",
     "demo --plot absent/plot.png": "absent/plot.png: No such file or directory",
     "report absent": "there is no absent",

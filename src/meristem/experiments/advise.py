@@ -28,7 +28,7 @@ from meristem.experiments.law import (
     expected_size,
     laws,
 )
-from meristem.experiments.probes import GROWTH, SHARE, Probed, Report, probed
+from meristem.experiments.probes import GROWTH, Probed, Report, probed
 
 MOMENTS = tuple(percent / 100 for percent in range(20, 85, 5))
 """Growth moments that are looked at, as fractions of training."""
@@ -133,9 +133,7 @@ def advised(
     folder = Path(out) if out is not None else source.parent / "results" / "advise"
     if experiment.grow is None:
         raise ConfigError(f"{source}: nothing to advise on without [grow]")
-    if share is None:
-        share = SHARE
-    if not 0 < share < 1:
+    if share is not None and not 0 < share < 1:
         raise ConfigError(f"share = {share} is a fraction of the run, in (0, 1)")
     told = report or _silent
     return advice_of(probed(experiment, source.stem, folder, share, told))

@@ -32,6 +32,10 @@ with its parameters: 76 at 8e4, 50 at 1.9e5, about 20 at 5e6.
 """
 SPREAD = 0.25
 """Standard deviation of their logarithm."""
+WIDER = 2.0
+"""How much wider, in logarithms, an interval is than these spreads make it: on a text that
+nothing here was fitted to, 4 of 10 measured values were inside without, and 8 with it.
+"""
 BEHIND = (0.75, 1.25, 1.75)
 """How far stacked nets ended behind, as multiples of `Plan.unmixed`: low, middle, high."""
 BEHIND_SHARED = (0.4, 0.7, 1.0)
@@ -161,7 +165,7 @@ def expected(
     parts: Sequence[float] = BEHIND,
 ) -> Multiplier:
     """The multiplier at a moment: median, and the middle 80 %, over laws and over how far
-    a run ends behind.
+    a run ends behind, widened.
 
     A net that mixes with the curve of the large one catches up; one that is disturbed by
     its growth falls further back. Never less is expected than what a trial has shown
@@ -177,7 +181,8 @@ def expected(
             values.append(plan.multiplier(law, moment, left))
             weights.append(law.weight)
     low, middle, high = _quantiles(values, weights, (0.1, 0.5, 0.9))
-    return Multiplier(middle, low, high)
+    wide = [middle * (end / middle) ** WIDER for end in (low, high)]
+    return Multiplier(middle, *wide)
 
 
 def expected_size(plan: Plan, known: Sequence[Law]) -> float:

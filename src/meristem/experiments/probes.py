@@ -22,8 +22,10 @@ from meristem.how import METHODS, Interpose, Stack
 from meristem.methods import Clock
 from meristem.when import At, Every
 
-SHARE = 0.15
-"""What the probes cost, as a share of the planned run."""
+SHARE, STEPS, MOST = 0.05, 64, 0.3
+"""What the probes cost, as a share of the planned run; and the steps of one that are worth
+more, up to another share: of 24 settings one was misjudged by probes of 32 steps.
+"""
 POINTS = 16
 """Evaluations of a probe."""
 GROWTH = 0.5
@@ -68,7 +70,11 @@ class Probed:
 
 
 def probed(
-    experiment: Experiment, name: str, folder: Path, share: float, report: Report
+    experiment: Experiment,
+    name: str,
+    folder: Path,
+    share: float | None,
+    report: Report,
 ) -> Probed:
     """Run both probes, or what is left of them.
 
@@ -178,14 +184,18 @@ def _moments(experiment: Experiment, steps: int, epoch: int) -> list[int]:
     return found
 
 
-def _length(name: str, steps: int, share: float) -> int:
+def _length(name: str, steps: int, share: float | None) -> int:
     """Steps of a probe, so that both cost a share of the run.
 
     The grown size is not known yet: it is taken to cost twice as much, and the probes say
     what they have cost.
     """
     least = 2 * POINTS
-    length = int(share * steps * 1.5 / 3.5) // least * least
+    step = 3.5 / 1.5 / steps
+    if share is None:
+        share = min(max(SHARE, STEPS * step), MOST)
+    # A whole number of steps is one in spite of rounding.
+    length = int(share / step + 1e-6) // least * least
     if length < least:
         raise ConfigError(
             f"{name}: {steps} steps are too few for probes of {share:g} of them, {least} "
