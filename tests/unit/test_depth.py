@@ -606,6 +606,28 @@ def test_gains_per_flop_rank_units_and_blocks() -> None:
     assert both > {"depth"}  # both sorts were offered, whichever won
 
 
+@pytest.mark.parametrize(
+    ("tied", "count", "options", "told"),
+    [
+        ((2, 3), 4, {"share": True}, "no tensor of theirs alone scales it"),
+        ((1, 2), 2, {"share": True}, "blocks.1.down.weight belongs to another block"),
+        ((0, 1), 4, {"share": True}, "blocks.0.down.weight belongs to another block"),
+        ((0, 1), 2, {"zero": True}, "its down.weight belongs to other blocks"),
+    ],
+)
+def test_what_blocks_add_with_tied_weights_is_not_scaled(
+    tied: tuple[int, int], count: int, options: dict[str, bool], told: str
+) -> None:
+    model = Net(4)
+    first, second = (model.blocks[place].down for place in tied)
+    second.weight = first.weight
+    with pytest.raises(ms.GrowthRefused, match=told):
+        ms.grow_(model, {"blocks": count}, X, how=ms.how.Interpose(**options))
+    # Only the blocks that get copies matter.
+    if tied != (2, 3):
+        ms.grow_(model, {"blocks": 1}, X, how=ms.how.Interpose(behind=[3], **options))
+
+
 @pytest.mark.parametrize("share", [False, True])
 def test_fewer_blocks_than_were_offered_cost_no_present_one(share: bool) -> None:
     class Ranked:

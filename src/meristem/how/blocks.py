@@ -144,6 +144,12 @@ def silenced(lab: Lab, insertion: Insertion) -> Blocks:
     for place in insertion.new_places:
         block = depth.blocks[insertion.blocks[place]]
         for name, still in silent.items():
+            if f"{block}.{name}" not in lab.values:
+                raise GrowthRefused(
+                    f"a copy of {block} cannot be silenced: its {name} belongs to other "
+                    "blocks, too. hint: a method that does not preserve the function, as "
+                    "how.Stack(), grows it"
+                )
             old = lab.values[f"{block}.{name}"]
             values[place, name] = torch.full_like(old, still)
     return Blocks(insertion, values)
@@ -158,18 +164,28 @@ def sharing(lab: Lab, insertion: Insertion) -> Blocks:
     """
     depth = lab.structure.depths[insertion.axis]
     silent = silence(lab.structure, insertion)
-    if not silent:
+    told = f"the blocks of {insertion.axis} cannot share what they add to the stream"
+    if not silent or insertion.axis in lab.structure.loud:
         raise GrowthRefused(
-            f"the blocks of {insertion.axis} cannot share what they add to the stream: no "
-            "tensor of theirs alone scales it. hint: share=False"
+            f"{told}: no tensor of theirs alone scales it. hint: share=False"
         )
+    tensors = named_tensors(lab.structure.model)
+    # By module: one that stands in two places of the model holds its own all the same.
+    holders: Counter[int] = Counter()
+    for module in lab.structure.model.modules():
+        holders.update(id(p) for p in module.parameters(recurse=False))
     rescaled = {}
     for block, members in Counter(insertion.blocks).items():
         if members == 1:
             continue
         for name, still in silent.items():
-            rescaling = Rescaling(1 / members, -still)
-            rescaled[f"{depth.blocks[block]}.{name}"] = rescaling
+            known = f"{depth.blocks[block]}.{name}"
+            # What is held twice may be known under its other name.
+            if known not in tensors or holders[id(tensors[known])] > 1:
+                raise GrowthRefused(
+                    f"{told}: {known} belongs to another block, too. hint: share=False"
+                )
+            rescaled[known] = Rescaling(1 / members, -still)
     return Blocks(insertion, inherits=True, rescaled=rescaled)
 
 
