@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from zoo import MLP, make
 
 import meristem as ms
-from meristem.methods import Clock
+from meristem.methods import Choice, Clock, Lab, Offer, Share
 
 
 def loss(model: nn.Module, batch: Any) -> Tensor:
@@ -168,6 +169,90 @@ def test_budgets_bind_and_say_so(budget: ms.Budget, most: Any) -> None:
     assert one.done
     assert "budget" in one.reason
     assert most(model)
+
+
+class Grouped(nn.Module):
+    """One layer that grows by single units, and one by fours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(10, 8), nn.Linear(8, 12)
+        self.conv, self.out = nn.Conv1d(12, 12, 1, groups=4), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.second(torch.relu(self.first(x))))
+        return self.out(torch.relu(self.conv(x[..., None])[..., 0]))
+
+
+class Gainful(ms.how.Random):
+    """Random units with gains, the first of them alone worth anything."""
+
+    def propose(self, lab: Lab, axis: ms.Axis, count: int) -> Offer:
+        offer = super().propose(lab, axis, count)
+        gains = tuple(1.0 / (1 + place) for place in range(count // axis.multiple))
+        return replace(offer, gains=gains)
+
+
+def added(one: ms.Grower, growths: int = 2) -> list[dict[str, int]]:
+    found = []
+    for _ in range(growths):
+        growth = one.grow()
+        found.append(dict(growth.added) if growth else {})
+    return found
+
+
+@pytest.mark.parametrize(
+    "where", [ms.where.RoundRobin(), ms.where.Uniform(), ms.where.ByGain()]
+)
+def test_an_axis_with_larger_steps_than_the_amount_is_passed_over(where: Any) -> None:
+    model = Grouped()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {
+        "where": where,
+        "how": Gainful(),
+        "amount": 2,
+        "axes": ["first", "second"],
+    }
+    one = grower(model, opt, loader(), **options)
+    assert added(one) == [{"first": 2}, {"first": 2}]
+    assert not one.done
+
+
+@pytest.mark.parametrize("where", [ms.where.RoundRobin(), ms.where.Uniform()])
+def test_an_axis_past_the_budget_is_passed_over(where: Any) -> None:
+    model = MLP()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    costs = {}
+    for name in ("fc1", "fc2"):
+        costs[name] = ms.plan(model, {name: 1}, torch.randn(2, 10)).parameters[1]
+    cheap = min(costs, key=lambda name: costs[name])
+    assert costs[cheap] < max(costs.values())
+    budget = ms.Budget(parameters=costs[cheap])
+    one = grower(model, opt, loader(), where=where, amount=1, budget=budget)
+    assert added(one) == [{cheap: 1}, {}]
+    assert one.done
+
+
+@pytest.mark.parametrize("where", [ms.where.Uniform(), ms.where.ByGain()])
+def test_rounding_does_not_multiply_an_amount(where: Any) -> None:
+    model = MLP()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"where": where, "how": Gainful(), "amount": 4, "round_to": 4}
+    one = grower(model, opt, loader(), **options)
+    found = added(one, 3)
+    # From 9 to 12 there are three.
+    assert [sum(counts.values()) for counts in found] == [3, 4, 4]
+
+
+def test_a_rule_may_give_more_than_was_offered() -> None:
+    class Lavish(ms.where.ByGain):
+        def share(self, choice: Choice) -> Share:
+            return Share({choice.axes[0].name: 4 * choice.total})
+
+    model = MLP()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    one = grower(model, opt, loader(), where=Lavish(), how=Gainful(), amount=2)
+    assert added(one, 1) == [{"fc1": 8}]
 
 
 def test_axes_are_chosen_by_pattern_and_rounded() -> None:

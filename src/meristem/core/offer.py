@@ -100,8 +100,11 @@ class Offer:
         """The first `count` units, which are the best where the method ranks them."""
         if count == self.count:
             return self
-        held = self.copies.parent if self.copies else next(iter(self.strips.values()))
-        units = count * len(held) // self.count
+        held = list(self.strips.values())
+        if self.copies is not None:
+            held.append(self.copies.parent)
+        # All hold the same number; one without any starts by the fills of its places.
+        units = count * len(held[0]) // self.count if held else count
         strips = {place: strip[:units] for place, strip in self.strips.items()}
         copies = self.copies.first(units) if self.copies else None
         return replace(

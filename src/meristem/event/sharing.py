@@ -250,7 +250,7 @@ def find_growth(check: Check) -> Found:
     if share.refusal:
         clock = replace(clock, refusals=clock.refusals + 1)
         return Found(clock, None, cost, share.refusal, share.final)
-    plan = _planned(check, axes, share, offers)
+    plan = _planned(check, axes, share, offers, total)
     if plan is None:
         return _ended(clock, _no_room(check, total), cost)
     # Each was tried alone; together they may still meet in one attribute.
@@ -305,18 +305,17 @@ def _what_may_grow(check: Check) -> tuple[list[Axis], int, str]:
         return [], 0, "the list of amounts is used up"
     if check.by_name is not None:
         return axes, total, ""
-    if total < min(axis.multiple for axis in axes):
+    # An axis that grows in larger steps, or past the budget, takes no part: a rule would
+    # give it units in vain.
+    axes = [axis for axis in axes if axis.multiple <= total]
+    if not axes:
         return [], 0, f"an amount of {total} is less than one step of any axis"
-    if (
-        check.settings.where.reads_gains
-    ):  # what the budget has no room for is not looked for
-        with_room = []
-        for axis in axes:
-            step = {axis.name: least_step(axis, check.settings.round_to)}
-            if allows(check.budget, structure, step):
-                with_room.append(axis)
-        axes = with_room
-    return axes, total, "" if axes else _NO_ROOM
+    with_room = []
+    for axis in axes:
+        step = {axis.name: least_step(axis, check.settings.round_to)}
+        if allows(check.budget, structure, step):
+            with_room.append(axis)
+    return with_room, total, "" if with_room else _NO_ROOM
 
 
 def _open_axes(check: Check) -> list[Axis]:
@@ -436,29 +435,39 @@ def _check_share(where: Where, choice: Choice, share: Any) -> None:
 
 
 def _planned(
-    check: Check, axes: Sequence[Axis], share: Share, offers: Mapping[str, Offer]
+    check: Check,
+    axes: Sequence[Axis],
+    share: Share,
+    offers: Mapping[str, Offer],
+    total: int,
 ) -> Plan | None:
     """The plan of what the budget allows of a share, or None."""
     named = {axis.name: axis for axis in axes}
     arguments = (check.budget, check.structure, named)
     plan = fitting_plan(*arguments, share.counts, check.settings.round_to)
-    if plan is not None:
+    if plan is not None or check.by_name is not None:
         return plan
-    # A few good units of one axis may be less than a step of it.
-    steps = {}
-    for name in share.counts:
-        if name in offers:
-            step = least_step(named[name], check.settings.round_to)
-            if step <= offers[name].count:
-                steps[name] = step
+    # What every axis gets may be less than a step of it: those with the most get one,
+    # the smallest first, while the units last.
+    order = sorted(
+        share.counts, key=lambda name: (-share.counts[name], named[name].size)
+    )
+    steps: dict[str, int] = {}
+    for name in order:
+        step = least_step(named[name], check.settings.round_to)
+        left = total - sum(steps.values())
+        # A first step may take all that was offered, if that is more.
+        most = offers[name].count if name in offers and not steps else left
+        if step <= most:
+            steps[name] = step
     return fitting_plan(*arguments, steps, check.settings.round_to) if steps else None
 
 
 def _kept(
     axes: Sequence[Axis], plan: Plan, offers: Mapping[str, Offer]
 ) -> dict[str, Offer]:
-    """The best units of the offers; fewer blocks than offered, and blocks beside growing
-    widths, are offered anew.
+    """The best units of the offers; more units or other blocks than offered, and blocks
+    beside growing widths, are offered anew.
     """
     growing = [axis for axis in axes if axis.name in plan.after]
     units, blocks = apart(growing)
@@ -467,7 +476,10 @@ def _kept(
     for axis in units or blocks:
         offer = offers.get(axis.name)
         count = plan.added[axis.name]
+        if offer is None:
+            continue
         # Where blocks stand, and what they share, hangs on how many they are.
-        if offer is not None and (axis.slots or offer.count == count):
+        enough = count <= offer.count if axis.slots else count == offer.count
+        if enough:
             kept[axis.name] = offer.best(count)
     return kept
