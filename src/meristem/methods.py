@@ -13,12 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from meristem.core.axis import Axes, Axis, Kind, Place, Slot
 from meristem.core.change import Insertion, Plan, Rescaling
-from meristem.core.errors import GrowthRefused, nearest
+from meristem.core.errors import nearest
 from meristem.core.offer import (
     Blocks,
     Copies,
@@ -329,117 +328,6 @@ def check_kinds(how: How) -> None:
                 f"{type(how).__name__}.kinds names {kind!r}; kinds of axes are "
                 "'width', 'heads' and 'depth'"
             )
-
-
-def check_offer(how: How, lab: Lab, axis: Axis, count: int, offer: Any) -> None:
-    """Raise unless an offer fits the axis that it was asked for.
-
-    Raises:
-        TypeError, ValueError: What is wrong, with the shape that would be right.
-    """
-    name = type(how).__name__
-    if not isinstance(offer, Offer):
-        raise TypeError(
-            f"{name}.propose must return an Offer; got {type(offer).__name__}"
-        )
-    # An offer for another count would leave some units without weights.
-    if offer.axis != axis.name or offer.count != count:
-        raise ValueError(
-            f"{name} was asked for {count} units of {axis.name!r} and offers "
-            f"{offer.count} of {offer.axis!r}. hint: Offer(axis.name, count, strips)"
-        )
-    if not axis.slots:
-        if offer.blocks is None or sum(offer.blocks.insertion.new) != count:
-            raise ValueError(
-                f"{name} must offer {count} new blocks of {axis.name!r}. hint: "
-                "blocks=Blocks(lab.depth(axis).appended(count))"
-            )
-        _check_blocks(name, lab, offer.blocks)
-        return
-    if offer.copies is not None:
-        _check_copies(name, axis, count, offer.copies)
-    if offer.copies is None or bool(offer.copies.fresh.any()):
-        _check_strips(name, lab, axis, count, offer.strips)
-
-
-def _check_copies(name: str, axis: Axis, count: int, copies: Copies) -> None:
-    _check_tensor(f"Copies.parent of {name}", (count,), copies.parent)
-    whole = not copies.parent.is_floating_point() and not copies.parent.is_complex()
-    parents = copies.parent.tolist()
-    if not whole or not all(-1 <= parent < axis.size for parent in parents):
-        raise ValueError(
-            f"Copies.parent of {name} must name units of {axis.name!r}, whole numbers from "
-            f"0 to {axis.size - 1}, or -1 for none; got {parents}"
-        )
-    _check_tensor(f"Copies.share of {name}", (axis.size + count,), copies.share)
-
-
-def _check_blocks(name: str, lab: Lab, blocks: Blocks) -> None:
-    # Asked for only where needed: it takes a copy of the structure.
-    shapes = lab.block_shapes(blocks.insertion) if blocks.values else {}
-    for (place, tensor), value in blocks.values.items():
-        if place not in shapes:
-            raise ValueError(
-                f"{name} gives weights to block {place}, which is not new; new are "
-                f"{list(shapes)}"
-            )
-        if tensor not in shapes[place]:
-            raise ValueError(
-                f"the new block {place} of {name} has no {tensor!r}."
-                f"{nearest(tensor, shapes[place])} It has {list(shapes[place])}"
-            )
-        _check_tensor(
-            f"{tensor} of the new block {place} of {name}", shapes[place][tensor], value
-        )
-    for tensor, rescaling in blocks.rescaled.items():
-        if tensor not in lab.values:
-            raise ValueError(
-                f"{name} rescales {tensor!r}, which is no tensor of the model"
-            )
-        if not all(math.isfinite(number) for number in rescaling):
-            raise GrowthRefused(
-                f"{name} rescales {tensor} by what is not finite; nothing was changed"
-            )
-
-
-def _check_tensor(told: str, shape: tuple[int, ...], value: Any) -> None:
-    """Raise unless an offered value is a finite tensor of a shape."""
-    is_tensor = isinstance(value, Tensor)
-    if not is_tensor or tuple(value.shape) != shape:
-        got = tuple(value.shape) if is_tensor else type(value).__name__
-        raise ValueError(f"{told} must have shape {shape}; got {got}")
-    if not bool(torch.isfinite(value).all()):
-        raise GrowthRefused(f"{told} is not finite; nothing was changed")
-
-
-def _check_strips(
-    name: str, lab: Lab, axis: Axis, count: int, strips: Mapping[Place, Tensor]
-) -> None:
-    shapes = lab.shapes(axis, count)
-    places = {slot.place for slot in shapes}
-    # A strip that no slot takes would be dropped without a word.
-    strange = [place for place in strips if place not in places]
-    if strange:
-        raise ValueError(
-            f"{name} offers a strip for {tuple(strange[0])}, which axis {axis.name!r} "
-            f"does not have. Its slots are {[tuple(place) for place in places]}"
-        )
-    for slot, shape in shapes.items():
-        strip = strips.get(slot.place)
-        if strip is None:
-            if slot.fill == "draw" and not axis.streamed:
-                raise ValueError(
-                    f"{name} offers no weights for {slot.name} (dimension {slot.dim}, "
-                    f"{slot.role}) of axis {axis.name!r}. hint: start from "
-                    "neutral(lab, axis, count), which has a strip for every slot"
-                )
-            continue
-        _check_tensor(
-            f"the strip of {name} for {slot.name} (dimension {slot.dim}), (units, entries "
-            "per unit, *other dimensions),",
-            shape,
-            strip,
-        )
 
 
 # -- checks of hyperparameters

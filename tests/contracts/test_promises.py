@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 import meristem as ms
+from meristem.core.offer import Ramp
 from meristem.methods import (
     Axis,
     Blocks,
@@ -18,7 +20,12 @@ from meristem.methods import (
     Copies,
     Lab,
     Offer,
+    Place,
+    Plan,
     Rescaling,
+    Sandbox,
+    Scaling,
+    Settled,
     Share,
     Treatment,
     neutral,
@@ -220,7 +227,7 @@ def test_blocks_that_are_missing_are_told() -> None:
         def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
             return Offer(axis.name, count)
 
-    with pytest.raises(ValueError, match="must offer 2 new blocks"):
+    with pytest.raises(TypeError, match="must offer 2 new blocks"):
         check_how(NoBlocks())
 
 
@@ -296,6 +303,158 @@ def test_blocks_that_do_not_fit_are_told(
     after = net.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("blocks", "new", "told"),
+    [
+        ((0, 2), (False, True), "must leave the blocks 0 to 2"),
+        ((2, 1, 0, 0), (False, False, False, True), "must leave the blocks 0 to 2"),
+        (
+            (0, 1, 2, 7),
+            (False, False, False, True),
+            "make new ones after some of these",
+        ),
+        (
+            (0, 1, 2, -1),
+            (False, False, False, True),
+            "make new ones after some of these",
+        ),
+        ((0, 1, 2, 2), (False, False, True), "must offer 1 new blocks"),
+        ((0, 1, 2, 2), (0, 0, 0, 1), "must offer 1 new blocks"),
+        ((0, 1, 2, 2, 2), (False, False, False, True, True), "must offer 1 new blocks"),
+    ],
+)
+def test_no_method_drops_or_moves_a_block(
+    blocks: tuple[int, ...], new: tuple[bool, ...], told: str
+) -> None:
+    class Wrong(Base):
+        kinds: ClassVar[dict[str, bool]] = {"depth": False}
+
+        def propose(self, lab: Lab, axis: Axis, count: int) -> Offer:
+            placed = lab.depth(axis).with_blocks(blocks, new)
+            return Offer(axis.name, count, blocks=Blocks(placed))
+
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    net = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+    before = list(net.parameters())
+    with pytest.raises(ValueError, match=told):
+        ms.grow_(net, {"layers": 1}, torch.randn(3, 5, 8), how=Wrong())
+    assert all(a is b for a, b in zip(before, net.parameters(), strict=True))
+
+
+class Settling(Base):
+    """Settles nothing but what it is told to."""
+
+    def __init__(self, settled: Any) -> None:
+        self.settled = settled
+
+    def settle(self, sandbox: Sandbox, counts: Mapping[str, int]) -> Settled:
+        parts = []
+        for name, count in counts.items():
+            axis = sandbox.lab.axes.named(name)
+            parts.append(self.propose(sandbox.lab, axis, count))
+        sandbox.insert(parts)
+        made = {name: p.detach() for name, p in sandbox.model.named_parameters()}
+        return self.settled(made)
+
+
+class Asking:
+    """A care that asks for what it is told to."""
+
+    def __init__(self, treatment: Any) -> None:
+        self.treatment = treatment
+
+    def treat(self, model: nn.Module, plan: Plan, axes: Any) -> Any:
+        return self.treatment
+
+
+@pytest.mark.parametrize(
+    ("parts", "error", "told"),
+    [
+        ({"how": Settling(lambda made: None)}, TypeError, "must return a Settled"),
+        (
+            {"how": Settling(lambda made: Settled({}))},
+            ValueError,
+            "settled no 0.weight",
+        ),
+        (
+            {"how": Settling(lambda made: Settled(made | {"2.bias": torch.ones(7)}))},
+            ValueError,
+            r"2.bias as Settling settled it must have shape \(2,\)",
+        ),
+        (
+            {"how": Settling(lambda made: Settled(made | {"no": torch.ones(7)}))},
+            ValueError,
+            "settled 'no', which is no tensor",
+        ),
+        ({"how": Settling(lambda made: Settled(made, "1"))}, TypeError, "flops='1'"),
+        ({"how": Settling(lambda made: Settled(made, notes=3))}, TypeError, "notes=3"),
+        ({"care": Asking(None)}, TypeError, "must return a Treatment; got NoneType"),
+        (
+            {"care": Asking(Treatment(after=("x",)))},
+            TypeError,
+            "takes Ramp and Tracking",
+        ),
+        ({"care": Asking(Treatment(after=[]))}, TypeError, "must be a tuple"),
+        (
+            {"care": Asking(Treatment(after=(Ramp(0),)))},
+            ValueError,
+            "a number of steps",
+        ),
+        (
+            {"care": Asking(Treatment(after=(Ramp(3, torch.nan),)))},
+            ValueError,
+            "a share in",
+        ),
+        (
+            {"care": Asking(Treatment(Scaling({"foo": 0.5})))},
+            ValueError,
+            "scales 'foo', which is no tensor",
+        ),
+        (
+            {"care": Asking(Treatment(Scaling(places={Place("2.weight", 0): 0.5})))},
+            ValueError,
+            "along which nothing grows",
+        ),
+        (
+            {"care": Asking(Treatment(Scaling({"2.bias": torch.inf})))},
+            ValueError,
+            "scales by inf",
+        ),
+    ],
+)
+def test_what_a_part_gives_is_checked_before_anything_changes(
+    parts: dict[str, Any], error: type[Exception], told: str
+) -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    x = torch.randn(3, 4)
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        return model(batch).square().mean()
+
+    with pytest.raises(error, match=told):
+        ms.grow_(net, {"0": 2}, x, optimizer=optimizer, loss=loss, data=[x], **parts)
+    after = net.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert not ms.lineage(net)
+
+
+def test_only_what_changes_has_to_be_settled() -> None:
+    def changed(made: dict[str, torch.Tensor]) -> Settled:
+        return Settled(
+            {name: made[name] for name in ("0.weight", "0.bias", "2.weight")}
+        )
+
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    x = torch.randn(3, 4)
+    how = Settling(changed)
+    growth = ms.grow_(
+        net, {"0": 2}, x, how=how, loss=lambda m, b: m(b).square().mean(), data=[x]
+    )
+    assert growth.after == {"0": 10}
 
 
 def test_a_block_method_of_a_stranger_passes() -> None:

@@ -131,6 +131,62 @@ def test_what_is_young_is_followed_through_later_growths() -> None:
     torch.testing.assert_close(factor, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_growth_while_the_rate_warms_up_again_is_followed(kind: str) -> None:
+    model, optimizer = grown([ms.care.Rewarm(steps=10)], kind)
+    step(model, optimizer)
+    grow(model, optimizer, [], **{"0": 2})
+    twin = copy.deepcopy(model)
+    plain = OPTIMIZERS[kind](twin.parameters())
+    plain.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    before = values(model)
+    step(model, optimizer)
+    step(twin, plain)
+    for name, value in values(model).items():
+        # The second step of ten.
+        expected = before[name].lerp(values(twin)[name], 0.2)
+        torch.testing.assert_close(value, expected)
+
+
+def test_what_is_young_is_followed_past_blocks_that_came_and_went() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+    model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(3, 5, 8)
+    young = ms.care.YoungRate(steps=1000)
+    wider, random = "layers.1.linear1", ms.how.Random(zero=None)
+
+    def check(name: str, places: range) -> None:
+        """Of one layer, the units at these places are young, and no others."""
+        before = values(model)
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        layer = model.get_submodule(name)
+        moved = (layer.weight - before[f"{name}.weight"]) / (-0.1 * layer.weight.grad)
+        share = moved.median(dim=1).values
+        expected = torch.ones(len(share))
+        expected[places.start : places.stop] = 1e-3
+        assert torch.equal(share < 0.1, expected < 0.1)
+
+    ms.grow_(model, {wider: 4}, x, how=random, care=young, optimizer=optimizer)
+    check(wider, range(16, 20))
+    # Two things at once: every block gets another place, and a width changes.
+    ms.grow_(
+        model,
+        {"layers": 3, wider: 2},
+        x,
+        how=[ms.how.Interpose(), random],
+        optimizer=optimizer,
+    )
+    check("layers.2.linear1", range(16, 20))
+    ms.narrow_(
+        model, {"layers": [1], "layers.2.linear1": [0, 1]}, x, optimizer=optimizer
+    )
+    check("layers.1.linear1", range(14, 18))
+
+
 def test_the_parameters_of_new_blocks_are_young() -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)

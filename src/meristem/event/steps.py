@@ -25,6 +25,7 @@ from meristem.core.change import Plan, Rescaling, TensorChange
 from meristem.core.errors import GrowthRefused, VerificationError
 from meristem.core.growth import Growth
 from meristem.core.offer import Blocks, Offer, Settled, Treatment
+from meristem.event.accepted import check_offer, check_settled, check_treatment
 from meristem.how import METHODS, Random, ZeroBlock
 from meristem.lab.laboratory import Lab, Loan
 from meristem.lab.ledger import counting
@@ -32,7 +33,6 @@ from meristem.methods import (
     Care,
     How,
     check_kinds,
-    check_offer,
     check_part,
     settles,
 )
@@ -364,6 +364,7 @@ def _treated(event: Event, draft: Draft) -> Draft:
     for care in event.care:
         with event.lab.guarded(care):
             given = care.treat(event.lab.structure.model, draft.plan, axes)
+        check_treatment(care, axes, named_tensors(event.model), given)
         treatment = treatment + given
     return replace(draft, treatment=treatment)
 
@@ -445,6 +446,7 @@ def _settled(event: Event, draft: Draft) -> Draft:
         counts = {name: draft.plan.added[name] for name in named}
         with event.lab.guarded(method):
             settled = method.settle(event.lab.sandbox(), counts)  # type: ignore[attr-defined]
+        check_settled(method, draft.plan, event.model, settled)
         # One method settles all widths of an event, each beside the others.
         return replace(draft, settled=settled)
     return draft
@@ -462,8 +464,8 @@ def _built(event: Event, draft: Draft) -> Draft:
         # Buffers are left out: what a forward on the side did to them is not the
         # user's.
         for name, parameter in event.model.named_parameters():
-            value = draft.settled.tensors[name]
-            if not torch.equal(value, parameter):
+            value = draft.settled.tensors.get(name)
+            if value is not None and not torch.equal(value, parameter):
                 tensors[name] = value
     return replace(draft, tensors=tensors)
 
@@ -742,11 +744,11 @@ def _committed(event: Event, draft: Draft, started: float) -> Growth:
         )
         if _GENERATORS.get(event.model) is event.lab.generator:
             note_draws(event.model, event.lab.generator.get_state())
-        follow(event.model, plan)
+        fresh, resized = _new_parts(event.model, known, changing)
+        follow(event.model, resized)
         # New blocks are other axes, or in other places; they are tried anew.
         if not plan.insertions:
             proved(event.structure, event.model)
-        fresh, resized = _new_parts(event.model, known, changing)
         if treatment.after:
             parameters = dict(event.model.named_parameters())
             new = masks(fresh, resized).items()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
-from meristem.core.change import Plan
+from meristem.core.change import TensorChange
 from meristem.core.errors import DataError, OptimizerError
 from meristem.core.offer import Aftercare, Ramp, Tracking
 from meristem.surgery.tensors import carry
@@ -204,17 +204,22 @@ def check_aftercare(
         )
 
 
-def follow(model: nn.Module, plan: Plan) -> None:
-    """Let what is going on follow a growth that has been carried out."""
+def follow(model: nn.Module, resized: Mapping[str, TensorChange]) -> None:
+    """Let what is going on follow a growth that has been carried out.
+
+    Args:
+        model: The model.
+        resized: By their names now, how parameters that were there before have changed.
+    """
     running = _running(model)
     parameters = dict(model.named_parameters())
     kept = set(parameters.values())
     for course in running:
-        for change in plan.tensors:
-            parameter = parameters.get(change.name)
-            if parameter is not None and parameter in course.young:
-                mask = course.young[parameter]
-                course.young[parameter] = carry(mask, change.sources)
+        for name, change in resized.items():
+            mask = course.young.get(parameters[name])
+            # One without dimensions stands for all entries, whatever their number.
+            if mask is not None and mask.dim():
+                course.young[parameters[name]] = carry(mask, change.sources)
         for dropped in course.young.keys() - kept:
             del course.young[dropped]
 
