@@ -482,6 +482,16 @@ class Unknown(Greedy):
         return Share({"elsewhere": 1})
 
 
+class Wordy(Greedy):
+    def share(self, choice: Choice) -> Share:
+        return Share({choice.axes[0].name: "2"})  # type: ignore[dict-item]
+
+
+class Listed(Greedy):
+    def share(self, choice: Choice) -> Share:
+        return Share([2])  # type: ignore[arg-type]
+
+
 class Silent(Greedy):
     def share(self, choice: Choice) -> Share:
         return Share({})
@@ -489,10 +499,16 @@ class Silent(Greedy):
 
 @pytest.mark.parametrize(
     ("rule", "told"),
-    [(Greedy, "given away"), (Unknown, "not among"), (Silent, "say why")],
+    [
+        (Greedy, "given away"),
+        (Unknown, "not among"),
+        (Silent, "say why"),
+        (Wordy, "gives '2' units"),
+        (Listed, "maps names of axes to units"),
+    ],
 )
 def test_a_wrong_rule_is_found(rule: type[Greedy], told: str) -> None:
-    with pytest.raises((AssertionError, ValueError), match=told):
+    with pytest.raises((AssertionError, TypeError, ValueError), match=told):
         check_where(rule())
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -416,8 +417,16 @@ def _check_share(where: Where, choice: Choice, share: Any) -> None:
     name = type(where).__name__
     if not isinstance(share, Share):
         raise TypeError(f"{name}.share must return a Share; got {type(share).__name__}")
+    if not isinstance(share.counts, Mapping):
+        raise TypeError(
+            f"{name}: Share(counts) maps names of axes to units; got {share.counts!r}"
+        )
     multiples = {axis.name: axis.multiple for axis in choice.axes}
     for axis, count in share.counts.items():
+        if not isinstance(count, (Real, Tensor)):
+            raise TypeError(
+                f"{name} gives {count!r} units to {axis!r}. hint: a whole number"
+            )
         if axis not in multiples:
             raise ValueError(
                 f"{name} gives units to {axis!r}, which is not among choice.axes: "
