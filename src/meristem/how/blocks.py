@@ -165,7 +165,10 @@ def sharing(lab: Lab, insertion: Insertion) -> Blocks:
     depth = lab.structure.depths[insertion.axis]
     silent = silence(lab.structure, insertion)
     told = f"the blocks of {insertion.axis} cannot share what they add to the stream"
-    if not silent or insertion.axis in lab.structure.loud:
+    # Behind a norm they silence nothing and scale all the same; what the last block holds
+    # together with another is missing from them.
+    missing = set(depth.silent[-1]) - silent.keys()
+    if not silent or (missing and insertion.axis in lab.structure.loud):
         raise GrowthRefused(
             f"{told}: no tensor of theirs alone scales it. hint: share=False"
         )
