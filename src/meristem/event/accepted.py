@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -78,8 +79,8 @@ def _check_copies(name: str, axis: Axis, count: int, copies: Copies) -> None:
 
 
 def _check_costs(told: str, flops: Any, note: Any) -> None:
-    if isinstance(flops, bool) or not isinstance(flops, int) or flops < 0:
-        raise TypeError(f"{told} has flops={flops!r}, which is no whole number")
+    if isinstance(flops, bool) or not isinstance(flops, Real):
+        raise TypeError(f"{told} has flops={flops!r}, which is no number")
     if not isinstance(note, str):
         raise TypeError(f"{told} has note={note!r}, which is no text")
 
