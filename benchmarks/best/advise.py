@@ -70,11 +70,13 @@ class Verdict:
 
 def verdicts(comparison: suite.Comparison) -> Iterator[Verdict]:
     """A verdict on every setting whose probes are kept."""
+    sweeps = {
+        task: tables.sweep_of(comparison, task) for task in comparison.suite.tasks
+    }
     for row in settings(comparison):
         path = stored(comparison, row)
         if path.exists():
-            swept = tables.sweep_of(comparison, row.task)
-            found = tables.saved(swept, tables.of(comparison, row))
+            found = tables.saved(sweeps[row.task], tables.of(comparison, row))
             yield Verdict(row.title, kept(path), found)
 
 

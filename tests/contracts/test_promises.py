@@ -419,7 +419,7 @@ class Asking:
         ),
         (
             {"care": Asking(Treatment(Scaling({"2.bias": torch.inf})))},
-            ValueError,
+            ms.GrowthRefused,
             "scales by inf",
         ),
     ],

@@ -233,6 +233,39 @@ def test_an_axis_past_the_budget_is_passed_over(where: Any) -> None:
     assert one.done
 
 
+class Attention(nn.Module):
+    """As in nanoGPT: the width of the stream and the heads grow together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_head = 4
+        self.stem, self.head = nn.Linear(10, 16), nn.Linear(16, 4)
+        self.into, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = self.stem(x)[:, None]
+        batch, length, width = stream.shape
+        parts = []
+        for part in self.into(stream).split(width, 2):
+            shape = (batch, length, self.n_head, width // self.n_head)
+            parts.append(part.view(shape).transpose(1, 2))
+        mixed = F.scaled_dot_product_attention(*parts).transpose(1, 2)
+        return self.head(stream + self.out(mixed.reshape(stream.shape)))[:, 0]
+
+
+def test_a_budget_binds_what_grows_together_with_an_axis() -> None:
+    model = Attention()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {
+        "amount": 8,
+        "axes": ["stem"],
+        "budget": ms.Budget(sizes={"into:heads": 5}),
+    }
+    one = grower(model, opt, loader(), **options)
+    assert added(one) == [{"stem": 4, "into:heads": 1}, {}]
+    assert one.done
+
+
 @pytest.mark.parametrize("where", [ms.where.Uniform(), ms.where.ByGain()])
 def test_rounding_does_not_multiply_an_amount(where: Any) -> None:
     model = MLP()

@@ -270,7 +270,9 @@ def check_treatment(
             raise ValueError(f"{name} scales {tuple(place)}, along which nothing grows")
     for factor in (*scaling.tensors.values(), *scaling.places.values()):
         if not math.isfinite(factor):
-            raise ValueError(f"{name} scales by {factor}")
+            raise GrowthRefused(
+                f"{name} scales by {factor}, which is not finite; nothing was changed"
+            )
     if not isinstance(treatment.after, tuple):
         raise TypeError(f"{name}: Treatment(after=...) must be a tuple")
     for after in treatment.after:

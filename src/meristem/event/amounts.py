@@ -81,8 +81,13 @@ def least_step(axis: Axis, round_to: int) -> int:
 def allows(budget: Budget, structure: Structure, counts: Mapping[str, int]) -> bool:
     """Whether a budget has room for so many more units."""
     plan = sized(structure, counts)
+    # With what grows together with a named axis.
+    after = plan.after
+    for name, largest in budget.sizes.items():
+        if after.get(name, 0) > largest:
+            return False
     units, _ = apart(list(structure.axes.values()))
-    held = sum(axis.size + counts.get(axis.name, 0) for axis in units)
+    held = sum(after.get(axis.name, axis.size) for axis in units)
     limits = (
         (budget.parameters, plan.parameters[1]),
         (budget.flops, plan.flops[1] / structure.batch),

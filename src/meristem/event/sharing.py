@@ -311,6 +311,8 @@ def _what_may_grow(check: Check) -> tuple[list[Axis], int, str]:
     axes = [axis for axis in axes if axis.multiple <= total]
     if not axes:
         return [], 0, f"an amount of {total} is less than one step of any axis"
+    if check.budget == Budget():
+        return axes, total, ""
     with_room = []
     for axis in axes:
         step = {axis.name: least_step(axis, check.settings.round_to)}
