@@ -278,7 +278,7 @@ def test_depth_and_width_grow_in_one_event_and_in_turn(name: str) -> None:
     assert wide
     assert deep
     axes = grow(wide | deep, axes)
-    for turn in range(10):
+    for turn in range(4):
         axes = grow(wishes(axes)[turn % 2], axes)
 
 

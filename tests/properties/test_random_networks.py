@@ -96,7 +96,7 @@ NETWORKS = given(
     seed=st.integers(0, 10),
 )
 PLAIN = settings(
-    max_examples=60,
+    max_examples=30,
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
