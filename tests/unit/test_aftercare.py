@@ -27,6 +27,14 @@ def net(norm: bool = False) -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 5), middle, nn.Tanh(), nn.Linear(5, 3))
 
 
+def deep(blocks: int) -> tuple[nn.Module, torch.optim.Optimizer, Tensor]:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+    model = nn.TransformerEncoder(layer, blocks, enable_nested_tensor=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return model, optimizer, torch.randn(3, 5, 8)
+
+
 def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
     (model(X) - Y).square().mean().backward()
@@ -149,11 +157,7 @@ def test_a_growth_while_the_rate_warms_up_again_is_followed(kind: str) -> None:
 
 
 def test_what_is_young_is_followed_past_blocks_that_came_and_went() -> None:
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
-    model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    x = torch.randn(3, 5, 8)
+    model, optimizer, x = deep(3)
     young = ms.care.YoungRate(steps=1000)
     wider, random = "layers.1.linear1", ms.how.Random(zero=None)
 
@@ -188,11 +192,7 @@ def test_what_is_young_is_followed_past_blocks_that_came_and_went() -> None:
 
 
 def test_the_parameters_of_new_blocks_are_young() -> None:
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
-    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    x = torch.randn(3, 5, 8)
+    model, optimizer, x = deep(2)
     ms.grow_(
         model, {"layers": 1}, x, care=ms.care.YoungRate(steps=1000), optimizer=optimizer
     )

@@ -20,11 +20,12 @@ from meristem.core.offer import (
     Offer,
     Ramp,
     Settled,
+    Share,
     Tracking,
     Treatment,
 )
 from meristem.lab.laboratory import Lab
-from meristem.methods import Care, How
+from meristem.methods import Care, Choice, How, Where
 from meristem.structure.twin import named_tensors
 
 _BLOCKS = "hint: blocks=Blocks(lab.depth(axis).appended(count))"
@@ -49,7 +50,8 @@ def check_offer(how: How, lab: Lab, axis: Axis, count: int, offer: Any) -> None:
             f"{name} was asked for {count} units of {axis.name!r} and offers "
             f"{offer.count} of {offer.axis!r}. hint: Offer(axis.name, count, strips)"
         )
-    _check_costs(f"the offer of {name}", offer.flops, offer.note)
+    _check_flops(f"the offer of {name}", offer.flops)
+    _check_note(f"the offer of {name}", offer.note)
     if not all(math.isfinite(gain) for gain in offer.gains):
         raise ValueError(f"the gains of {name} must be finite; got {offer.gains}")
     if not axis.slots:
@@ -78,9 +80,12 @@ def _check_copies(name: str, axis: Axis, count: int, copies: Copies) -> None:
     _check_tensor(f"Copies.share of {name}", (axis.size + count,), copies.share)
 
 
-def _check_costs(told: str, flops: Any, note: Any) -> None:
+def _check_flops(told: str, flops: Any) -> None:
     if isinstance(flops, bool) or not isinstance(flops, Real):
         raise TypeError(f"{told} has flops={flops!r}, which is no number")
+
+
+def _check_note(told: str, note: Any) -> None:
     if not isinstance(note, str):
         raise TypeError(f"{told} has note={note!r}, which is no text")
 
@@ -229,13 +234,13 @@ def check_settled(how: How, plan: Plan, model: nn.Module, settled: Any) -> None:
         _check_tensor(
             f"{key} as {name} settled it", changes.get(key, shapes[key]), value
         )
-    _check_costs(f"what {name} settled", settled.flops, "")
+    _check_flops(f"what {name} settled", settled.flops)
     if not isinstance(settled.notes, Mapping):
         raise TypeError(
             f"what {name} settled has notes={settled.notes!r}: text by axis"
         )
     for axis, note in settled.notes.items():
-        _check_costs(f"what {name} settled of {axis}", 0, note)
+        _check_note(f"what {name} settled of {axis}", note)
 
 
 # -- what a care asks for
@@ -289,4 +294,38 @@ def _check_after(name: str, after: Any) -> None:
     if not numbers or after.steps < 1 or not 0 <= start <= 1:
         raise ValueError(
             f"{name}: {after!r} needs a number of steps, and a share in [0, 1]"
+        )
+
+
+# -- what a rule shares out
+
+
+def check_share(where: Where, choice: Choice, share: Any) -> None:
+    """Raise unless a share gives axes what they can take."""
+    name = type(where).__name__
+    if not isinstance(share, Share):
+        raise TypeError(f"{name}.share must return a Share; got {type(share).__name__}")
+    if not isinstance(share.counts, Mapping):
+        raise TypeError(
+            f"{name}: Share(counts) maps names of axes to units; got {share.counts!r}"
+        )
+    multiples = {axis.name: axis.multiple for axis in choice.axes}
+    for axis, count in share.counts.items():
+        if not isinstance(count, (Real, Tensor)):
+            raise TypeError(
+                f"{name} gives {count!r} units to {axis!r}. hint: a whole number"
+            )
+        if axis not in multiples:
+            raise ValueError(
+                f"{name} gives units to {axis!r}, which is not among choice.axes: "
+                f"{', '.join(multiples)}"
+            )
+        if count <= 0 or count % multiples[axis]:
+            raise ValueError(
+                f"{name} gives {count} units to {axis!r}, which grows in multiples of "
+                f"{multiples[axis]}"
+            )
+    if not share.counts and not share.refusal:
+        raise ValueError(
+            f"{name} gives nothing to any axis; say why: Share({{}}, refusal=...)"
         )

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from numbers import Real
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from meristem.core.errors import DataError, GrowthRefused
 from meristem.core.growth import Growth
 from meristem.core.offer import Offer, Share
 from meristem.core.ranks import ALONE, Ranks
+from meristem.event.accepted import check_share
 from meristem.event.amounts import (
     Amount,
     allows,
@@ -410,39 +410,8 @@ def _shared(
     )
     with event.lab.guarded(check.settings.where):
         share = check.settings.where.share(choice)
-    _check_share(check.settings.where, choice, share)
+    check_share(check.settings.where, choice, share)
     return share
-
-
-def _check_share(where: Where, choice: Choice, share: Any) -> None:
-    """Raise unless a share gives axes what they can take."""
-    name = type(where).__name__
-    if not isinstance(share, Share):
-        raise TypeError(f"{name}.share must return a Share; got {type(share).__name__}")
-    if not isinstance(share.counts, Mapping):
-        raise TypeError(
-            f"{name}: Share(counts) maps names of axes to units; got {share.counts!r}"
-        )
-    multiples = {axis.name: axis.multiple for axis in choice.axes}
-    for axis, count in share.counts.items():
-        if not isinstance(count, (Real, Tensor)):
-            raise TypeError(
-                f"{name} gives {count!r} units to {axis!r}. hint: a whole number"
-            )
-        if axis not in multiples:
-            raise ValueError(
-                f"{name} gives units to {axis!r}, which is not among choice.axes: "
-                f"{', '.join(multiples)}"
-            )
-        if count <= 0 or count % multiples[axis]:
-            raise ValueError(
-                f"{name} gives {count} units to {axis!r}, which grows in multiples of "
-                f"{multiples[axis]}"
-            )
-    if not share.counts and not share.refusal:
-        raise ValueError(
-            f"{name} gives nothing to any axis; say why: Share({{}}, refusal=...)"
-        )
 
 
 def _planned(

@@ -360,11 +360,12 @@ def _growing(event: Event, plan: Plan) -> list[Axis]:
 def _treated(event: Event, draft: Draft) -> Draft:
     """What the rest of the net gets."""
     axes = _axes(event, draft.plan)
+    tensors = named_tensors(event.model)
     treatment = Treatment()
     for care in event.care:
         with event.lab.guarded(care):
             given = care.treat(event.lab.structure.model, draft.plan, axes)
-        check_treatment(care, axes, named_tensors(event.model), given)
+        check_treatment(care, axes, tensors, given)
         treatment = treatment + given
     return replace(draft, treatment=treatment)
 
